@@ -1,0 +1,135 @@
+"""Counter-based noise: Philox4x32-10 words, uniforms, and the keys of samples and steps.
+
+Noise is a pure function of (seed, sample id, draw, position in the run, element), so an image gets
+the same noise in any batch, at any position, on any device. Everything here is integer arithmetic
+in plain PyTorch and exact; the kernels compute the same words.
+
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant * word, both < 2^32, without leaving 63 bits."""
+    low_part = constant * (word & 0xFFFF)
+    middle = constant * (word >> 16) + (low_part >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def philox(
+    key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words of a (key, counter) pair.
+
+    All tensors are int64 holding values in [0, 2^32), low word first, and broadcast together.
+    """
+    key0, key1 = key
+    word0, word1, word2, word3 = counter
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], word0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], word2)
+        word0, word1, word2, word3 = high1 ^ word1 ^ key0, low1, high0 ^ word3 ^ key1, low0
+        key0 = (key0 + _KEY_INCREMENTS[0]) & _MASK
+        key1 = (key1 + _KEY_INCREMENTS[1]) & _MASK
+    return word0, word1, word2, word3
+
+
+def _split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high 32-bit words of int64 bit patterns."""
+    return value & _MASK, (value >> 32) & _MASK
+
+
+def words(keys: Tensor, numel: int) -> Tensor:
+    """The first `numel` words of each row of keys, in order: int64 [B, numel] in [0, 2^32).
+
+    keys: int64 [B, 2], rows [key, offset] as 64-bit patterns. Word i is word i mod 4 of the block
+    at counter offset + i // 4 (mod 2^64), subsequence 0.
+    """
+    blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device)
+    key_low, key_high = _split(keys[:, :1])
+    offset_low, offset_high = _split(keys[:, 1:])
+    low = offset_low + blocks
+    counter = (low & _MASK, (offset_high + (low >> 32)) & _MASK)
+    zero = torch.zeros_like(low)
+    block = philox((key_low, key_high), (*counter, zero, zero))
+    return torch.stack(block, dim=-1).flatten(1)[:, :numel]
+
+
+def uniform(word: Tensor) -> Tensor:
+    """float32 uniforms in (0, 1] of int64 words: float32(word) * 2^-32 + 2^-33.
+
+    The product is exact, so one rounding after the conversion: the bits of a fused multiply-add.
+    """
+    return word.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bit pattern of an unsigned 64-bit value."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _integer(name: str, value: int, minimum: int, maximum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be in [{minimum}, {maximum}], got {value}")
+    return value
+
+
+def _sample_ids(sample_ids: Tensor | Sequence[int]) -> Tensor:
+    if not isinstance(sample_ids, Tensor):
+        items = [_integer("each sample id", item, -(2**63), 2**63 - 1) for item in sample_ids]
+        return torch.tensor(items, dtype=torch.int64)
+    if sample_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"sample_ids must be an integer tensor, got {sample_ids.dtype}")
+    if sample_ids.ndim != 1:
+        raise ValueError(f"sample_ids must have one dimension, got {sample_ids.ndim}")
+    return sample_ids.to(torch.int64)
+
+
+def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int = 0) -> Tensor:
+    """64-bit key of each sample as int64 bit patterns [B], on the device of sample_ids.
+
+    The key is words 0 (low) and 1 (high) of Philox under key `seed` at the counter whose low half
+    is the sample id and whose high half is the draw.
+
+    seed: int in [0, 2^64). sample_ids: int64 [B] or a sequence of ints. draw: int in [0, 2^63).
+    Raises TypeError or ValueError for anything else.
+    """
+    seed = _signed(_integer("seed", seed, 0, 2**64 - 1))
+    draw = _integer("draw", draw, 0, 2**63 - 1)
+    ids = _sample_ids(sample_ids)
+    key = _split(torch.full_like(ids, seed))
+    low, high, _, _ = philox(key, (*_split(ids), *_split(torch.full_like(ids, draw))))
+    high = torch.where(high >= 2**31, high - 2**32, high)
+    return high * 2**32 + low
+
+
+def step_keys(
+    seed: int, sample_ids: Tensor | Sequence[int], draw: int, num_steps: int, numel: int
+) -> Tensor:
+    """Keys of a run's noise tensors: int64 [num_steps, B, 2], rows [sample key, offset].
+
+    Noise tensors are numbered in order of need (forward diffusion first, where a method has one).
+    Number k of a sample with `numel` elements starts at counter k * ceil(numel / 4), so no two of
+    them share a block. `ops.normal(keys[k], shape)` is noise tensor k.
+
+    num_steps >= 0, numel >= 0; the rest as for `sample_keys`.
+    """
+    num_steps = _integer("num_steps", num_steps, 0, 2**31 - 1)
+    numel = _integer("numel", numel, 0, 2**31 - 1)
+    key = sample_keys(seed, sample_ids, draw)
+    steps = torch.arange(num_steps, dtype=torch.int64, device=key.device)
+    offset = (steps * ((numel + 3) // 4))[:, None].expand(num_steps, key.shape[0])
+    return torch.stack((key.expand(num_steps, -1), offset), dim=-1)

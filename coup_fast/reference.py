@@ -1,0 +1,229 @@
+"""The operators in plain PyTorch: the definition the kernels are tested against, and the fallback.
+
+Same names, argument order and rows of coefficients as `coup_fast.ops`. Runs on any device, in
+float32 or float64 (the state's dtype decides), and is differentiable by autograd, twice. Noise
+words and uniforms are exact; everything else agrees with the kernels to rounding, because plain
+PyTorch has no fused multiply-add.
+
+A term whose coefficient is exactly 0 contributes nothing, whatever its input (inf and NaN too).
+Coefficients stay on the device: nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import noise as _noise
+
+GUIDANCE_NORMS = ("none", "normalised", "clipped")
+
+
+def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
+
+    keys: int64 [B, 2] (`noise.step_keys`); shape[0] == B. Box-Muller on the words of each block,
+    (0, 1) and (2, 3), evaluated in float64 and rounded once to float32.
+    """
+    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be int64 [B, 2], got {keys.dtype} {list(keys.shape)}")
+    if len(shape) == 0 or shape[0] != keys.shape[0]:
+        raise ValueError(f"shape must start with the {keys.shape[0]} rows of keys, got {shape}")
+    numel = math.prod(shape[1:])
+    words = _noise.words(keys, (numel + 3) // 4 * 4).unflatten(1, (-1, 2))
+    radius_uniform, angle_uniform = _noise.uniform(words).to(torch.float64).unbind(-1)
+    radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
+    quarters = torch.round(4.0 * angle_uniform)  # angles reduced in turns, exactly
+    angle = (4.0 * angle_uniform - quarters) * (math.pi / 2)
+    cosine, sine = torch.cos(angle), torch.sin(angle)
+    odd = quarters.remainder(2) == 1
+    cosine, sine = torch.where(odd, -sine, cosine), torch.where(odd, cosine, sine)
+    half_turn = quarters.remainder(4) >= 2
+    radius = torch.where(half_turn, -radius, radius)
+    pairs = torch.stack((radius * cosine, radius * sine), dim=-1)
+    return pairs.to(torch.float32).flatten(1)[:, :numel].reshape(tuple(shape))
+
+
+def _noise_like(x: Tensor, keys: Tensor | None, noise: Tensor | None) -> Tensor | None:
+    if noise is not None:
+        return noise.detach().to(x.dtype)
+    return None if keys is None else normal(keys, x.shape).to(x.dtype)
+
+
+def _term(coefficient: Tensor, value: Tensor) -> Tensor:
+    """coefficient * value, and 0 where the coefficient is 0 even if the value is not finite."""
+    return torch.where(coefficient != 0, coefficient * value, 0.0)
+
+
+def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """NaN propagates; the gradient passes where low <= x <= high."""
+    return torch.clamp(x, low, high)
+
+
+def _in_layout_of(out: Tensor, x: Tensor) -> Tensor:
+    like = torch.empty_like(x, dtype=out.dtype)
+    return out if out.stride() == like.stride() else like.copy_(out)
+
+
+def _per_sample(value: Tensor, ndim: int) -> Tensor:
+    return value.reshape(value.shape[0], *[1] * (ndim - 1))
+
+
+def perturb(
+    images: Tensor, coeffs: Tensor, keys: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
+    """Pixel map and forward diffusion:
+    out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias.
+
+    images: [B, ...] floating. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale,
+    out_bias. keys: int64 [B, 2] or noise: [B, ...]; neither means z = 0 and no sign term.
+    Returns float32 (float64 for float64 images) in the layout of images. sign(±0) is ±1.
+    """
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    scale, bias, std, sign_std, low, high, out_scale, out_bias = coeffs.to(dtype).unbind()
+    u = images.to(dtype)
+    total = _term(scale, u) + bias
+    z = _noise_like(u, keys, noise)
+    if z is not None:
+        sign = torch.where(torch.signbit(z), -1.0, 1.0).to(dtype)
+        total = total + _term(std, z) + _term(sign_std, sign)
+    return _in_layout_of(out_scale * _clamp(total, low, high) + out_bias, images)
+
+
+def _guidance_scale(c: Tensor, g_max: Tensor, guidance: Tensor, guidance_norm: str) -> Tensor:
+    """c_i: the row's c, scaled per sample; 0 for a sample whose guidance is all zero."""
+    if guidance_norm == "none":
+        return c
+    square = _per_sample(guidance.flatten(1).square().sum(1), guidance.ndim)
+    safe = torch.where(square == 0, 1.0, square)  # keeps the gradient of the root finite
+    inverse_norm = torch.where(square == 0, 0.0, torch.rsqrt(safe))
+    if guidance_norm == "normalised":
+        return c * inverse_norm
+    return torch.where(square == 0, 0.0, c * torch.clamp(g_max * inverse_norm, max=1.0))
+
+
+def reverse_step(
+    x: Tensor,
+    model_out: Tensor | None,
+    coeffs: Tensor,
+    keys: Tensor | None = None,
+    guidance: Tensor | None = None,
+    reference: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance_norm: str = "none",
+) -> Tensor:
+    """One step of any method: a row of the coefficient table applied to the state.
+
+    x̂0 = clamp(p x + q m, x0_lo, x0_hi);
+    x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias.
+
+    x: [B, C, ...] float32 or float64. model_out: m, [B, C, ...], or [B, 2C, ...] with the variance
+    channels last; None means m = 0. coeffs: [19], columns of `coup_fast.plan`. guidance: G,
+    reference: r, noise: z, each shaped as x. keys: int64 [B, 2], used when noise is None; neither
+    means z = 0. guidance_norm: "none", "normalised" (c / ||G_i||) or "clipped"
+    (c min(1, g_max / ||G_i||)), one norm per sample.
+
+    Learned variance: V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo)) with s the last C
+    channels; then v + x_var V, c_i V, e V and sqrt(d² V + z_var² V²) replace v, c_i, e and d.
+
+    Returns x's dtype, shape and layout. Noise is not differentiated.
+    """
+    if guidance_norm not in GUIDANCE_NORMS:
+        raise ValueError(f"guidance_norm must be one of {GUIDANCE_NORMS}, got {guidance_norm!r}")
+    row = coeffs.to(x.dtype).unbind()
+    p, q, x0_lo, x0_hi, u, v, w, c, e, d, out_lo, out_hi, out_scale, out_bias = row[:14]
+    g_max, log_var_lo, log_var_hi, x_var, z_var = row[14:]
+
+    m = None if model_out is None else model_out.to(x.dtype)
+    if m is not None and m.shape[1] == 2 * x.shape[1]:
+        m, s = m.tensor_split(2, dim=1)
+        log_var = 0.5 * (s + 1) * log_var_hi + 0.5 * (1 - s) * log_var_lo
+        variance = torch.exp(_clamp(log_var, log_var_lo, log_var_hi))
+        v = v + _term(x_var, variance)
+        e = _term(e, variance)
+        variance_scale = _term(c, variance)
+        noise_variance = _term(d * d, variance) + _term(z_var * z_var, variance.square())
+        silent = noise_variance == 0
+        d = torch.where(silent, 0.0, torch.sqrt(torch.where(silent, 1.0, noise_variance)))
+    else:
+        variance_scale = c
+
+    x0 = _term(p, x) if m is None else _term(p, x) + _term(q, m)
+    total = _term(u, _clamp(x0, x0_lo, x0_hi)) + _term(v, x)
+    if m is not None:
+        total = total + _term(w, m)
+    if guidance is not None:
+        g = guidance.to(x.dtype)
+        scaled = _guidance_scale(variance_scale, g_max, g, guidance_norm)
+        total = total + torch.where(c != 0, scaled * g, 0.0)
+    if reference is not None:
+        total = total + _term(e, reference.to(x.dtype))
+    z = _noise_like(x, keys, noise)
+    if z is not None:
+        total = total + _term(d, z)
+    return _in_layout_of(out_scale * _clamp(total, out_lo, out_hi) + out_bias, x)
+
+
+def reverse_step_(
+    x: Tensor,
+    model_out: Tensor | None,
+    coeffs: Tensor,
+    keys: Tensor | None = None,
+    guidance: Tensor | None = None,
+    reference: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance_norm: str = "none",
+) -> None:
+    """`reverse_step` written over x."""
+    x.copy_(reverse_step(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm))
+
+
+def adaptive_step(
+    x: Tensor, h: Tensor, h_ahead: Tensor, alive: Tensor, coeffs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of ADP: step sizes from the change of the score along itself, with a sticky stop.
+
+    1-γ_i = <h, h - h_ahead>_i / <h, h>_i; α_i = clip(numerator / (1-γ_i), alpha_min, alpha_max);
+    alive'_i = alive_i and α_i > tau; x' = clamp(scale (x + alive'_i α_i h) + bias, lo, hi).
+
+    x: [B, ...] float32 or float64; h = S(x), h_ahead = S(x + δh), shaped as x. alive: bool [B].
+    coeffs: [8] = numerator (λδ), alpha_min, alpha_max, tau, scale, bias, lo, hi.
+    Returns (x', alive', α [B]). Gradients reach h and h_ahead through x' and, where α is not
+    clipped, through α; alive and the returned α carry none. A NaN α stops its sample.
+    """
+    numerator, alpha_min, alpha_max, tau, scale, bias, low, high = coeffs.to(x.dtype).unbind()
+    h, h_ahead = h.to(x.dtype), h_ahead.to(x.dtype)
+
+    def one_minus_gamma(h: Tensor, h_ahead: Tensor, where: Tensor) -> Tensor:
+        change = (h * (h - h_ahead)).flatten(1).sum(1)
+        square = h.square().flatten(1).sum(1)
+        return torch.where(where, change, 1.0) / torch.where(where, square, 1.0)
+
+    with torch.no_grad():
+        raw = numerator / one_minus_gamma(h, h_ahead, torch.ones_like(alive))
+        alpha = torch.clamp(raw, alpha_min, alpha_max)
+        alive_next = alive & (alpha > tau)
+        smooth = alive_next & (raw >= alpha_min) & (raw <= alpha_max)
+    moving = _per_sample(alive_next, x.ndim)
+    h, h_ahead = torch.where(moving, h, 0.0), torch.where(moving, h_ahead, 0.0)
+    step = torch.where(smooth, numerator / one_minus_gamma(h, h_ahead, smooth), alpha)
+    moved = x + torch.where(moving, _per_sample(step, x.ndim) * h, 0.0)
+    out = _clamp(_term(scale, moved) + bias, low, high)
+    return _in_layout_of(out, x), alive_next, alpha
+
+
+def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log max softmax of each row, and its gradient with respect to the logits.
+
+    logits: [B, K] floating. Returns (log_confidence [B], float32 or float64 for float64 logits;
+    cotangent [B, K] in the dtype of logits). The first index wins ties.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_probability = torch.log_softmax(logits.to(dtype), dim=1)
+    winner = log_probability.detach().argmax(dim=1, keepdim=True)
+    one_hot = torch.zeros_like(log_probability).scatter(1, winner, 1.0)
+    cotangent = one_hot - log_probability.exp()
+    return log_probability.gather(1, winner).squeeze(1), cotangent.to(logits.dtype)
