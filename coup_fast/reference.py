@@ -187,7 +187,9 @@ def adaptive_step(
     """One step of ADP: step sizes from the change of the score along itself, with a sticky stop.
 
     1-γ_i = <h, h - h_ahead>_i / <h, h>_i; α_i = clip(numerator / (1-γ_i), alpha_min, alpha_max);
-    alive'_i = alive_i and α_i > tau; x' = clamp(scale (x + alive'_i α_i h) + bias, lo, hi).
+    alive'_i = alive_i and α_i > tau; x'_i = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i
+    else x_i, bit for bit: the published loop ends before the update once nothing is alive, and
+    doing so per sample keeps an image's result independent of its batch.
 
     x: [B, ...] float32 or float64; h = S(x), h_ahead = S(x + δh), shaped as x. alive: bool [B].
     coeffs: [8] = numerator (λδ), alpha_min, alpha_max, tau, scale, bias, lo, hi.
@@ -211,7 +213,7 @@ def adaptive_step(
     h, h_ahead = torch.where(moving, h, 0.0), torch.where(moving, h_ahead, 0.0)
     step = torch.where(smooth, numerator / one_minus_gamma(h, h_ahead, smooth), alpha)
     moved = x + torch.where(moving, _per_sample(step, x.ndim) * h, 0.0)
-    out = _clamp(_term(scale, moved) + bias, low, high)
+    out = torch.where(moving, _clamp(_term(scale, moved) + bias, low, high), x)
     return _in_layout_of(out, x), alive_next, alpha
 
 
