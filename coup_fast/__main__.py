@@ -1,0 +1,8 @@
+"""`python -m coup_fast` is the same command as `coup-fast`."""
+
+import sys
+
+from coup_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Wall-clock medians of several functions measured in turns, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median over `samples` samples of `calls` calls each, and quartiles."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    samples: int
+    calls: int
+
+
+def _sample(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call over `calls` calls; waits for the device before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_for(function: Callable[[], object], seconds: float, device: torch.device) -> int:
+    """How many calls last about `seconds`; warms the function up on the way."""
+    calls = 1
+    while True:
+        per_call = max(_sample(function, calls, device), 1e-9)
+        if per_call * calls >= seconds / 4:
+            return max(1, round(seconds / per_call))
+        calls = min(4 * calls, 1 << 20)
+
+
+def measure_in_turns(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int = 25,
+    sample_seconds: float = 2e-3,
+    budget_seconds: float = 3.0,
+) -> dict[str, Timing]:
+    """Median time per call of each function, samples interleaved round by round.
+
+    A sample repeats a function for about `sample_seconds`. A function that has used up
+    `budget_seconds` sits out the remaining rounds after its third sample.
+    """
+    calls = {name: _calls_for(f, sample_seconds, device) for name, f in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            spent = sum(samples[name]) * calls[name]
+            if spent > budget_seconds and len(samples[name]) >= 3:
+                continue
+            samples[name].append(_sample(function, calls[name], device))
+    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+
+
+def _summary(values: list[float], calls: int) -> Timing:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return Timing(
+        median=statistics.median(ordered),
+        lower_quartile=ordered[quarter],
+        upper_quartile=ordered[-1 - quarter],
+        samples=len(ordered),
+        calls=calls,
+    )

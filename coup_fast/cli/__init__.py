@@ -1,0 +1,66 @@
+"""The `coup-fast` command: one module per subcommand.
+
+A subcommand module has `HELP` (one line), `add_arguments(parser)` and `run(args) -> exit code`. It
+imports torch, pillow, matplotlib and the like inside its functions, so that `coup-fast --help` is
+quick and `coup-fast info` works on a core install. A wrong request raises `CommandError`: one
+sentence on stderr, exit code 2, no traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from coup_fast.cli.common import CommandError
+
+COMMANDS = ("info", "purify", "toy", "demo", "bench", "train")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the whole command line, every subcommand included."""
+    parser = argparse.ArgumentParser(
+        prog="coup-fast",
+        description="Diffusion-based adversarial purification through fused kernels.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"coup_fast.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: `sys.argv[1:]`) and return its exit code."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has already written its message
+        return stop.code if isinstance(stop.code, int) else 2
+    if args.version:
+        import coup_fast
+
+        print(coup_fast.__version__)
+        return 0
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code: int = args.run(args)
+    except CommandError as error:
+        print(f"coup-fast {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"coup-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return code

@@ -1,0 +1,144 @@
+"""What subcommands share: errors, extras, typed `key=value` options, devices, progress."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CommandError(Exception):
+    """A request that cannot be carried out; the message is one sentence for the user."""
+
+
+# import name -> name on the package index, where they differ
+_DISTRIBUTIONS = {"PIL": "pillow"}
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise a `CommandError` with the pip command if any of `modules` is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(_DISTRIBUTIONS.get(name, name) for name in missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise CommandError(f"{names} {verb} not installed: pip install 'coup-fast[{extra}]'")
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn `["t_star=0.1", "solver=euler"]` into typed options.
+
+    Numbers, `true`/`false`, `none` and quoted strings are read as such, anything else as a string.
+    """
+    words = {"true": True, "false": False, "none": None}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key.isidentifier():
+            raise CommandError(f"--set needs key=value, got {pair!r}")
+        if key in options:
+            raise CommandError(f"--set gives {key} twice")
+        text = text.strip()
+        if text.lower() in words:
+            options[key] = words[text.lower()]
+            continue
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` (default: cuda when this build has CUDA kernels and a GPU, else cpu)."""
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        help="cpu, cuda, cuda:1, ... (default: cuda where the CUDA kernels are loaded, else cpu)",
+    )
+
+
+def choose_device(text: str) -> torch.device:
+    """The torch device named `text`; `auto` as `add_device_argument` says."""
+    import torch
+
+    import coup_fast._extension as extension
+
+    if text == "auto":
+        usable = extension.cuda_available() and torch.cuda.is_available()
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise CommandError(f"--device {text}: torch knows no such device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {text}: the kernels run on cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device {text}: torch sees no CUDA device here")
+    return device
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer >= 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def refuse_to_overwrite(paths: Sequence[Path], force: bool) -> None:
+    """Raise a `CommandError` if one of `paths` exists and `force` is off."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not force:
+        more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
+        raise CommandError(f"{existing[0]} exists{more}: give --force to overwrite")
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as a user would type it again."""
+    import shlex
+
+    return shlex.join(["coup-fast", *argv])
+
+
+def say(message: str) -> None:
+    """A remark for the user, on stderr so that stdout holds results only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def network_progress(
+    network: torch.nn.Module, total: int, label: str, enabled: bool = True
+) -> Iterator[None]:
+    """Show a bar on stderr that advances with every forward call of `network`.
+
+    `total` is the expected number of calls. Calls inside other threads or after an exception leave
+    the bar where it is; the hook is always removed.
+    """
+    from tqdm import tqdm
+
+    off = not enabled or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    with tqdm(total=total, desc=label, unit="call", disable=off, leave=False) as bar:
+        hook = network.register_forward_hook(lambda *_: bar.update() and None)
+        try:
+            yield
+        finally:
+            hook.remove()

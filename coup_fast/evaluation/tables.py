@@ -1,0 +1,32 @@
+"""Tables for the terminal and for Markdown, through tabulate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+_FORMATS = {"terminal": "simple", "markdown": "github"}
+
+
+def render_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    style: Literal["terminal", "markdown"] = "terminal",
+    align: Sequence[Literal["left", "right", "center"]] | None = None,
+) -> str:
+    """Text of a table. Cells are printed as given (no reformatting of numbers); None is empty.
+
+    `align` holds one word per column; by default the first column is left and the others right.
+    """
+    from tabulate import tabulate
+
+    if any(len(row) != len(headers) for row in rows):
+        raise ValueError(f"every row needs {len(headers)} cells")
+    columns = align or ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(
+        [["" if cell is None else str(cell) for cell in row] for row in rows],
+        headers=list(headers),
+        tablefmt=_FORMATS[style],
+        colalign=columns if rows else None,
+        disable_numparse=True,
+    )
