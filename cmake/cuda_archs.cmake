@@ -1,0 +1,18 @@
+# Sets CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, in torch's notation: "8.0;9.0+PTX".
+# Without it: the data-centre architectures that the CUDA check compiles, and PTX of the newest.
+if(DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+  string(REGEX REPLACE "[ ,;]+" ";" requested "$ENV{TORCH_CUDA_ARCH_LIST}")
+  set(CMAKE_CUDA_ARCHITECTURES "")
+  foreach(arch ${requested})
+    if(NOT arch MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: cannot read '${arch}'; write numbers such as 8.0;9.0+PTX")
+    endif()
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-real)
+    if(CMAKE_MATCH_4)
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-virtual)
+    endif()
+  endforeach()
+elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)
+endif()

@@ -1,0 +1,34 @@
+"""Fused diffusion purification for PyTorch.
+
+The public surface is listed in `_EXPORTS`; a name's module is imported when the name is first used,
+so that importing coup_fast costs next to nothing beyond torch itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from coup_fast import _extension
+from coup_fast._extension import build_info
+from coup_fast._version import __version__
+
+# Public name -> module that defines it; a submodule stands for itself.
+_EXPORTS: dict[str, str] = {}
+
+__all__ = ["__version__", "build_info", *_EXPORTS]
+
+_extension.load()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'coup_fast' has no attribute {name!r}")
+    module = importlib.import_module(_EXPORTS[name])
+    value = module if _EXPORTS[name] == f"coup_fast.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,82 @@
+"""Drives CMake (CMakeLists.txt is the build) and puts the libraries into the package.
+
+Environment: COUP_FAST_CUDA, COUP_FAST_HOST (auto | on | off), TORCH_CUDA_ARCH_LIST, CMAKE_ARGS,
+MAX_JOBS; what they mean is in CONTRIBUTING.md.
+"""
+
+import importlib.util
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "coup_fast" / "_version.py"))["__version__"]
+# Tools that pip installed into this environment come first, also when it is not activated.
+SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def require_build_tools():
+    """End with one sentence unless torch, cmake and ninja are there."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "coup_fast is built against the torch it will run with, and there is none here: "
+            "install torch>=2.11 first, then run `pip install --no-build-isolation .`"
+        )
+    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool, path=SEARCH_PATH)]
+    if missing:
+        raise SystemExit(f"coup_fast needs {' and '.join(missing)}: run `pip install cmake ninja`")
+
+
+class DistInfo(dist_info):
+    """The first thing that pip asks for: fail here, before pip downloads any dependency."""
+
+    def run(self):
+        require_build_tools()
+        super().run()
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install with CMake; incremental, because build/ is kept."""
+
+    def run(self):
+        require_build_tools()
+        python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+        build = ROOT / "build" / f"cmake-{python}-{'inplace' if self.inplace else 'wheel'}"
+        # pybind11 cannot use the limited API: an abi3 wheel leaves the test module out.
+        host = os.environ.get("COUP_FAST_HOST", "auto" if self.inplace else "off")
+        options = {
+            "COUP_FAST_VERSION": VERSION,
+            "COUP_FAST_CUDA": os.environ.get("COUP_FAST_CUDA", "auto"),
+            "COUP_FAST_HOST": host,
+            "Python_EXECUTABLE": sys.executable,
+        }
+        environment = {**os.environ, "PATH": SEARCH_PATH}
+        define = [f"-D{key}={value}" for key, value in options.items()]
+        define += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        folder = ROOT / "coup_fast" if self.inplace else Path(self.build_lib) / "coup_fast"
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *define],
+            ["cmake", "--build", build, "-j", jobs],
+            ["cmake", "--install", build, "--prefix", folder],
+        ):
+            try:
+                subprocess.run([str(word) for word in command], check=True, env=environment)
+            except subprocess.CalledProcessError as error:
+                raise SystemExit(f"coup_fast: `{' '.join(error.cmd)}` failed, see above") from None
+
+
+setup(
+    # One name stands for all libraries: it tells setuptools that the wheel is not pure Python.
+    ext_modules=[Extension("coup_fast._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild, "dist_info": DistInfo},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
