@@ -98,26 +98,41 @@ def _sample_ids(sample_ids: Tensor | Sequence[int]) -> Tensor:
     return sample_ids.to(torch.int64)
 
 
-def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int = 0) -> Tensor:
+def _draws(draw: int | Tensor, ids: Tensor) -> Tensor:
+    if not isinstance(draw, Tensor):
+        return torch.full_like(ids, _integer("draw", draw, 0, 2**63 - 1))
+    if draw.dtype != torch.int64 or draw.shape != ids.shape:
+        raise ValueError(
+            f"draw must be an int or int64 {list(ids.shape)} like sample_ids, "
+            f"got {draw.dtype} {list(draw.shape)}"
+        )
+    return draw.to(ids.device)
+
+
+def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Tensor:
     """64-bit key of each sample as int64 bit patterns [B], on the device of sample_ids.
 
     The key is words 0 (low) and 1 (high) of Philox under key `seed` at the counter whose low half
     is the sample id and whose high half is the draw.
 
-    seed: int in [0, 2^64). sample_ids: int64 [B] or a sequence of ints. draw: int in [0, 2^63).
+    seed: int in [0, 2^64). sample_ids: int64 [B] or a sequence of ints. draw: int in [0, 2^63), or
+    an int64 tensor [B] of one draw per sample.
     Raises TypeError or ValueError for anything else.
     """
     seed = _signed(_integer("seed", seed, 0, 2**64 - 1))
-    draw = _integer("draw", draw, 0, 2**63 - 1)
     ids = _sample_ids(sample_ids)
     key = _split(torch.full_like(ids, seed))
-    low, high, _, _ = philox(key, (*_split(ids), *_split(torch.full_like(ids, draw))))
+    low, high, _, _ = philox(key, (*_split(ids), *_split(_draws(draw, ids))))
     high = torch.where(high >= 2**31, high - 2**32, high)
     return high * 2**32 + low
 
 
 def step_keys(
-    seed: int, sample_ids: Tensor | Sequence[int], draw: int, num_steps: int, numel: int
+    seed: int,
+    sample_ids: Tensor | Sequence[int],
+    draw: int | Tensor,
+    num_steps: int,
+    numel: int,
 ) -> Tensor:
     """Keys of a run's noise tensors: int64 [num_steps, B, 2], rows [sample key, offset].
 
