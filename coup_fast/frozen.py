@@ -1,0 +1,54 @@
+"""Parameters that do not require grad for a while, and do again afterwards exactly as before.
+
+Purification differentiates with respect to images, never to parameters: leaving those trainable
+fills their .grad and makes the backward pass of DiffPure ten times as expensive.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .score_model import module_of
+
+_lock = threading.Lock()
+_held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders
+
+
+@contextmanager
+def frozen_parameters(*functions: Any) -> Iterator[None]:
+    """requires_grad off for every parameter of these modules within the context.
+
+    Callables that are no modules are passed over. Flags are as found afterwards, whatever is
+    raised inside; contexts may nest and overlap in several threads, and the last to leave restores.
+
+    Raises ValueError for a parameter that is itself the result of a differentiable computation.
+    """
+    modules = [module for module in map(module_of, functions) if module is not None]
+    unique = {id(p): p for module in modules for p in module.parameters()}
+    if not all(parameter.is_leaf for parameter in unique.values()):
+        raise ValueError(
+            "a model has parameters computed from other tensors (functional_call?): purification "
+            "does not differentiate parameters; detach them first"
+        )
+    held: list[Tensor] = []
+    with _lock:
+        for key, parameter in unique.items():
+            if parameter.requires_grad or key in _held:
+                _held[key] = (parameter, _held.get(key, (parameter, 0))[1] + 1)
+                held.append(parameter)
+                parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            for parameter in held:
+                count = _held.pop(id(parameter))[1] - 1
+                if count:
+                    _held[id(parameter)] = (parameter, count)
+                else:
+                    parameter.requires_grad_(True)

@@ -1,0 +1,62 @@
+"""The guidance of COUP: G = ∇ₓ log max_y p(y | x), from the classifier that is defended.
+
+Zhang et al., arXiv 2408.05900: the gradient is unlabelled, taken on the raw noisy state in
+diffusion space, x = 2u - 1, so it carries the factor ½ of the pixel map. One classifier forward,
+one fused kernel for log max softmax and its cotangent, one vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .score_model import grad_leaf, in_dtype_of
+
+GUIDANCE_GRADIENTS = ("full", "stopped")
+
+
+def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """[B, K] logits at the pixels of the state x, with their graph."""
+    logits = classifier(in_dtype_of(classifier, 0.5 * x + 0.5))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the classifier must return logits [{x.shape[0]}, K]; got {got}")
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "the classifier's logits carry no gradient with respect to the image, and guidance is "
+            "that gradient; compute them with torch operations and without torch.no_grad()"
+        )
+    return logits
+
+
+def confidence_gradient(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, ops: ModuleType, *, graph: bool = False
+) -> Tensor:
+    """∇ₓ log max_y softmax(classifier((x+1)/2))_y, in the shape and dtype of x.
+
+    Args:
+        classifier: module or callable, pixels [B, C, H, W] in [0, 1] (beyond where the state is)
+            -> logits [B, K]. Each sample's logits must depend on that sample alone.
+        x: state [B, C, H, W] in diffusion space.
+        ops: `coup_fast.ops` or `coup_fast.reference`.
+        graph: differentiate through the guidance, to second order; needs an x that requires grad.
+            Without it the result is detached ("stopped"), also under `no_grad` and
+            `inference_mode`.
+
+    Raises ValueError for other than [B, K] logits and RuntimeError for logits without a graph.
+    """
+    if graph:
+        with torch.enable_grad():
+            logits = _logits(classifier, x)
+            _, cotangent = ops.confidence_cotangent(logits)
+            (gradient,) = torch.autograd.grad(logits, x, cotangent, create_graph=True)
+        return gradient
+    with torch.inference_mode(False), torch.enable_grad():
+        point = grad_leaf(x)
+        logits = _logits(classifier, point)
+        _, cotangent = ops.confidence_cotangent(logits.detach())
+        (gradient,) = torch.autograd.grad(logits, point, cotangent)
+    return gradient

@@ -1,0 +1,197 @@
+"""Networks as the purifier calls them: `ScoreModel`, and `EnergyModel` for scalar networks.
+
+What a network predicts (`kind`) and its noise schedule are facts about the network; turning them
+into steps is the plan's affair, so nothing here converts ε to a score or back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .schedules import VPSchedule
+
+KINDS = ("eps", "score", "x0", "ncsn")
+
+
+def module_of(function: Any) -> nn.Module | None:
+    """The module behind a callable: itself, or the one whose bound method it is, or None."""
+    if isinstance(function, nn.Module):
+        return function
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def first_parameter(function: Any) -> Tensor | None:
+    """The first floating-point parameter or buffer behind a callable, or None.
+
+    Its dtype and device are the ones the callable wants its input in.
+    """
+    module = module_of(function)
+    if module is None:
+        return None
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor
+    return None
+
+
+def in_dtype_of(function: Any, x: Tensor) -> Tensor:
+    """x in the dtype of the callable's parameters; x itself where it has none."""
+    parameter = first_parameter(function)
+    return x if parameter is None else x.to(parameter.dtype)
+
+
+def declared_channels(function: Any) -> int | None:
+    """The image channels a network says it takes: `in_channels`, or `config.in_channels`.
+
+    None where it says nothing; channels are then checked by its first call alone.
+    """
+    for holder in (function, getattr(function, "config", None)):
+        channels = getattr(holder, "in_channels", None)
+        if isinstance(channels, int) and not isinstance(channels, bool):
+            return channels
+    return None
+
+
+def grad_leaf(x: Tensor) -> Tensor:
+    """x's values as a leaf that requires grad, whatever mode x was made in.
+
+    A tensor made under `torch.inference_mode` can never require grad, so that one is copied; any
+    other shares its memory. Call it with inference mode off.
+    """
+    leaf = x.clone() if x.is_inference() else x.detach()
+    return leaf.requires_grad_()
+
+
+class ScoreModel(nn.Module):
+    """A score network with what the purifier must know about it.
+
+    Args:
+        network: module or plain callable f(x, t): x [B, C, H, W] in the network's own dtype, t [B]
+            in network units, returning [B, C, H, W], or [B, 2C, H, W] with the variance channels
+            last. A returned object with a tensor `.sample` (diffusers) is unwrapped.
+        kind: what the network predicts: "eps" (the noise), "score" (∇ log p_t), "x0" (the
+            denoised image) or "ncsn" (the unscaled output of a noise-conditional score network or
+            an energy's -∇E, as ADP uses it, in pixel space).
+        schedule: the forward process it was trained for; default `VPSchedule()`.
+        time_scale: t in [0, 1] times this is what the network is called with. The published
+            continuous-time VP networks take 999 t.
+
+    A module network is a submodule (its parameters move and save with this one); it is never
+    modified. Its input is cast to the dtype of its parameters, which concerns the network alone:
+    the state stays float32 (float64 for float64 images). Times stay in the dtype they come in.
+    """
+
+    network: Callable[[Tensor, Tensor], Any]
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor], Any],
+        kind: str = "eps",
+        schedule: VPSchedule | None = None,
+        time_scale: float = 999.0,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(
+                f"network must be a module or a callable f(x, t), got {type(network).__name__}"
+            )
+        if isinstance(network, ScoreModel):
+            raise TypeError("network is a ScoreModel already; pass it on, or its .network")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if not 0.0 < float(time_scale) < float("inf"):
+            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
+        if schedule is None:
+            from .schedules import VPSchedule
+
+            schedule = VPSchedule()
+        self.network = network
+        self.kind = kind
+        self.schedule = schedule
+        self.time_scale = float(time_scale)
+
+    @property
+    def in_channels(self) -> int | None:
+        """Image channels the network declares, or None."""
+        return declared_channels(self.network)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's raw output at x [B, C, ...] and times t [B] in [0, 1].
+
+        Raises TypeError if the network returns anything but a tensor (or an object with a tensor
+        `.sample`).
+        """
+        out = self.network(in_dtype_of(self.network, x), t * self.time_scale)
+        if not isinstance(out, Tensor):
+            out = getattr(out, "sample", out)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"the score network returned {type(out).__name__}; a tensor shaped as its input "
+                "is needed (wrap the network in a function that picks it out)"
+            )
+        return out
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
+
+
+class EnergyModel(nn.Module):
+    """A scalar network E as a score network: s(x, t) = -∇ₓE(x, t), by autograd.
+
+    Args:
+        network: module or plain callable E(x, t) -> [B] (or [B, 1]); sample i's energy must depend
+            on sample i alone.
+
+    Use it as the network of a `ScoreModel` (kind "ncsn" for ADP, "score" for the diffusion
+    methods). It works under `no_grad` and `inference_mode`. Where a graph is wanted, because grad
+    is on and x or a parameter requires it, the score is differentiable: training by score matching
+    and gradients through purification both use the second derivative of E.
+    """
+
+    network: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(
+                f"network must be a module or a callable E(x, t), got {type(network).__name__}"
+            )
+        self.network = network
+
+    @property
+    def in_channels(self) -> int | None:
+        """Image channels the network declares, or None."""
+        return declared_channels(self.network)
+
+    def energy(self, x: Tensor, t: Tensor) -> Tensor:
+        """E(x, t), [B]. Raises ValueError if the network returns other than one number a sample."""
+        energy = self.network(x, t)
+        if energy.shape not in ((x.shape[0],), (x.shape[0], 1)):
+            raise ValueError(
+                f"an energy network returns one number per sample, [{x.shape[0]}] or "
+                f"[{x.shape[0]}, 1] here; got {list(energy.shape)}"
+            )
+        return energy.reshape(x.shape[0])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """-∇ₓE at x [B, C, ...] and times t [B] in network units; shaped as x."""
+        want_graph = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        with torch.inference_mode(False), torch.enable_grad():
+            point = x if want_graph and x.requires_grad else grad_leaf(x)
+            energy = self.energy(point, t.clone() if t.is_inference() else t)
+            if not energy.requires_grad:
+                raise RuntimeError(
+                    "the energy carries no gradient with respect to its input; compute it with "
+                    "torch operations and without torch.no_grad()"
+                )
+            (gradient,) = torch.autograd.grad(energy.sum(), point, create_graph=want_graph)
+        return -gradient
