@@ -122,7 +122,7 @@ class DiscreteSchedule:
 
     def beta(self, index: ArrayLike) -> Array:
         """β_i."""
-        return np.asarray(self.betas)[np.asarray(index)]
+        return np.take(np.asarray(self.betas, dtype=np.float64), np.asarray(index))
 
     def alpha_bar(self, index: ArrayLike) -> Array:
         """ᾱ_i = ∏_{j<=i} (1 - β_j); 1 at index -1. Between indices, log ᾱ is linear."""

@@ -1,0 +1,284 @@
+"""Plans: what a method is, as rows of coefficients. All algebra is float64 NumPy.
+
+A method builds a `Plan`; the purifier rounds its rows to float32 once, moves them to the device and
+runs them. Column numbers here and in csrc are the same table.
+
+`Prediction` is how a row is written: what the step does with the state, the predicted noise ε and
+the predicted clean image x̂0. `network_row` turns that into coefficients of the raw network output,
+for networks that predict noise, the score, or the clean image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .schedules import Array, DiscreteSchedule
+
+# Columns of a reverse_step row:
+#   x̂0 = clamp(p x + q m, lo, hi)
+#   x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias
+P, Q, X0_LO, X0_HI, U, V, W, C, E, D = range(10)
+OUT_LO, OUT_HI, OUT_SCALE, OUT_BIAS, G_MAX, LOG_VAR_LO, LOG_VAR_HI, X_VAR, Z_VAR = range(10, 19)
+ROW_COLUMNS = (
+    *("p", "q", "x0_lo", "x0_hi", "u", "v", "w", "c", "e", "d"),
+    *("out_lo", "out_hi", "out_scale", "out_bias", "g_max"),
+    *("log_var_lo", "log_var_hi", "x_var", "z_var"),
+)
+NUM_COLUMNS = len(ROW_COLUMNS)
+
+# Columns of a perturb row and of an adaptive_step row.
+START_COLUMNS = ("scale", "bias", "std", "sign_std", "lo", "hi", "out_scale", "out_bias")
+ADAPTIVE_COLUMNS = ("numerator", "alpha_min", "alpha_max", "tau", "scale", "bias", "lo", "hi")
+
+KINDS = ("eps", "score", "x0")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A purification run: a start row, then N rows of `reverse_step`.
+
+    method: its name. start: [8], the perturb row from pixels to the state; start_noisy: it draws
+    noise. coeffs: [N, 19]. times: [N], the network's time in [0, 1], NaN where a row calls no
+    network. guided, noisy: bool [N], rows that read the guidance gradient, rows that draw noise.
+    uses_reference: rows read r, the attacked input in the state's space. guidance_norm: as in
+    `reverse_step`. learned_variance: rows read the second half of a 2C-channel output; otherwise
+    it is cut off.
+    """
+
+    method: str
+    start: Array
+    start_noisy: bool
+    coeffs: Array
+    times: Array
+    guided: np.ndarray
+    noisy: np.ndarray
+    uses_reference: bool
+    guidance_norm: str = "none"
+    learned_variance: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """N, rows that call no network included."""
+        return len(self.coeffs)
+
+    @property
+    def num_noise(self) -> int:
+        """Noise tensors a run needs, in order of need."""
+        return int(self.start_noisy) + int(self.noisy.sum())
+
+    @property
+    def num_network_calls(self) -> int:
+        """Evaluations of the score network in a run."""
+        return int(np.isfinite(self.times).sum())
+
+    def table(self) -> str:
+        """The plan as text: one line per row, with the coefficients that do something."""
+        lines = [f"{self.method}: {self.num_steps} rows, {self.num_noise} noise tensors"]
+        lines.append("start  " + _describe(START_COLUMNS, self.start))
+        for k, row in enumerate(self.coeffs):
+            time = "no network" if np.isnan(self.times[k]) else f"t={self.times[k]:.6g}"
+            lines.append(f"{k:5d}  {time}  {_describe(ROW_COLUMNS, row)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptivePlan:
+    """A run of ADP: a start row, then num_steps rows of `adaptive_step`.
+
+    coeffs: [num_steps, 8]. delta: how far ahead the second score is taken, S(x + δ S(x)).
+    """
+
+    method: str
+    start: Array
+    start_noisy: bool
+    coeffs: Array
+    delta: float
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a run, two network calls each."""
+        return len(self.coeffs)
+
+    @property
+    def num_noise(self) -> int:
+        """Noise tensors a run needs: the injection."""
+        return int(self.start_noisy)
+
+    @property
+    def num_network_calls(self) -> int:
+        """Evaluations of the score network in a run."""
+        return 2 * self.num_steps
+
+    def table(self) -> str:
+        """The plan as text."""
+        lines = [f"{self.method}: {self.num_steps} steps, delta={self.delta:.6g}"]
+        lines.append("start  " + _describe(START_COLUMNS, self.start))
+        lines += [
+            f"{k:5d}  {_describe(ADAPTIVE_COLUMNS, row)}" for k, row in enumerate(self.coeffs)
+        ]
+        return "\n".join(lines)
+
+
+def _describe(names: tuple[str, ...], row: Array) -> str:
+    neutral = {"out_scale": 1.0}
+    shown = [
+        f"{name}={value:.8g}"
+        for name, value in zip(names, row, strict=True)
+        if np.isfinite(value) and value != neutral.get(name, 0.0)
+    ]
+    return " ".join(shown) or "nothing"
+
+
+def blank_row() -> Array:
+    """A row that returns 0: no terms, no clamps, no output map."""
+    row = np.zeros(NUM_COLUMNS)
+    row[[X0_LO, OUT_LO]] = -np.inf
+    row[[X0_HI, OUT_HI, G_MAX]] = np.inf
+    row[OUT_SCALE] = 1.0
+    return row
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step in terms of what the network predicts: x' = x0·x̂0 + x·x + eps·ε + …
+
+    With x = √ᾱ x̂0 + σ ε, any two of the three say it all; which are used matters only when x̂0 is
+    clipped.
+    """
+
+    x0: float = 0.0
+    x: float = 0.0
+    eps: float = 0.0
+
+    def unclipped_eps(self, alpha_bar: float) -> float:
+        """Coefficient of ε once x̂0 is replaced by (x - σ ε)/√ᾱ."""
+        return float(self.eps - self.x0 * np.sqrt((1 - alpha_bar) / alpha_bar))
+
+    def score(self, alpha_bar: float) -> float:
+        """Coefficient of the score in the step, -σ times that of ε.
+
+        Guidance adds λ g to the score, so λ times this is its coefficient.
+        """
+        return float(-np.sqrt(1 - alpha_bar) * self.unclipped_eps(alpha_bar))
+
+
+def network_row(
+    prediction: Prediction, alpha_bar: float, kind: str, *, clip_denoised: bool = False
+) -> Array:
+    """The row whose m is the raw output of a network at noise level ᾱ.
+
+    kind: "eps" (m = ε), "score" (m = -ε/σ) or "x0" (m = x̂0). clip_denoised clamps x̂0 to [-1, 1]
+    before it is used; then the step must use x̂0 (prediction.x0 not 0).
+    """
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    row = blank_row()
+    if clip_denoised:
+        if prediction.x0 == 0:
+            raise ValueError("clip_denoised needs a step that uses the denoised image")
+        row[[U, V]] = prediction.x0, prediction.x
+        row[[X0_LO, X0_HI]] = -1.0, 1.0
+        row[[P, Q]] = (0.0, 1.0) if kind == "x0" else (1 / signal, -noise / signal)
+        eps, x0 = prediction.eps, 0.0
+    else:
+        row[V] = prediction.x
+        eps, x0 = prediction.eps, prediction.x0
+    if kind == "x0":  # ε = (x - √ᾱ m)/σ
+        row[V] += eps / noise
+        row[W] = x0 - eps * signal / noise
+        return row
+    row[V] += x0 / signal
+    row[W] = eps - x0 * noise / signal
+    if kind == "score":  # ε = -σ m
+        row[[Q, W]] *= -noise
+    return row
+
+
+def posterior(alpha_bar: float, alpha_bar_next: float) -> tuple[Prediction, float]:
+    """Mean and variance of q(x' | x, x̂0), from noise level ᾱ to the lower ᾱ' (Ho et al., eq. 7)."""
+    alpha = alpha_bar / alpha_bar_next
+    x0 = np.sqrt(alpha_bar_next) * (1 - alpha) / (1 - alpha_bar)
+    x = np.sqrt(alpha) * (1 - alpha_bar_next) / (1 - alpha_bar)
+    variance = (1 - alpha) * (1 - alpha_bar_next) / (1 - alpha_bar)
+    return Prediction(x0=float(x0), x=float(x)), float(variance)
+
+
+def ddim(alpha_bar: float, alpha_bar_next: float, eta: float) -> tuple[Prediction, float]:
+    """DDIM-η from ᾱ to ᾱ' (Song et al., ICLR 2021, eq. 12): prediction and noise's std."""
+    std = eta * np.sqrt(posterior(alpha_bar, alpha_bar_next)[1])
+    eps = np.sqrt(max(1 - alpha_bar_next - std**2, 0.0))
+    return Prediction(x0=float(np.sqrt(alpha_bar_next)), eps=float(eps)), float(std)
+
+
+def diffusion_row(alpha_bar: float) -> Array:
+    """Forward diffusion of the state, √ᾱ x + √(1-ᾱ) z. Calls no network."""
+    row = blank_row()
+    row[[V, D]] = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    return row
+
+
+def start_row(alpha_bar: float | None = None, *, clamp: bool = False) -> Array:
+    """Pixels u to the state 2u - 1, then diffused to ᾱ where given: √ᾱ (2u - 1) + √(1-ᾱ) z.
+
+    clamp: to [-1, 1] (before any noise there is; pixels are in [0, 1] already).
+    """
+    bound = 1.0 if clamp and alpha_bar is None else np.inf
+    if alpha_bar is None:
+        return np.array([2.0, -1.0, 0.0, 0.0, -bound, bound, 1.0, 0.0])
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    return np.array([2.0 * signal, -signal, noise, 0.0, -bound, bound, 1.0, 0.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows and the network times that go with them; rounds are joined with +."""
+
+    coeffs: Array  # [N, 19]
+    times: Array  # [N]
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(
+            np.concatenate((self.coeffs, other.coeffs)), np.concatenate((self.times, other.times))
+        )
+
+
+def forward_rows(schedule: DiscreteSchedule, index: float) -> Rows:
+    """One row of forward diffusion to an index, between rounds."""
+    return Rows(diffusion_row(float(schedule.alpha_bar(index)))[None], np.array([np.nan]))
+
+
+def make_plan(
+    method: str,
+    start: Array,
+    rows: Rows,
+    *,
+    clamp_output: bool,
+    guidance_norm: str = "none",
+    guidance_max_norm: float | None = None,
+    learned_variance: bool = False,
+) -> Plan:
+    """Finish a plan: the last row maps the state back to pixels, (x + 1)/2, after its clamp."""
+    coeffs = rows.coeffs.copy()
+    coeffs[-1, [OUT_SCALE, OUT_BIAS]] = 0.5
+    if clamp_output:
+        coeffs[-1, [OUT_LO, OUT_HI]] = -1.0, 1.0
+    if guidance_max_norm is not None:
+        coeffs[:, G_MAX] = guidance_max_norm
+    return Plan(
+        method=method,
+        start=start,
+        start_noisy=bool(np.any(start[2:4] != 0)),
+        coeffs=coeffs,
+        times=rows.times,
+        guided=coeffs[:, C] != 0,
+        noisy=(coeffs[:, D] != 0) | (coeffs[:, Z_VAR] != 0),
+        uses_reference=bool(np.any(coeffs[:, E] != 0)),
+        guidance_norm=guidance_norm,
+        learned_variance=learned_variance,
+    )
+
+
+def named(plan: Plan, method: str) -> Plan:
+    """The same plan under another method's name."""
+    return replace(plan, method=method)
