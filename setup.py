@@ -20,7 +20,7 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "coup_fast" / "_version.py"))["__version__"]
 # Tools that pip installed into this environment come first, also when it is not activated.
-SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def require_build_tools():
@@ -30,7 +30,7 @@ def require_build_tools():
             "coup_fast is built against the torch it will run with, and there is none here: "
             "install torch>=2.11 first, then run `pip install --no-build-isolation .`"
         )
-    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool, path=SEARCH_PATH)]
+    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
     if missing:
         raise SystemExit(f"coup_fast needs {' and '.join(missing)}: run `pip install cmake ninja`")
 
@@ -52,24 +52,22 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{python}-{'inplace' if self.inplace else 'wheel'}"
         # pybind11 cannot use the limited API: an abi3 wheel leaves the test module out.
         host = os.environ.get("COUP_FAST_HOST", "auto" if self.inplace else "off")
-        options = {
-            "COUP_FAST_VERSION": VERSION,
-            "COUP_FAST_CUDA": os.environ.get("COUP_FAST_CUDA", "auto"),
-            "COUP_FAST_HOST": host,
-            "Python_EXECUTABLE": sys.executable,
-        }
-        environment = {**os.environ, "PATH": SEARCH_PATH}
-        define = [f"-D{key}={value}" for key, value in options.items()]
-        define += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        define = [
+            f"-DCOUP_FAST_VERSION={VERSION}",
+            f"-DCOUP_FAST_CUDA={os.environ.get('COUP_FAST_CUDA', 'auto')}",
+            f"-DCOUP_FAST_HOST={host}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
         folder = ROOT / "coup_fast" if self.inplace else Path(self.build_lib) / "coup_fast"
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *define],
+            ["cmake", "--log-level=NOTICE", "-S", ROOT, "-B", build, "-G", "Ninja", *define],
             ["cmake", "--build", build, "-j", jobs],
             ["cmake", "--install", build, "--prefix", folder],
         ):
             try:
-                subprocess.run([str(word) for word in command], check=True, env=environment)
+                subprocess.run([str(word) for word in command], check=True)
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"coup_fast: `{' '.join(error.cmd)}` failed, see above") from None
 

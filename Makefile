@@ -1,0 +1,95 @@
+# coup_fast from a fresh clone: `make demo`, `make test`. Everything goes into .venv; second runs are
+# incremental. What is needed: Python >= 3.10 with venv, a C++17 compiler, git, a package index.
+#
+#   make demo TORCH="torch==2.14.1"     another torch; extra pip arguments may follow the name
+#   make test PYTEST_ARGS="-k philox"   part of the tests
+#   make build COUP_FAST_CUDA=on        build options, see CONTRIBUTING.md
+#
+# The index's ordinary torch for Linux is a CUDA build of several GB, which works as well. For the
+# small CPU build set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder
+# of wheels: pip then prefers the +cpu build of the same version.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+CONSTRAINTS := requirements/constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export COUP_FAST_CUDA COUP_FAST_HOST
+
+.PHONY: demo test build bench lint format types cuda-check clean distclean help
+help:
+	@echo "make demo | test | build | bench | lint | format | types | cuda-check | clean | distclean"
+
+demo: build
+	$(BIN)/coup-fast demo
+
+test: $(STAMPS)/extra-test build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+bench: $(STAMPS)/extra-bench build
+	$(BIN)/coup-fast bench
+
+# The editable install happens once; after that only what changed in csrc/ is compiled.
+build: $(STAMPS)/extra-demo
+	@MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: $(STAMPS)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(STAMPS)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+types: $(STAMPS)/tools $(STAMPS)/extra-test
+	$(BIN)/mypy
+
+cuda-check: $(STAMPS)/torch
+	$(BIN)/python .ci/cuda_check.py --jobs $(JOBS)
+
+clean:
+	rm -rf build dist *.egg-info coup_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find coup_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# --- the environment, one stamp file for each finished step
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "coup_fast needs Python >= 3.10: set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "There is no C++ compiler: apt-get install g++, or set CXX"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# Rewritten, and so newer, only if TORCH is not what was asked for the last time.
+.PHONY: FORCE
+$(STAMPS)/torch-asked: FORCE | $(STAMPS)/venv
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(STAMPS)/torch: $(STAMPS)/torch-asked $(CONSTRAINTS)
+	@echo "Installing $(TORCH) and the build tools into $(VENV) ..."
+	$(PIP_INSTALL) $(TORCH) numpy setuptools wheel cmake ninja pybind11
+	@touch $@
+
+$(STAMPS)/tools: $(CONSTRAINTS) | $(STAMPS)/venv
+	$(PIP_INSTALL) ruff mypy clang-format
+	@touch $@
+
+$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py
+	@echo "Installing coup_fast in place with what '$*' needs ..."
+	MAX_JOBS=$(JOBS) $(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
