@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .score_model import module_of
+from coup_fast.score_model import module_of
 
 _lock = threading.Lock()
 _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .score_model import grad_leaf, in_dtype_of
+from coup_fast.score_model import grad_leaf, in_dtype_of
 
 GUIDANCE_GRADIENTS = ("full", "stopped")
 

@@ -6,14 +6,14 @@ into steps is the plan's affair, so nothing here converts ε to a score or back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .schedules import VPSchedule
+    from coup_fast.schedules import Schedule
 
 KINDS = ("eps", "score", "x0", "ncsn")
 
@@ -48,12 +48,19 @@ def in_dtype_of(function: Any, x: Tensor) -> Tensor:
 
 
 def declared_channels(function: Any) -> int | None:
-    """The image channels a network says it takes: `in_channels`, or `config.in_channels`.
+    """The image channels a network says it takes, or None where it says nothing.
 
-    None where it says nothing; channels are then checked by its first call alone.
+    Read from `in_channels` or `config["in_channels"]`, of the network or, for a Sequential, of its
+    first module. Where nothing is declared, the network's own error has to do.
     """
-    for holder in (function, getattr(function, "config", None)):
-        channels = getattr(holder, "in_channels", None)
+    while isinstance(function, nn.Sequential) and len(function) > 0:
+        function = function[0]
+    config = getattr(function, "config", None)
+    for channels in (
+        getattr(function, "in_channels", None),
+        config.get("in_channels") if isinstance(config, Mapping) else None,
+        getattr(config, "in_channels", None),
+    ):
         if isinstance(channels, int) and not isinstance(channels, bool):
             return channels
     return None
@@ -85,7 +92,9 @@ class ScoreModel(nn.Module):
 
     A module network is a submodule (its parameters move and save with this one); it is never
     modified. Its input is cast to the dtype of its parameters, which concerns the network alone:
-    the state stays float32 (float64 for float64 images). Times stay in the dtype they come in.
+    the state stays float32 (float64 for float64 images). The time is multiplied in float64, so that
+    the times i/N of a discrete schedule reach a network as the whole numbers i, and is handed over
+    as float32 (float64 with a float64 x).
     """
 
     network: Callable[[Tensor, Tensor], Any]
@@ -94,7 +103,7 @@ class ScoreModel(nn.Module):
         self,
         network: Callable[[Tensor, Tensor], Any],
         kind: str = "eps",
-        schedule: VPSchedule | None = None,
+        schedule: Schedule | None = None,
         time_scale: float = 999.0,
     ) -> None:
         super().__init__()
@@ -109,7 +118,7 @@ class ScoreModel(nn.Module):
         if not 0.0 < float(time_scale) < float("inf"):
             raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
         if schedule is None:
-            from .schedules import VPSchedule
+            from coup_fast.schedules import VPSchedule
 
             schedule = VPSchedule()
         self.network = network
@@ -128,7 +137,10 @@ class ScoreModel(nn.Module):
         Raises TypeError if the network returns anything but a tensor (or an object with a tensor
         `.sample`).
         """
-        out = self.network(in_dtype_of(self.network, x), t * self.time_scale)
+        time = (t.to(torch.float64) * self.time_scale).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
+        out = self.network(in_dtype_of(self.network, x), time)
         if not isinstance(out, Tensor):
             out = getattr(out, "sample", out)
         if not isinstance(out, Tensor):

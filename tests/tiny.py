@@ -1,0 +1,85 @@
+"""Tiny models that several test files share. Not a test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import coup_fast
+
+
+class TinyNetwork(nn.Module):
+    """A smooth convolutional network f(x, t) with `out` channels."""
+
+    def __init__(self, channels: int = 3, out: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.in_channels = channels
+        self.first = nn.Conv2d(channels, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, out or channels, 3, padding=1)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = (t / 999).to(x.dtype).reshape(-1, 1, 1, 1)
+        return self.last(torch.tanh(self.first(x) + time))
+
+
+class TinyClassifier(nn.Module):
+    """A smooth classifier of 3x8x8 images, sharp enough that guidance matters."""
+
+    def __init__(self, channels: int = 3, classes: int = 4, size: int = 8, seed: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.in_channels = channels
+        self.conv = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+        self.linear = nn.Linear(4 * (size // 2) ** 2, classes)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.6 * torch.randn(p.shape, generator=generator))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.conv(u)).flatten(1))
+
+
+class PerSample(nn.Module):
+    """Any module, one sample at a time in one layout: its bits cannot depend on the batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        rows = [
+            self.module(x[i : i + 1].contiguous(), *(r[i : i + 1] for r in rest))
+            for i in range(len(x))
+        ]
+        return torch.cat(rows)
+
+
+def images(batch: int = 3, channels: int = 3, size: int = 8, dtype=torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(batch + 10 * channels + size)
+    return torch.rand(batch, channels, size, size, generator=generator).to(dtype)
+
+
+def score_model(kind: str = "eps", **options) -> coup_fast.ScoreModel:
+    return coup_fast.ScoreModel(TinyNetwork(**options), kind=kind)
+
+
+# Every method, with the kind of network it wants and options that make a short chain of it.
+SHORT = {
+    "coup": ("eps", {"num_steps": 3}),
+    "coup-l2": ("eps", {"num_steps": 3}),
+    "diffpure": ("eps", {"num_steps": 3}),
+    "diffpure-l2": ("eps", {"num_steps": 3}),
+    "diffpure-imagenet": ("eps", {"num_steps": 3}),
+    "vp-ode": ("eps", {"num_steps": 3}),
+    "ldsde": ("eps", {"num_steps": 3}),
+    "ddpm": ("eps", {"num_steps": 3}),
+    "ddim": ("eps", {"num_steps": 3}),
+    "gdmp": ("eps", {}),
+    "gradual": ("eps", {}),
+    "adp": ("ncsn", {"num_steps": 3}),
+    "one-shot": ("eps", {}),
+}
