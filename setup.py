@@ -13,26 +13,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "coup_fast" / "_version.py"))["__version__"]
+OLD_SETUPTOOLS = int(setuptools.__version__.split(".")[0]) < 77  # cannot read our pyproject.toml
 # Tools that pip installed into this environment come first, also when it is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def require_build_tools():
-    """End with one sentence unless torch, cmake and ninja are there."""
-    if importlib.util.find_spec("torch") is None:
-        raise SystemExit(
-            "coup_fast is built against the torch it will run with, and there is none here: "
-            "install torch>=2.11 first, then run `pip install --no-build-isolation .`"
-        )
-    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
+    """End with one sentence unless everything that the build needs is in this environment."""
+    missing = [] if importlib.util.find_spec("torch") else ["'torch>=2.11'"]
+    missing += ["'setuptools>=77'"] if OLD_SETUPTOOLS else []
+    missing += [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
     if missing:
-        raise SystemExit(f"coup_fast needs {' and '.join(missing)}: run `pip install cmake ninja`")
+        raise SystemExit(
+            "coup_fast is built against the torch that it will run with, in the same environment: run "
+            f"`pip install {' '.join(missing)}`, then `pip install --no-build-isolation .`"
+        )
 
 
 class DistInfo(dist_info):
@@ -66,12 +68,12 @@ class CMakeBuild(build_ext):
             ["cmake", "--build", build, "-j", jobs],
             ["cmake", "--install", build, "--prefix", folder],
         ):
-            try:
-                subprocess.run([str(word) for word in command], check=True)
-            except subprocess.CalledProcessError as error:
-                raise SystemExit(f"coup_fast: `{' '.join(error.cmd)}` failed, see above") from None
+            if subprocess.call([str(word) for word in command]):
+                raise SystemExit(f"coup_fast: {command[0]} failed, its message is above")
 
 
+if OLD_SETUPTOOLS:
+    require_build_tools()
 setup(
     # One name stands for all libraries: it tells setuptools that the wheel is not pure Python.
     ext_modules=[Extension("coup_fast._C", sources=[], py_limited_api=True)],

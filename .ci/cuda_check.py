@@ -44,16 +44,16 @@ class Kernel(NamedTuple):
 
 def find_nvcc() -> Path:
     """nvcc of this machine, or one installed from wheels."""
-    candidates = [shutil.which("nvcc")]
-    if home := os.environ.get("CUDA_HOME"):
-        candidates.insert(0, shutil.which("nvcc", path=f"{home}/bin"))
-    for found in candidates:
-        if found:
+    home = os.environ.get("CUDA_HOME")
+    found = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    if found:
+        version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True)
+        if "release 13." in version.stdout:
             return Path(found)
     folder = ROOT / "build" / "nvcc"
     pattern = "lib/python*/site-packages/nvidia/cu*/bin/nvcc"
     if not list(folder.glob(pattern)):
-        print(f"nvcc is not on PATH: installing its wheels into {folder.relative_to(ROOT)}")
+        print(f"nvcc 13 is not on PATH: installing its wheels into {folder.relative_to(ROOT)}")
         venv.create(folder, with_pip=True, clear=True)
         requirements = ROOT / "requirements" / "nvcc.txt"
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]

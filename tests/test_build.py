@@ -70,7 +70,7 @@ def test_building_without_torch_ends_with_one_sentence() -> None:
     done = run(sys.executable, "-c", code)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "install torch>=2.11 first" in done.stderr
+    assert "pip install 'torch>=2.11'" in done.stderr
     assert "--no-build-isolation" in done.stderr
 
 
