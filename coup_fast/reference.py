@@ -221,11 +221,16 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log max softmax of each row, and its gradient with respect to the logits.
 
     logits: [B, K] floating. Returns (log_confidence [B], float32 or float64 for float64 logits;
-    cotangent [B, K] in the dtype of logits). The first index wins ties.
+    cotangent [B, K] in the dtype of logits). The first index wins ties. With S the sum of
+    exp(l_j - l_max) over the other classes these are -log1p(S) and, for the winner, S / (1 + S):
+    both keep their relative precision when the classifier is all but certain. NaN, or an infinite
+    largest logit, makes the row NaN.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probability = torch.log_softmax(logits.to(dtype), dim=1)
-    winner = log_probability.detach().argmax(dim=1, keepdim=True)
-    one_hot = torch.zeros_like(log_probability).scatter(1, winner, 1.0)
-    cotangent = one_hot - log_probability.exp()
-    return log_probability.gather(1, winner).squeeze(1), cotangent.to(logits.dtype)
+    values = logits.to(dtype)
+    winner = values.detach().argmax(dim=1, keepdim=True)
+    largest = values.gather(1, winner)
+    relative = torch.exp(values - largest).scatter(1, winner, 0.0)
+    others = relative.sum(dim=1, keepdim=True) + (largest - largest)  # NaN if largest is infinite
+    cotangent = (-relative / (1 + others)).scatter(1, winner, others / (1 + others))
+    return -torch.log1p(others).squeeze(1), cotangent.to(logits.dtype)
