@@ -21,7 +21,6 @@ CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export COUP_FAST_CUDA COUP_FAST_HOST
 
 .PHONY: demo test build bench lint format types cuda-check clean distclean help
 help:

@@ -1,7 +1,6 @@
 """Drives CMake (CMakeLists.txt is the build) and puts the libraries into the package.
 
-Environment: COUP_FAST_CUDA, COUP_FAST_HOST (auto | on | off), TORCH_CUDA_ARCH_LIST, CMAKE_ARGS,
-MAX_JOBS; what they mean is in CONTRIBUTING.md.
+The environment variables it reads are listed in CONTRIBUTING.md.
 """
 
 import importlib.util
@@ -27,12 +26,12 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 def require_build_tools():
     """End with one sentence unless everything that the build needs is in this environment."""
-    missing = [] if importlib.util.find_spec("torch") else ["'torch>=2.11'"]
-    missing += ["'setuptools>=77'"] if OLD_SETUPTOOLS else []
+    missing = ["'setuptools>=77'"] if OLD_SETUPTOOLS else []
+    missing += [] if importlib.util.find_spec("torch") else ["'torch>=2.11'"]
     missing += [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
     if missing:
         raise SystemExit(
-            "coup_fast is built against the torch that it will run with, in the same environment: run "
+            "coup_fast is built against the torch it will run with, in the same environment: run "
             f"`pip install {' '.join(missing)}`, then `pip install --no-build-isolation .`"
         )
 
@@ -50,8 +49,8 @@ class CMakeBuild(build_ext):
 
     def run(self):
         require_build_tools()
-        python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        build = ROOT / "build" / f"cmake-{python}-{'inplace' if self.inplace else 'wheel'}"
+        where = "inplace" if self.inplace else "wheel"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{where}"
         # pybind11 cannot use the limited API: an abi3 wheel leaves the test module out.
         host = os.environ.get("COUP_FAST_HOST", "auto" if self.inplace else "off")
         define = [
@@ -62,10 +61,9 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         folder = ROOT / "coup_fast" if self.inplace else Path(self.build_lib) / "coup_fast"
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         for command in (
             ["cmake", "--log-level=NOTICE", "-S", ROOT, "-B", build, "-G", "Ninja", *define],
-            ["cmake", "--build", build, "-j", jobs],
+            ["cmake", "--build", build, "-j", os.environ.get("MAX_JOBS", os.cpu_count())],
             ["cmake", "--install", build, "--prefix", folder],
         ):
             if subprocess.call([str(word) for word in command]):
