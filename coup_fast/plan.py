@@ -10,11 +10,12 @@ for networks that predict noise, the score, or the clean image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .schedules import Array, DiscreteSchedule
+from .schedules import Array
 
 # Columns of a reverse_step row:
 #   x̂0 = clamp(p x + q m, lo, hi)
@@ -232,20 +233,16 @@ def start_row(alpha_bar: float | None = None, *, clamp: bool = False) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows and the network times that go with them; rounds are joined with +."""
+    """Rows [N, 19] and the network times [N] that go with them."""
 
-    coeffs: Array  # [N, 19]
-    times: Array  # [N]
-
-    def __add__(self, other: Rows) -> Rows:
-        return Rows(
-            np.concatenate((self.coeffs, other.coeffs)), np.concatenate((self.times, other.times))
-        )
+    coeffs: Array
+    times: Array
 
 
-def forward_rows(schedule: DiscreteSchedule, index: float) -> Rows:
-    """One row of forward diffusion to an index, between rounds."""
-    return Rows(diffusion_row(float(schedule.alpha_bar(index)))[None], np.array([np.nan]))
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rounds, one after the other."""
+    coeffs = np.concatenate([part.coeffs for part in parts])
+    return Rows(coeffs, np.concatenate([part.times for part in parts]))
 
 
 def make_plan(

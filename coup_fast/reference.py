@@ -33,7 +33,7 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     if len(shape) == 0 or shape[0] != keys.shape[0]:
         raise ValueError(f"shape must start with the {keys.shape[0]} rows of keys, got {shape}")
     numel = math.prod(shape[1:])
-    words = _noise.words(keys, (numel + 3) // 4 * 4).unflatten(1, (-1, 2))
+    words = _noise.words(keys, (numel + 3) // 4 * 4).reshape(len(keys), (numel + 3) // 4 * 2, 2)
     radius_uniform, angle_uniform = _noise.uniform(words).to(torch.float64).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
     quarters = torch.round(4.0 * angle_uniform)  # angles reduced in turns, exactly

@@ -1,0 +1,79 @@
+"""The published methods: each a function from constants to a plan, with the published defaults.
+
+    coup_fast.methods.diffpure(VPSchedule(), "eps", t_star=0.125).table()
+
+`METHODS` names them as `Purifier(method=...)` does; `plan` builds one by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..plan import AdaptivePlan, Plan
+from ..schedules import Schedule
+from .adp import adp
+from .discrete import ddim, ddpm, gradual
+from .gdmp import gdmp
+from .one_shot import one_shot
+from .sde import coup, coup_l2, diffpure, diffpure_imagenet, diffpure_l2, ldsde, vp_ode
+
+METHODS: dict[str, Callable[..., Plan | AdaptivePlan]] = {
+    "coup": coup,
+    "coup-l2": coup_l2,
+    "diffpure": diffpure,
+    "diffpure-l2": diffpure_l2,
+    "diffpure-imagenet": diffpure_imagenet,
+    "vp-ode": vp_ode,
+    "ldsde": ldsde,
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "gdmp": gdmp,
+    "gradual": gradual,
+    "adp": adp,
+    "one-shot": one_shot,
+}
+
+__all__ = [
+    "METHODS",
+    "adp",
+    "coup",
+    "coup_l2",
+    "ddim",
+    "ddpm",
+    "diffpure",
+    "diffpure_imagenet",
+    "diffpure_l2",
+    "gdmp",
+    "gradual",
+    "ldsde",
+    "one_shot",
+    "options",
+    "plan",
+    "vp_ode",
+]
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a method and their defaults. Raises ValueError for an unknown name."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def plan(name: str, schedule: Schedule, kind: str, **chosen: Any) -> Plan | AdaptivePlan:
+    """The plan of a method for networks of this schedule and kind.
+
+    Raises ValueError for an unknown method or option, listing those that exist, and ValueError or
+    TypeError for values that are out of range or contradict each other.
+    """
+    known = options(name)
+    unknown = [option for option in chosen if option not in known]
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"it takes {', '.join(known)}"
+        )
+    return METHODS[name](schedule, kind, **chosen)

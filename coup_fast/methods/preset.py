@@ -1,0 +1,27 @@
+"""A method that is another one with other defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..plan import Plan, named
+
+
+def preset(name: str, base: Callable[..., Plan], doc: str, **defaults: Any) -> Callable[..., Plan]:
+    """`base` under another name with these defaults; its signature says so."""
+
+    def method(*args: Any, **options: Any) -> Plan:
+        return named(base(*args, **{**defaults, **options}), name)
+
+    signature = inspect.signature(base, eval_str=False)
+    parameters = [
+        p.replace(default=defaults[p.name]) if p.name in defaults else p
+        for p in signature.parameters.values()
+    ]
+    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    method.__name__ = method.__qualname__ = name.replace("-", "_")
+    method.__module__ = base.__module__
+    method.__doc__ = f"{doc}\n\n    Options and errors are those of `{base.__name__}`."
+    return method

@@ -1,0 +1,322 @@
+"""Methods that integrate the reverse VP-SDE: COUP, DiffPure, its ODE and its Langevin ablation.
+
+One step from t to t' = t - h with noise level ᾱ, σ at t, score s = -ε/σ and guidance g
+(the confidence gradient) entering as s + λ g:
+
+    euler        x' = (1 + ½βh) x + βh (s + λg) + √(βh) z
+    ODE, euler   x' = (1 + ½βh) x + ½βh (s + λg)
+    exponential  x' ~ q(x_t' | x_t, x̂0), the linear part in closed form with x̂0 held
+
+The exponential step. With x̂0 = (x + (1-ᾱ) s)/√ᾱ held over the step instead of the score, the
+reverse SDE dx = (½βx + βs) dτ + √β dw (τ running backwards) is linear:
+dx = (½β - β/(1-ᾱ)) x dτ + β√ᾱ/(1-ᾱ) x̂0 dτ + √β dw. That is a diffusion bridge, and its exact
+solution is the Gaussian posterior of Ho et al. 2020, eq. 7: DDIM with η = 1. For the probability
+flow ODE the same exchange gives DDIM with η = 0 (there with ε held). Guidance is part of the score,
+so it moves x̂0 by λ (1-ᾱ)/√ᾱ g, which is held with it. As h → 0 all of it is Euler's step to first
+order, so both solvers converge to the same law.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..plan import (
+    C,
+    D,
+    E,
+    Plan,
+    Prediction,
+    Rows,
+    blank_row,
+    ddim,
+    make_plan,
+    network_row,
+    start_row,
+)
+from ..schedules import Array, Schedule, VPSchedule
+from . import checks
+from .preset import preset
+
+T_END = 1e-5  # where DiffPure and COUP stop
+SOLVERS = ("euler", "exponential")
+
+
+def time_grid(t_star: float, step_size: float) -> tuple[Array, Array]:
+    """Times t_k = t* - k h and lengths h_k; the last step is cut so as to end at T_END.
+
+    The grid of `next_t = min(t + dt, t_end)`: for h = 1e-3, 1000 t* steps, the last of 0.99e-3.
+    """
+    count = int(np.ceil((t_star - T_END) / step_size - 1e-9))
+    times = t_star - step_size * np.arange(count, dtype=np.float64)
+    ends = np.append(times[1:], T_END)
+    return times, times - ends
+
+
+def _grid(t_star: float, num_steps: int | None, step_size: float | None) -> tuple[Array, Array]:
+    t_star = checks.number("t_star", t_star, T_END, 1.0, above=True)
+    if num_steps is not None and step_size is not None:
+        raise ValueError(
+            "give num_steps or step_size, not both: "
+            f"got num_steps={num_steps!r} and step_size={step_size!r}"
+        )
+    if num_steps is not None:
+        limit = int(np.ceil(t_star / T_END)) - 1  # steps longer than T_END, so none vanishes
+        step_size = t_star / checks.integer("num_steps", num_steps, 1, limit)
+    step_size = 1e-3 if step_size is None else step_size
+    return time_grid(t_star, checks.number("step_size", step_size, T_END, 1.0))
+
+
+def _euler(sde: VPSchedule, t: float, h: float, noise: float) -> tuple[Prediction, float]:
+    """Euler-Maruyama (noise 1) or Euler on the probability flow (noise 0)."""
+    beta_h = float(sde.beta(t) * h)
+    score = 0.5 * (1 + noise) * beta_h
+    prediction = Prediction(x=1 + 0.5 * beta_h, eps=float(-score / sde.sigma(t)))
+    return prediction, float(noise * np.sqrt(beta_h))
+
+
+def _in_denoised(step: Prediction, alpha_bar: float) -> Prediction:
+    """The same step with ε replaced by (x - √ᾱ x̂0)/σ, so that x̂0 can be clipped."""
+    signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    x0 = float(step.x0 - step.eps * signal / noise)
+    return Prediction(x0=x0, x=float(step.x + step.eps / noise))
+
+
+def _reverse(
+    method: str,
+    schedule: Schedule,
+    kind: str,
+    *,
+    noise: float,
+    t_star: float,
+    num_steps: int | None,
+    step_size: float | None,
+    guidance: checks.Guidance,
+    forward_noise: bool,
+    solver: str,
+    clip_denoised: bool,
+    clamp_output: bool,
+) -> Plan:
+    """The reverse SDE (noise 1) or the probability flow (noise 0) from t* to T_END."""
+    model = checks.diffusion_model(method, schedule, kind)
+    times, lengths = _grid(t_star, num_steps, step_size)
+    checks.choice("solver", solver, SOLVERS)
+    checks.flag("clip_denoised", clip_denoised)
+    sde = model.continuous()
+    rows = []
+    for t, h in zip(times.tolist(), lengths.tolist(), strict=True):
+        alpha_bar = float(sde.alpha_bar(t))
+        if solver == "exponential":
+            step, std = ddim(alpha_bar, float(sde.alpha_bar(t - h)), noise)
+        else:
+            step, std = _euler(sde, t, h, noise)
+        if clip_denoised:
+            step = _in_denoised(step, alpha_bar)
+        row = network_row(step, alpha_bar, kind, clip_denoised=clip_denoised)
+        row[[C, D]] = guidance.scale * step.score(alpha_bar), std
+        rows.append(row)
+    noised = None
+    if checks.flag("forward_noise", forward_noise):
+        discrete = model.discrete()
+        noised = float(discrete.alpha_bar(t_star * discrete.num_steps - 1))
+    clamp = checks.flag("clamp_output", clamp_output)
+    return make_plan(
+        method,
+        start_row(noised, clamp=clamp),
+        Rows(np.stack(rows), model.network_time(times)),
+        clamp_output=clamp,
+        guidance_norm=guidance.norm,
+        guidance_max_norm=guidance.max_norm,
+    )
+
+
+def coup(
+    schedule: Schedule,
+    kind: str = "eps",
+    *,
+    t_star: float = 0.1,
+    num_steps: int | None = None,
+    step_size: float | None = None,
+    guidance_scale: float = 1.0,
+    guidance_norm: str = "none",
+    guidance_max_norm: float | None = None,
+    forward_noise: bool = False,
+    solver: str = "euler",
+    clip_denoised: bool = False,
+    clamp_output: bool = True,
+) -> Plan:
+    """COUP: the reverse VP-SDE with classifier confidence, from the unnoised attacked image.
+
+    Zhang et al., "Classifier guidance enhances diffusion-based adversarial purification by
+    preserving predictive information" (arXiv 2408.05900, ECAI 2024), with the constants of
+    the released code: t* = 0.1 (ℓ∞ 8/255), h = 1e-3 (100 steps, the last 0.99e-3, to
+    t = 1e-5), λ = 1, no forward noise, input and output clamped, noise on the last step too.
+
+    Args:
+        schedule: of the network; `VPSchedule`, or a `DiscreteSchedule` linear in β.
+        kind: what the network predicts: "eps", "score" or "x0".
+        t_star: time to start from, in (1e-5, 1].
+        num_steps: steps of length t_star / num_steps, instead of
+        step_size: the step length h, in [1e-5, 1]; default 1e-3.
+        guidance_scale: λ >= 0; 0 needs no classifier.
+        guidance_norm: "none"; "normalised": each sample's gradient divided by its norm; "clipped":
+            scaled down to guidance_max_norm where its norm is larger.
+        forward_noise: diffuse the image to t_star first (DiffPure's discrete ᾱ).
+        solver: "euler" as published, or "exponential" for 10 to 20 steps (see the module).
+        clip_denoised: clamp the predicted clean image to [-1, 1] at each step.
+        clamp_output: clamp the result (and an unnoised start) to valid pixels.
+
+    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    """
+    return _reverse(
+        "coup",
+        schedule,
+        kind,
+        noise=1.0,
+        t_star=t_star,
+        num_steps=num_steps,
+        step_size=step_size,
+        guidance=checks.guidance(guidance_scale, guidance_norm, guidance_max_norm),
+        forward_noise=forward_noise,
+        solver=solver,
+        clip_denoised=clip_denoised,
+        clamp_output=clamp_output,
+    )
+
+
+coup_l2 = preset(
+    "coup-l2",
+    coup,
+    "COUP with the paper's ℓ₂ 0.5 setting: t* = 0.075, 75 steps (Zhang et al., ECAI 2024).",
+    t_star=0.075,
+)
+
+diffpure = preset(
+    "diffpure",
+    coup,
+    """DiffPure: forward diffusion to t*, then the reverse VP-SDE.
+
+    Nie et al., "Diffusion models for adversarial purification" (ICML 2022), section 3.2, CIFAR-10
+    ℓ∞: t* = 0.1, h = 1e-3 (100 steps to t = 1e-5); forward with the discrete ᾱ of index
+    1000 t* - 1; nothing clamped, no guidance (guidance_scale adds it). The paper uses t* = 0.125
+    for unseen threats.""",
+    guidance_scale=0.0,
+    forward_noise=True,
+    clamp_output=False,
+)
+
+diffpure_l2 = preset(
+    "diffpure-l2",
+    diffpure,
+    "DiffPure with its ℓ₂ 0.5 setting: t* = 0.075, 75 steps (Nie et al. 2022, section 5.2).",
+    t_star=0.075,
+)
+
+diffpure_imagenet = preset(
+    "diffpure-imagenet",
+    diffpure,
+    """DiffPure with its ImageNet setting: t* = 0.15, 150 steps (Nie et al. 2022, section 5.2).
+
+    For the 256x256 guided-diffusion network: `ScoreModel(network, schedule=DiscreteSchedule(),
+    time_scale=1000)` tells it floor(1000 t), and its variance channels are cut off. Resizing
+    (224 to 256 and back, bilinear) is the caller's.""",
+    t_star=0.15,
+)
+
+
+def vp_ode(
+    schedule: Schedule,
+    kind: str = "eps",
+    *,
+    t_star: float = 0.1,
+    num_steps: int | None = None,
+    step_size: float | None = None,
+    guidance_scale: float = 0.0,
+    guidance_norm: str = "none",
+    guidance_max_norm: float | None = None,
+    forward_noise: bool = True,
+    solver: str = "euler",
+    clip_denoised: bool = False,
+    clamp_output: bool = False,
+) -> Plan:
+    """Forward diffusion, then the probability-flow ODE: DiffPure's VP-ODE ablation.
+
+    Nie et al. 2022, ablations; ODE of Song et al. 2021, eq. 13. t* = 0.1, h = 1e-3 (100 Euler steps
+    to t = 1e-5), forward noise as DiffPure's, nothing clamped. "exponential" is DDIM with η = 0.
+
+    Options and errors are those of `coup`.
+    """
+    return _reverse(
+        "vp-ode",
+        schedule,
+        kind,
+        noise=0.0,
+        t_star=t_star,
+        num_steps=num_steps,
+        step_size=step_size,
+        guidance=checks.guidance(guidance_scale, guidance_norm, guidance_max_norm),
+        forward_noise=forward_noise,
+        solver=solver,
+        clip_denoised=clip_denoised,
+        clamp_output=clamp_output,
+    )
+
+
+def ldsde(
+    schedule: Schedule,
+    kind: str = "eps",
+    *,
+    t_star: float = 0.1,
+    num_steps: int | None = None,
+    step_size: float | None = None,
+    sigma2: float = 1e-3,
+    lambda_ld: float = 1e-2,
+    eta: float = 5.0,
+    guidance_scale: float = 0.0,
+    guidance_norm: str = "none",
+    guidance_max_norm: float | None = None,
+    clamp_output: bool = False,
+) -> Plan:
+    """Langevin dynamics about the attacked image, with the score at t = 0.01: DiffPure's LDSDE.
+
+    dx = -½λ [(x - x_adv)/σ² - s_0.01(x)] dt + η√λ dw (Nie et al. 2022, ablations). Constants of the
+    released code: σ² = 1e-3, λ = 1e-2, η = 5, dt = 1e-2 over t* = 0.1 (10 steps, the last
+    0.999e-2), no forward noise, nothing clamped.
+
+    Args:
+        sigma2: σ² > 0, variance of the tie to the attacked image. lambda_ld: λ > 0, the rate.
+        eta: η >= 0, scale of the noise.
+        t_star, num_steps, step_size (default 1e-2), guidance_scale, guidance_norm,
+        guidance_max_norm, clamp_output: as for `coup`; guidance adds to the score.
+
+    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    """
+    model = checks.diffusion_model("ldsde", schedule, kind)
+    if num_steps is None and step_size is None:
+        step_size = 1e-2
+    _, lengths = _grid(t_star, num_steps, step_size)
+    sigma2 = checks.number("sigma2", sigma2, 0.0, np.inf, above=True)
+    rate = checks.number("lambda_ld", lambda_ld, 0.0, np.inf, above=True)
+    eta = checks.number("eta", eta, 0.0, np.inf)
+    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    score_time = 0.01
+    alpha_bar = float(model.continuous().alpha_bar(score_time))
+    rows = np.tile(blank_row(), (len(lengths), 1))
+    for k, h in enumerate(lengths.tolist()):
+        tie = 0.5 * h * rate / sigma2
+        step = Prediction(x=1 - tie, eps=float(-0.5 * h * rate / np.sqrt(1 - alpha_bar)))
+        rows[k] = network_row(step, alpha_bar, kind)
+        rows[k, [C, D, E]] = (
+            guidance.scale * step.score(alpha_bar),
+            eta * np.sqrt(rate * h),
+            tie,
+        )
+    times = model.network_time(np.full(len(lengths), score_time))
+    clamp = checks.flag("clamp_output", clamp_output)
+    return make_plan(
+        "ldsde",
+        start_row(clamp=clamp),
+        Rows(rows, times),
+        clamp_output=clamp,
+        guidance_norm=guidance.norm,
+        guidance_max_norm=guidance.max_norm,
+    )
