@@ -79,9 +79,14 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def to_json(data: object) -> str:
+    """Indented JSON; NaN and infinities are an error, not text that other readers refuse."""
+    return json.dumps(data, indent=2, allow_nan=False)
+
+
 def write_json(path: Path, data: object) -> None:
-    """Write `data` as JSON in one step: a reader never sees half a file. No NaN is written."""
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    """Write `data` as JSON in one step: a reader never sees half a file."""
+    text = to_json(data) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
