@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coup_fast import methods, noise, ops, reference
 from coup_fast.benchmarking import rivals
+from coup_fast.plan import C, D, V, W
 from coup_fast.schedules import VPSchedule
 
 IMAGE = (3, 32, 32)
@@ -64,7 +65,7 @@ def coup_row() -> Tensor:
 
 def row_numbers(row: Tensor) -> tuple[float, float, float, float]:
     """(v, w, c, d) of a row: factors of x, of the network's output, of guidance and of noise."""
-    return float(row[5]), float(row[6]), float(row[7]), float(row[9])
+    return float(row[V]), float(row[W]), float(row[C]), float(row[D])
 
 
 def compiled_variant(
@@ -108,7 +109,7 @@ def step_case(batch: int, device: torch.device) -> Case:
     x, eps, guidance, z = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
     row = coup_row().to(device)
     quiet_row = row.clone()
-    quiet_row[9] = 0.0
+    quiet_row[D] = 0.0
     keys = noise.step_keys(0, range(batch), 0, 1, math.prod(IMAGE))[0].to(device)
     a, b, c, d = row_numbers(row)
     numbers = torch.tensor([a, b, c, d], device=device)
