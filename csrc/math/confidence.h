@@ -1,0 +1,59 @@
+// log max softmax of a row of logits and its gradient, the guidance of COUP (arXiv 2408.05900,
+// section 4): with w the first largest logit and S = sum over j != w of exp(l_j - l_w),
+//   log p_w = -log1p(S),   d log p_w / d l_j = [j = w] - p_j,   p_j = exp(l_j - l_w) / (1 + S).
+// Keeping w out of the sum keeps S, and with it 1 - p_w = S / (1 + S), to full relative precision
+// when the classifier is all but certain: where 1 - p_w would cancel, the guidance keeps its
+// direction. NaN anywhere, or an infinite largest logit, makes the row NaN, as in torch.
+//
+// Sums over classes are in canonical order: class j goes to lane j mod 32, lanes add in order of j,
+// then lane l takes lane l + 16, l + 8, ..., l + 1.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace coup_fast {
+
+constexpr int kClassLanes = 32;
+
+// What the elements of a row need to know about it.
+struct ConfidenceRow {
+  float largest;  // l_w
+  float others;   // S
+  float total;    // 1 + S, or NaN
+};
+
+COUP_FAST_FN ConfidenceRow confidence_row(float largest, float others) {
+  const float one = 1.0f + (largest - largest);  // NaN for an infinite or NaN largest logit
+  return ConfidenceRow{largest, others, one + others};
+}
+
+// log p_w. log1p(S) = log(u) + (S - (u - 1)) / u for u = 1 + S rounded.
+COUP_FAST_FN float log_confidence(const ConfidenceRow& row) {
+  const float u = row.total;
+  if (!(u == u)) return u;
+  return -(log_positive<float>(u) + (row.others - (u - 1.0f)) / u);
+}
+
+// exp(l_j - l_w): 1 for the winner
+template <class F>
+COUP_FAST_FN F relative_probability(const ConfidenceRow& row, F logit) {
+  return exp<F>(logit - Lanes<F>::set(row.largest));
+}
+
+template <class F>
+COUP_FAST_FN F probability(const ConfidenceRow& row, F logit) {
+  return relative_probability<F>(row, logit) / Lanes<F>::set(row.total);
+}
+
+// The cotangent of the winner; that of every other class is -probability.
+COUP_FAST_FN float winner_cotangent(const ConfidenceRow& row) { return row.others / row.total; }
+
+// Gradient of grad_log log p_w + sum_j g_j cotangent_j with respect to one logit, where dot is
+// sum_j p_j g_j:  grad_log cotangent_j - p_j (g_j - dot).
+template <class F>
+COUP_FAST_FN F confidence_gradient(float grad_log, float dot, F cotangent, F p, F g) {
+  using L = Lanes<F>;
+  return L::fma(p, L::set(dot) - g, L::set(grad_log) * cotangent);
+}
+
+}  // namespace coup_fast

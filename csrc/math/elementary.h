@@ -1,0 +1,121 @@
+// log, exp, and polar coordinates with angles in turns, in float32 with explicit fused
+// multiply-adds: the same bits wherever they run. Coefficients are minimax fits in relative error,
+// rounded to float32 one after the other from the lowest order, each time refitting the rest.
+#pragma once
+
+#include "math/lanes.h"
+
+namespace coup_fast {
+
+constexpr float kRoundToInt = 0x1.8p23f;     // adding it leaves an integer in the low mantissa bits
+constexpr float kLn2Short = 0x1.62e4p-1f;    // 16 bits of ln 2: exact times a small integer
+constexpr float kLn2Rest = 0x1.7f7d1cp-20f;  // ln 2 - kLn2Short
+constexpr float kLog2E = 0x1.715476p0f;
+
+template <class F>
+COUP_FAST_FN F horner_step(F value, F argument, float coefficient) {
+  return Lanes<F>::fma(value, argument, Lanes<F>::set(coefficient));
+}
+
+// ln(value) = high + low for positive normal numbers: high within 0.8 ulp alone, the sum to about
+// 28 bits. value = 2^k m with m in [2/3, 4/3), and ln m = f - f^2/2 + f^3 P(f), f = m - 1 exactly,
+// which keeps its precision up to value = 1.
+template <class F>
+COUP_FAST_FN F log_positive(F value, F& low) {
+  using L = Lanes<F>;
+  using U = typename L::U;
+  const U shifted = L::bits(value) + L::set_bits(0x3f800000u - 0x3f2aaaabu);
+  const F k = L::from_int((shifted >> 23) - L::set_bits(127u));
+  const F m = L::from_bits((shifted & L::set_bits(0x007fffffu)) + L::set_bits(0x3f2aaaabu));
+  const F f = m - L::set(1.0f);
+  F p = L::set(-0x1.07ab64p-3f);
+  p = horner_step(p, f, 0x1.1e72a0p-3f);
+  p = horner_step(p, f, -0x1.f33c0cp-4f);
+  p = horner_step(p, f, 0x1.1ed452p-3f);
+  p = horner_step(p, f, -0x1.559c30p-3f);
+  p = horner_step(p, f, 0x1.99d05cp-3f);
+  p = horner_step(p, f, -0x1.fffefap-3f);
+  p = horner_step(p, f, 0x1.555506p-2f);
+  const F whole = k * L::set(kLn2Short);  // exact
+  const F sum = whole + f;
+  const F lost = f - (sum - whole);  // exact: what the sum lost
+  const F cubic = L::fma(k, L::set(kLn2Rest), p * (f * f * f));
+  const F rest = lost + L::fma(f * L::set(-0.5f), f, cubic);
+  const F high = sum + rest;
+  low = rest - (high - sum);
+  return high;
+}
+
+template <class F>
+COUP_FAST_FN F log_positive(F value) {
+  F low;
+  return log_positive(value, low);
+}
+
+// exp(value), within 1.1 ulp; 0 below the smallest normal result, NaN for NaN.
+// value = n ln 2 + r, exp r = 1 + r + r^2 Q(r).
+template <class F>
+COUP_FAST_FN F exp(F value) {
+  using L = Lanes<F>;
+  const F shifted = L::fma(value, L::set(kLog2E), L::set(kRoundToInt));
+  const F n = shifted - L::set(kRoundToInt);
+  F r = L::fma(n, L::set(-kLn2Short), value);
+  r = L::fma(n, L::set(-kLn2Rest), r);
+  F q = L::set(0x1.6a4d66p-10f);
+  q = horner_step(q, r, 0x1.12398ep-7f);
+  q = horner_step(q, r, 0x1.5558b0p-5f);
+  q = horner_step(q, r, 0x1.555492p-3f);
+  q = horner_step(q, r, 0x1.fffffcp-2f);
+  const F power = L::fma(r * r, q, r) + L::set(1.0f);
+  F result = L::from_bits(L::bits(power) + (L::bits(shifted) << 23));
+  result = L::select(value < L::set(-87.3365f), L::set(0.0f), result);
+  result = L::select(value > L::set(88.7228f), L::from_bits(L::set_bits(0x7f800000u)), result);
+  return L::select(value == value, result, value);
+}
+
+// sqrt(-2 ln value) = high + low for value in (0, 1], to about 27 bits. The root of the high part
+// is corrected by its residual over twice the root, for which a reciprocal of four bits will do.
+template <class F>
+COUP_FAST_FN F sqrt_of_minus_two_log(F value, F& low) {
+  using L = Lanes<F>;
+  F square_low;
+  const F square = L::set(-2.0f) * log_positive(value, square_low);
+  const F root = L::sqrt(square);
+  const F residual = L::fma(-root, root, square) - (square_low + square_low);
+  const F half_reciprocal = L::from_bits(L::set_bits(0x7e7311c3u) - L::bits(root));
+  low = residual * half_reciprocal;
+  return root;
+}
+
+// x = radius cos(2 pi turns), y = radius sin(2 pi turns) for radius = high + low and turns in
+// [0, 2^20]. 4 turns = k + f with f in [-1/2, 1/2] exactly; the quadrant is k mod 4.
+template <class F>
+COUP_FAST_FN void polar(F radius, F radius_low, F turns, F& x, F& y) {
+  using L = Lanes<F>;
+  using U = typename L::U;
+  const F shifted = L::fma(turns, L::set(4.0f), L::set(kRoundToInt));
+  const U quadrant = L::bits(shifted);
+  const F f = L::fma(turns, L::set(4.0f), L::set(kRoundToInt) - shifted);
+  const F f2 = f * f;
+  F c = L::set(0x1.d4f632p-11f);  // cos(pi/2 f) = 1 + f^2 c
+  c = horner_step(c, f2, -0x1.55b2b4p-6f);
+  c = horner_step(c, f2, 0x1.03c1b0p-2f);
+  c = horner_step(c, f2, -0x1.3bd3ccp0f);
+  const F along = radius + L::fma(radius, f2 * c, radius_low);
+  F s = L::set(-0x1.2da132p-8f);  // sin(pi/2 f) = f pi/2 + f s, as sine + sine_low
+  s = horner_step(s, f2, 0x1.465ee8p-4f);
+  s = horner_step(s, f2, -0x1.4abbbap-1f);
+  s = horner_step(s, f2, -0x1.a0f374p-25f);
+  s = f * s;
+  const F half_pi = L::set(0x1.921fb6p0f);
+  const F sine = L::fma(f, half_pi, s);
+  const F sine_low = L::fma(f, half_pi, -sine) + s;
+  const F across = L::fma(radius, sine, L::fma(radius, sine_low, radius_low * sine));
+  const auto odd = (quadrant & L::set_bits(1u)) != L::set_bits(0u);
+  const U half_turn = (quadrant & L::set_bits(2u)) << 30;  // both change sign beyond half a turn
+  const U quarter = (quadrant & L::set_bits(1u)) << 31;    // x changes sign in odd quadrants
+  x = L::from_bits(L::bits(L::select(odd, across, along)) ^ half_turn ^ quarter);
+  y = L::from_bits(L::bits(L::select(odd, along, across)) ^ half_turn);
+}
+
+}  // namespace coup_fast

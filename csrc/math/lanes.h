@@ -1,0 +1,76 @@
+// What the mathematics asks of a lane type, and the scalar lane type, float, for host and device.
+// csrc/cpu/simd.h specialises Lanes for vector types; every operation gives the same bits in each.
+//
+// Operators (+ - * & | ^ << >> < == ...) are those of the language. A type F is a float or a vector
+// of them, Lanes<F>::U the unsigned integers of the same width; >> is a logical shift.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "math/macros.h"
+
+namespace coup_fast {
+
+template <class F>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using U = uint32_t;
+  static constexpr int kWidth = 1;
+
+  COUP_FAST_FN float set(float value) { return value; }
+  COUP_FAST_FN U set_bits(uint32_t value) { return value; }
+
+  COUP_FAST_FN U bits(float value) {
+    U result;
+    memcpy(&result, &value, sizeof(result));
+    return result;
+  }
+
+  COUP_FAST_FN float from_bits(U value) {
+    float result;
+    memcpy(&result, &value, sizeof(result));
+    return result;
+  }
+
+  // a * b + c, rounded once
+  COUP_FAST_FN float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return __builtin_fmaf(a, b, c);
+#endif
+  }
+
+  // a * b + c where the product is exact: fused or not, the bits are the same
+  COUP_FAST_FN float mad(float a, float b, float c) { return a * b + c; }
+
+  // correctly rounded
+  COUP_FAST_FN float sqrt(float value) {
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(value);
+#else
+    return __builtin_sqrtf(value);
+#endif
+  }
+
+  COUP_FAST_FN float select(bool condition, float a, float b) { return condition ? a : b; }
+
+  // an integer of magnitude below 2^24 as float, exactly; the bits are two's complement
+  COUP_FAST_FN float from_int(U value) { return static_cast<float>(static_cast<int32_t>(value)); }
+
+  // an unsigned integer as float, rounded to nearest even
+  COUP_FAST_FN float from_unsigned(U value) { return static_cast<float>(value); }
+
+  // the 64-bit product of two words
+  COUP_FAST_FN void multiply(U a, U b, U& high, U& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<U>(product >> 32);
+    low = static_cast<U>(product);
+  }
+};
+
+}  // namespace coup_fast
