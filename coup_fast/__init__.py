@@ -14,7 +14,18 @@ from coup_fast._extension import build_info
 from coup_fast._version import __version__
 
 # Public name -> module that defines it; a submodule stands for itself.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "EnergyModel": "coup_fast.score_model",
+    "PurifiedClassifier": "coup_fast.purified_classifier",
+    "Purifier": "coup_fast.purifier",
+    "ScoreModel": "coup_fast.score_model",
+    "load_bundled": "coup_fast.models",
+    "methods": "coup_fast.methods",
+    "noise": "coup_fast.noise",
+    "ops": "coup_fast.ops",
+    "purify": "coup_fast.purifier",
+    "reference": "coup_fast.reference",
+}
 
 __all__ = ["__version__", "build_info", *_EXPORTS]
 

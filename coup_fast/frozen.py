@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from coup_fast.score_model import module_of
 
@@ -35,7 +35,7 @@ def frozen_parameters(*functions: Any) -> Iterator[None]:
             "a model has parameters computed from other tensors (functional_call?): purification "
             "does not differentiate parameters; detach them first"
         )
-    held: list[Tensor] = []
+    held: list[nn.Parameter] = []
     with _lock:
         for key, parameter in unique.items():
             if parameter.requires_grad or key in _held:

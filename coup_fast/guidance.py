@@ -8,11 +8,11 @@ one fused kernel for log max softmax and its cotangent, one vector-Jacobian prod
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from coup_fast.backends import Operators
 from coup_fast.score_model import grad_leaf, in_dtype_of
 
 GUIDANCE_GRADIENTS = ("full", "stopped")
@@ -33,7 +33,7 @@ def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def confidence_gradient(
-    classifier: Callable[[Tensor], Tensor], x: Tensor, ops: ModuleType, *, graph: bool = False
+    classifier: Callable[[Tensor], Tensor], x: Tensor, ops: Operators, *, graph: bool = False
 ) -> Tensor:
     """∇ₓ log max_y softmax(classifier((x+1)/2))_y, in the shape and dtype of x.
 

@@ -9,12 +9,15 @@ import coup_fast
 
 
 class TinyNetwork(nn.Module):
-    """A smooth convolutional network f(x, t) with `out` channels."""
+    """A smooth convolutional network f(x, t) with `out` channels, plus a pull towards 0.5."""
 
-    def __init__(self, channels: int = 3, out: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, channels: int = 3, out: int | None = None, seed: int = 0, pull: float = 0.0
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.in_channels = channels
+        self.pull = pull
         self.first = nn.Conv2d(channels, 8, 3, padding=1)
         self.last = nn.Conv2d(8, out or channels, 3, padding=1)
         with torch.no_grad():
@@ -23,7 +26,8 @@ class TinyNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = (t / 999).to(x.dtype).reshape(-1, 1, 1, 1)
-        return self.last(torch.tanh(self.first(x) + time))
+        out = self.last(torch.tanh(self.first(x) + time))
+        return out + self.pull * (0.5 - x) if self.pull else out
 
 
 class TinyClassifier(nn.Module):
@@ -64,7 +68,9 @@ def images(batch: int = 3, channels: int = 3, size: int = 8, dtype=torch.float32
 
 
 def score_model(kind: str = "eps", **options) -> coup_fast.ScoreModel:
-    return coup_fast.ScoreModel(TinyNetwork(**options), kind=kind)
+    """A `ScoreModel` of a tiny network; one for ADP pulls hard enough to be worth following."""
+    pull = 6.0 if kind == "ncsn" else 0.0
+    return coup_fast.ScoreModel(TinyNetwork(pull=pull, **options), kind=kind)
 
 
 # Every method, with the kind of network it wants and options that make a short chain of it.
@@ -78,8 +84,8 @@ SHORT = {
     "ldsde": ("eps", {"num_steps": 3}),
     "ddpm": ("eps", {"num_steps": 3}),
     "ddim": ("eps", {"num_steps": 3}),
-    "gdmp": ("eps", {}),
-    "gradual": ("eps", {}),
+    "gdmp": ("eps", {"rounds": 2, "t_star": 0.003}),
+    "gradual": ("eps", {"rounds": (2, 3)}),
     "adp": ("ncsn", {"num_steps": 3}),
     "one-shot": ("eps", {}),
 }

@@ -1,0 +1,130 @@
+"""The defended model: purify, classify, vote over draws. What attacks and users call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast import validation
+from coup_fast.frozen import frozen_parameters
+from coup_fast.purifier import Classifier, Purifier
+from coup_fast.score_model import in_dtype_of
+
+VOTES = ("logits", "softmax", "majority")
+
+
+def combine_votes(logits: Tensor, vote: str) -> Tensor:
+    """One row of scores per image from the logits of its draws, [D, B, K] -> [B, K].
+
+    "logits": their mean. "softmax": the log of the mean of their softmax, so that the softmax of
+    the result is that mean and cross-entropy is meant literally. "majority": each class's share
+    of the draws' votes; argmax breaks ties towards the lower class. A share is constant almost
+    everywhere, so its gradient is taken from the mean softmax instead (straight through).
+    """
+    if vote == "logits":
+        return logits.mean(0)
+    log_probability = torch.log_softmax(logits, dim=2)
+    if vote == "softmax":
+        return torch.logsumexp(log_probability, dim=0) - math.log(len(logits))
+    winners = logits.detach().argmax(2, keepdim=True)
+    share = torch.zeros_like(logits.detach()).scatter_(2, winners, 1.0).mean(0)
+    if not logits.requires_grad:
+        return share
+    probability = log_probability.exp().mean(0)
+    return share + (probability - probability.detach())
+
+
+class PurifiedClassifier(nn.Module):
+    """A classifier behind a purifier: pixels [B, C, H, W] -> scores [B, K], like any classifier.
+
+    Args:
+        purifier: the `Purifier`.
+        classifier: module or callable, pixels -> logits [B, K].
+        num_draws: independently purified copies of each image, run as one batch.
+        vote: "logits", "softmax" or "majority"; see `combine_votes`.
+        fresh_draws: False: a call is a function of its arguments, so the same call twice gives the
+            same scores (a fixed-noise defence, to an attack). True: every call uses the next
+            `num_draws` draws, as a randomised defence does and as attacks that average over its
+            randomness (EOT) must see it; `next_draw` tells where it is, `reset_draws` sets it.
+
+    It owns the parameters of its models, so attack libraries find its device through them; they are
+    never differentiated, and train/eval mode and requires_grad flags are left as found. It works
+    under `no_grad`, and is differentiable with respect to images that require grad.
+    """
+
+    def __init__(
+        self,
+        purifier: Purifier,
+        classifier: Classifier,
+        num_draws: int = 1,
+        vote: str = "logits",
+        *,
+        fresh_draws: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(purifier, Purifier):
+            raise TypeError(f"purifier must be a coup_fast.Purifier, got {type(purifier).__name__}")
+        if not callable(classifier):
+            raise TypeError(
+                f"classifier must be a module or a callable, got {type(classifier).__name__}"
+            )
+        if isinstance(num_draws, bool) or not isinstance(num_draws, int):
+            raise TypeError(f"num_draws must be an int, got {type(num_draws).__name__}")
+        if num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+        validation.check_choice("vote", vote, VOTES)
+        self.purifier = purifier
+        self.classifier = classifier
+        self.num_draws = num_draws
+        self.vote = vote
+        self.fresh_draws = fresh_draws
+        self.next_draw = 0
+
+    def reset_draws(self, next_draw: int = 0) -> None:
+        """Let the next call with `fresh_draws` start at this draw."""
+        if next_draw < 0:
+            raise ValueError(f"next_draw must be at least 0, got {next_draw}")
+        self.next_draw = next_draw
+
+    def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+        """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
+
+        images, sample_ids: as for `Purifier`. draw: the first of the `num_draws` consecutive draws
+        that are used; with `fresh_draws`, counted from `next_draw`. Errors as `Purifier`'s.
+        """
+        logits = self.draw_logits(images, sample_ids, draw)
+        return combine_votes(logits, self.vote)
+
+    def draw_logits(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+        """The logits of every draw, [num_draws, B, K]; takes what `forward` takes."""
+        validation.check_images(images)
+        validation.check_model("classifier", self.classifier, images)
+        ids = validation.sample_ids_of(images, sample_ids)
+        first = self._first_draw(draw)
+        count, batch = self.num_draws, images.shape[0]
+        draws = torch.arange(first, first + count, device=images.device)
+        copies = torch.cat([images] * count) if count > 1 else images
+        with frozen_parameters(self.classifier):
+            purified = self.purifier(
+                copies, ids.repeat(count), draws.repeat_interleave(batch, output_size=count * batch)
+            )
+            logits = self.classifier(in_dtype_of(self.classifier, purified))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count * batch:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the classifier must return logits [{count * batch}, K]; got {got}")
+        if self.fresh_draws:
+            self.next_draw += count
+        return logits.reshape(count, batch, -1)
+
+    def _first_draw(self, draw: int) -> int:
+        if isinstance(draw, bool) or not isinstance(draw, int):
+            raise TypeError(f"draw must be an int, got {type(draw).__name__}")
+        if draw < 0:
+            raise ValueError(f"draw must be at least 0, got {draw}")
+        return draw + (self.next_draw if self.fresh_draws else 0)
+
+    def extra_repr(self) -> str:
+        return f"num_draws={self.num_draws}, vote={self.vote!r}, fresh_draws={self.fresh_draws}"

@@ -1,0 +1,262 @@
+"""The purifier: one loop for every method, and the class that users meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast import methods, validation
+from coup_fast.backends import BACKENDS, choose_ops
+from coup_fast.chain import AdaptiveChain, AnyChain, Chain, Noise, Tables, diagnose, tables_of
+from coup_fast.frozen import frozen_parameters
+from coup_fast.guidance import GUIDANCE_GRADIENTS
+from coup_fast.noise import step_keys
+from coup_fast.plan import AdaptivePlan, Plan
+from coup_fast.score_model import ScoreModel
+
+Classifier = Callable[[Tensor], Tensor]
+
+# Options of the purifier itself; all others go to the method.
+PURIFIER_OPTIONS = ("backend", "guidance_gradient", "check_values")
+
+
+class Purifier(nn.Module):
+    """Cleans attacked images with a score model: COUP, ADP, DiffPure and their relatives.
+
+    Args:
+        score_model: a `ScoreModel`.
+        classifier: module or callable, pixels [B, C, H, W] -> logits [B, K]; needed by the guided
+            methods alone. It is the plain classifier being defended.
+        method: a name in `coup_fast.methods`.
+        seed: int in [0, 2^64); with an image's sample id and draw it decides that image's noise.
+        **options: options of the method (`t_star`, `num_steps`, `guidance_scale`, ...; see its
+            function in `coup_fast.methods`), and
+            backend: "auto" (compiled operators; plain PyTorch for float64 images or without the
+                extension), "compiled" or "reference";
+            guidance_gradient: "full" differentiates through the guidance to second order;
+                "stopped" treats it as a constant, as the released COUP attack does;
+            check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
+                NaN after it. Each look waits for the device once; False never waits.
+
+    Both models are used as they are: parameters are not differentiated, train/eval mode and
+    requires_grad flags are left as found. Where the images require grad, the result is
+    differentiable; otherwise the run holds one state, which each step overwrites: a network that
+    keeps its input must keep a copy.
+
+    An image's result depends on the image, the seed, its sample id and its draw; not on its batch,
+    as far as that is true of the networks.
+
+    Raises ValueError for an unknown method or option (listing those that exist), or a guided method
+    without a classifier; TypeError for a score_model that is not a `ScoreModel`.
+    """
+
+    def __init__(
+        self,
+        score_model: ScoreModel,
+        classifier: Classifier | None = None,
+        *,
+        method: str = "coup",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(score_model, ScoreModel):
+            raise TypeError(
+                f"score_model must be a coup_fast.ScoreModel, got {type(score_model).__name__}; "
+                "wrap the network: ScoreModel(network, kind='eps')"
+            )
+        if classifier is not None and not callable(classifier):
+            raise TypeError(
+                f"classifier must be a module or a callable, got {type(classifier).__name__}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        own = {name: options.pop(name) for name in PURIFIER_OPTIONS if name in options}
+        self.backend: str = own.get("backend", "auto")
+        self.guidance_gradient: str = own.get("guidance_gradient", "full")
+        self.check_values: bool = own.get("check_values", True)
+        validation.check_choice("backend", self.backend, BACKENDS)
+        validation.check_choice("guidance_gradient", self.guidance_gradient, GUIDANCE_GRADIENTS)
+        validation.check_choice("check_values", self.check_values, (True, False))
+        self.plan = _plan(method, score_model, options)
+        self.score_model = score_model
+        self.classifier = classifier
+        self.method = method
+        self.seed = seed
+        self.options = options
+        if self._guided and classifier is None:
+            raise ValueError(
+                f"method {method!r} is guided by a classifier and none is given; pass one, or "
+                "guidance_scale=0"
+            )
+        self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
+
+    @property
+    def _guided(self) -> bool:
+        return not isinstance(self.plan, AdaptivePlan) and bool(self.plan.guided.any())
+
+    @property
+    def num_noise(self) -> int:
+        """Noise tensors that one run needs: the least first dimension of `noise`."""
+        return self.plan.num_noise
+
+    def forward(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int | Tensor = 0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Purified images.
+
+        Args:
+            images: [B, C, H, W] pixels in [0, 1]; float32, float16, bfloat16 or float64 (which
+                runs in float64, on the reference path).
+            sample_ids: integers [B] that name the images to the noise; default 0 … B-1.
+            draw: int >= 0, or int64 [B]: which of an image's independent noises.
+            noise: [M, B, C, H, W] with M >= `num_noise`, used in order of need (forward diffusion
+                first) instead of generated noise. It is not differentiated.
+
+        Returns [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1]
+        where the method as published does not clamp.
+
+        Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
+        kernels, all before any network is called; FloatingPointError if the result is not finite.
+        """
+        chain = self.chain(images, sample_ids, draw, noise)
+        if images.numel() == 0:
+            return images.clone()
+        with self._frozen():
+            differentiate = torch.is_grad_enabled() and images.requires_grad
+            with torch.set_grad_enabled(differentiate):
+                state, reference = chain.start(images), chain.reference(images)
+                step = chain.step if differentiate else chain.step_
+                for k in range(chain.num_steps):
+                    state = step(k, state, reference)
+                    if chain.finished(state):
+                        break
+            if self.check_values and bool(chain.suspect(state)):
+                with torch.no_grad():
+                    message = diagnose(chain, images)
+                if message is not None:
+                    raise FloatingPointError(message)
+        return state[0].to(images.dtype)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int | Tensor = 0,
+        noise: Tensor | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The states of a run as pixels: (k, [B, C, H, W] in the state's dtype) after k steps.
+
+        k = 0 is the start (after the forward noise, where the method has one), the last the
+        result. Takes what `forward` takes; nothing is differentiated or clamped. A method that
+        works in diffusion space shows (x+1)/2.
+        """
+        chain = self.chain(images, sample_ids, draw, noise)
+        return self._states(chain, images)
+
+    def _states(self, chain: AnyChain, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        state: tuple[Tensor, ...] = ()
+        reference: Tensor | None = None
+        for k in range(chain.num_steps + 1):
+            with self._frozen(), torch.no_grad():
+                if k == 0:
+                    state, reference = chain.start(images), chain.reference(images)
+                else:
+                    state = chain.step(k - 1, state, reference)
+                in_pixels = isinstance(chain, AdaptiveChain) or k == chain.num_steps
+                pixels = state[0].clone() if in_pixels else 0.5 * state[0] + 0.5
+            yield k, pixels
+            if chain.finished(state):
+                return
+
+    def chain(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int | Tensor = 0,
+        noise: Tensor | None = None,
+    ) -> AnyChain:
+        """The run that `forward` performs with these arguments, checked and ready, not started."""
+        validation.check_images(images)
+        ops = choose_ops(self.backend, images)
+        validation.check_model("score model", self.score_model, images)
+        if self._guided:
+            validation.check_model("classifier", self.classifier, images)
+        ids = validation.sample_ids_of(images, sample_ids)
+        draw = validation.draw_of(images, draw)
+        needed = self.plan.num_noise
+        if noise is not None:
+            validation.check_noise(noise, needed, images, self.method)
+            run_noise = Noise(tensors=noise.detach())
+        else:
+            keys = step_keys(self.seed, ids, draw, needed, images[0].numel() if len(ids) else 0)
+            run_noise = Noise(keys=keys)
+        if self.check_values:
+            validation.check_values(images)
+        tables = self._tables_for(images)
+        if isinstance(self.plan, AdaptivePlan):
+            return AdaptiveChain(self.plan, tables, run_noise, self.score_model, ops)
+        full = self.guidance_gradient == "full"
+        return Chain(self.plan, tables, run_noise, self.score_model, self.classifier, ops, full)
+
+    def _tables_for(self, images: Tensor) -> Tables:
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        key = (images.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = tables_of(self.plan, *key)
+        return self._tables[key]
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with frozen_parameters(self.score_model, self.score_model.network, self.classifier):
+            yield
+
+    def extra_repr(self) -> str:
+        options = {"method": self.method, "seed": self.seed, **self.options}
+        options |= {name: getattr(self, name) for name in PURIFIER_OPTIONS}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _plan(method: str, score_model: ScoreModel, options: dict[str, Any]) -> Plan | AdaptivePlan:
+    """The method's plan for this model; an unknown option lists both kinds that exist."""
+    if method in methods.METHODS:
+        known = methods.options(method)
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(map(repr, unknown))}; {method} takes "
+                f"{', '.join(known)}, and every purifier {', '.join(PURIFIER_OPTIONS)}"
+            )
+    return methods.plan(method, score_model.schedule, score_model.kind, **options)
+
+
+def purify(
+    images: Tensor,
+    score_model: ScoreModel,
+    classifier: Classifier | None = None,
+    *,
+    method: str = "coup",
+    seed: int = 0,
+    sample_ids: Any = None,
+    draw: int | Tensor = 0,
+    noise: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Purified images, in one call: `Purifier(score_model, classifier, ...)(images, ...)`.
+
+    Arguments, result and errors are those of `Purifier` and its `forward`.
+    """
+    purifier = Purifier(score_model, classifier, method=method, seed=seed, **options)
+    result: Tensor = purifier(images, sample_ids, draw, noise)
+    return result

@@ -1,0 +1,123 @@
+"""What callers hand to the purifier, checked before any network is called.
+
+One sentence per mistake: what is wrong, what was got, what to do. Only `check_values` waits for
+the device, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coup_fast.score_model import declared_channels, first_parameter
+
+IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
+
+
+def check_images(images: Any) -> None:
+    """images: [B, C, H, W], floating, strided. Raises TypeError or ValueError."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch tensor, got {type(images).__name__}")
+    if images.dtype not in IMAGE_DTYPES:
+        hint = "; divide 8-bit images by 255" if images.dtype == torch.uint8 else ""
+        raise TypeError(
+            f"images must be float32, float16, bfloat16 or float64, got {images.dtype}{hint}"
+        )
+    if images.ndim != 4:
+        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"images must be [B, C, H, W], got shape {list(images.shape)}{hint}")
+    if images.layout != torch.strided:
+        raise TypeError(f"images must be a dense tensor, got layout {images.layout}")
+
+
+def check_values(images: Tensor) -> None:
+    """Pixels in [0, 1] and no NaN, in one reduction and one wait. Raises ValueError."""
+    if images.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    if low != low or high != high:
+        raise ValueError("images contain NaN")
+    if low < -RANGE_TOLERANCE or high > 1.0 + RANGE_TOLERANCE:
+        raise ValueError(
+            f"images must be pixels in [0, 1], got values from {low:g} to {high:g}; map them "
+            "first ((images + 1) / 2 for [-1, 1], images / 255 for 8 bits)"
+        )
+
+
+def check_model(name: str, function: Any, images: Tensor) -> None:
+    """The model's device and, where it declares them, channels fit the images. ValueError."""
+    parameter = first_parameter(function)
+    if parameter is not None and parameter.device not in (images.device, torch.device("meta")):
+        raise ValueError(
+            f"images are on {images.device} and the {name} is on {parameter.device}; "
+            "move one to the other"
+        )
+    channels = declared_channels(function)
+    if channels is not None and channels != images.shape[1]:
+        raise ValueError(
+            f"the {name} takes images of {channels} channels, got {images.shape[1]} "
+            f"(images {list(images.shape)})"
+        )
+
+
+def sample_ids_of(images: Tensor, sample_ids: Any) -> Tensor:
+    """Sample ids as int64 [B] on the images' device; None means position in the batch."""
+    batch = images.shape[0]
+    if sample_ids is None:
+        return torch.arange(batch, device=images.device)
+    ids = sample_ids if isinstance(sample_ids, Tensor) else torch.as_tensor(sample_ids)
+    if ids.numel() == 0 and not isinstance(sample_ids, Tensor):
+        ids = ids.to(torch.int64)  # an empty list is float32 to torch
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"sample_ids must be integers, got {ids.dtype}")
+    if tuple(ids.shape) != (batch,):
+        raise ValueError(f"sample_ids must hold one id per image, [{batch}], got {list(ids.shape)}")
+    return ids.to(device=images.device, dtype=torch.int64)
+
+
+def draw_of(images: Tensor, draw: Any) -> int | Tensor:
+    """The draw: one int >= 0 for all images, or an int64 tensor of one per image."""
+    if isinstance(draw, Tensor) and draw.ndim == 1:
+        if draw.dtype != torch.int64 or draw.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"draw must be an int or int64 [{images.shape[0]}], one per image; "
+                f"got {draw.dtype} {list(draw.shape)}"
+            )
+        return draw.to(images.device)
+    if isinstance(draw, bool) or not isinstance(draw, int):
+        raise TypeError(f"draw must be an int or an int64 tensor, got {type(draw).__name__}")
+    if not 0 <= draw < 2**63:
+        raise ValueError(f"draw must be in [0, 2^63), got {draw}")
+    return draw
+
+
+def check_noise(noise: Any, needed: int, images: Tensor, method: str) -> None:
+    """noise: [>= needed, B, C, H, W] on the images' device, no wider than the state."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise must be a torch tensor, got {type(noise).__name__}")
+    want = f"[{needed}, {', '.join(map(str, images.shape))}]"
+    if noise.ndim != 5 or noise.shape[1:] != images.shape:
+        raise ValueError(
+            f"noise must be [num_draws, B, C, H, W], {want} for {method}, got {list(noise.shape)}"
+        )
+    if noise.shape[0] < needed:
+        raise ValueError(
+            f"{method} needs {needed} noise tensors with these options, noise holds "
+            f"{noise.shape[0]}; it must be {want}"
+        )
+    widest = images.dtype == torch.float64
+    if noise.dtype not in IMAGE_DTYPES or (noise.dtype == torch.float64 and not widest):
+        allowed = "float32, float16 or bfloat16 (float64 for float64 images)"
+        raise TypeError(f"noise must be {allowed}, got {noise.dtype}")
+    if noise.device != images.device:
+        raise ValueError(f"noise is on {noise.device}, images are on {images.device}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
+    """Raises ValueError, listing the choices, unless value is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
