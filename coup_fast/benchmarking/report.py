@@ -190,7 +190,7 @@ def _bars(axis: Axes, rows: Sequence[Row]) -> None:
         row = next(r for r in rows if (r.case, r.images) == size)
         if row.limit is not None:
             level = 1e9 * row.limit / row.elements
-            label = "copy of the same bytes" if group == 0 else None
+            label = "copy of the same bytes" if group == 0 else ""
             axis.hlines(level, group - 0.42, group + 0.42, color="black", lw=1.5, label=label)
     axis.set_yscale("log")
     axis.set_xticks(range(len(sizes)), [_size_label(*size) for size in sizes])

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=common.positive_int, help="CPU threads (default: torch's)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    common.add_json_argument(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png or .svg)")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     common.add_device_argument(parser)
@@ -44,13 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
     import coup_fast._extension as extension
     from coup_fast.benchmarking import cases, report
-    from coup_fast.evaluation.report import environment, write_json
+    from coup_fast.evaluation.report import environment
 
-    files = [path for path in (args.json, args.plot) if path is not None]
-    common.refuse_to_overwrite(files, args.force)
-    for path in files:
-        if not path.parent.is_dir():
-            raise common.CommandError(f"{path.parent} is not a folder")
+    common.check_plot(args.plot)
+    common.check_outputs([common.json_file(args), args.plot], args.force)
     device = common.choose_device(args.device)
     loaded = extension.cuda_available() if device.type == "cuda" else extension.available()
     if not loaded:
@@ -80,13 +77,12 @@ def run(args: argparse.Namespace) -> int:
         f"coup_fast {about['versions']['coup_fast']} ({about['commit'] or 'installed'}), "
         f"torch {about['versions']['torch']}"
     )
-    print(f"{summary}\n\n{report.tables(rows)}")
-    if args.json is not None:
-        stamp = {"commit": about["commit"], "device_name": about["device_name"]}
-        table = [row.as_dict() | stamp | {"versions": about["versions"]} for row in rows]
-        command = common.command_line(args.argv)
-        write_json(args.json, {"command": command, "environment": about, "rows": table})
-        common.say(f"wrote {args.json}")
+    stamp = {"commit": about["commit"], "device_name": about["device_name"]}
+    stamp |= {"versions": about["versions"], "threads": about["threads"]}
+    command = common.command_line(args.argv)
+    table = [row.as_dict() | stamp for row in rows]
+    data = {"command": command, "environment": about, "rows": table}
+    common.print_or_write(f"{summary}\n\n{report.tables(rows)}", data, args)
     if args.plot is not None:
         report.plot(rows, args.plot, summary)
         common.say(f"wrote {args.plot}")

@@ -104,12 +104,63 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--json [FILE]`: JSON to FILE, or to stdout instead of text when FILE is left out."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write every number as JSON to FILE; without FILE, print JSON instead of text",
+    )
+
+
+def json_file(args: argparse.Namespace) -> Path | None:
+    """The file that `--json FILE` names; None without the option or for stdout."""
+    return None if args.json in (None, "-") else Path(args.json)
+
+
+def print_or_write(text: str, data: object, args: argparse.Namespace) -> None:
+    """Print `text`, or `data` as JSON for a bare `--json`; `--json FILE` also writes the file."""
+    from coup_fast.evaluation.report import to_json, write_json
+
+    print(to_json(data) if args.json == "-" else text)
+    path = json_file(args)
+    if path is not None:
+        write_json(path, data)
+        say(f"wrote {path}")
+
+
+def check_outputs(files: Sequence[Path | None], force: bool) -> None:
+    """Raise a `CommandError` if an output file exists (without `force`) or its folder does not."""
+    paths = [path for path in files if path is not None]
+    refuse_to_overwrite(paths, force)
+    for path in paths:
+        if not path.parent.is_dir():
+            raise CommandError(f"{path.parent} is not a folder")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise a `CommandError` unless `path` ends in .png or .svg (or is None)."""
+    if path is not None and path.suffix.lower() not in (".png", ".svg"):
+        raise CommandError(f"{path} must end in .png or .svg")
+
+
 def refuse_to_overwrite(paths: Sequence[Path], force: bool) -> None:
     """Raise a `CommandError` if one of `paths` exists and `force` is off."""
     existing = [path for path in paths if path.exists()]
     if existing and not force:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise CommandError(f"{existing[0]} exists{more}: give --force to overwrite")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn the library's errors about a request (options, shapes, values) into `CommandError`."""
+    try:
+        yield
+    except (ValueError, TypeError, FloatingPointError) as error:
+        raise CommandError(str(error)) from error
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from coup_fast.evaluation.intervals import Proportion, accuracy
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coup_fast import PurifiedClassifier, Purifier
+    from coup_fast.backends import Operators
 
 
 def synchronise(device: torch.device) -> None:
@@ -72,7 +72,7 @@ def score(
 class OperatorClock:
     """Stands in for `coup_fast.ops` (or `reference`) and adds up the time inside its operators."""
 
-    def __init__(self, operators: ModuleType, device: torch.device) -> None:
+    def __init__(self, operators: Operators, device: torch.device) -> None:
         self._operators = operators
         self._device = device
         self.seconds = 0.0
@@ -134,7 +134,7 @@ def operator_share(purifier: Purifier, images: Tensor) -> OperatorShare:
         reference = chain.reference(images)
         chain.step(0, chain.start(images), reference)
         clock = OperatorClock(chain.ops, images.device)
-        chain.ops = cast(ModuleType, clock)
+        chain.ops = cast("Operators", clock)
         synchronise(images.device)
         start = time.perf_counter()
         state, reference = chain.start(images), chain.reference(images)
@@ -185,6 +185,7 @@ def measure_defence(
     clocked_images: int,
 ) -> DefenceResult:
     """Accuracy and speed of `defended` on both sets, then the share of its operators."""
-    scores = [score(defended, images, labels, batch_size, True) for images in (clean, attacked)]
+    on_clean = score(defended, clean, labels, batch_size, True)
+    on_attacked = score(defended, attacked, labels, batch_size, True)
     share = operator_share(defended.purifier, attacked[:clocked_images])
-    return DefenceResult(name, defended.num_draws, *scores, share)
+    return DefenceResult(name, defended.num_draws, on_clean, on_attacked, share)

@@ -22,11 +22,12 @@ def render_table(
 
     if any(len(row) != len(headers) for row in rows):
         raise ValueError(f"every row needs {len(headers)} cells")
-    columns = align or ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(
+    columns = list(align) if align else ["left"] + ["right"] * (len(headers) - 1)
+    text: str = tabulate(
         [["" if cell is None else str(cell) for cell in row] for row in rows],
         headers=list(headers),
         tablefmt=_FORMATS[style],
         colalign=columns if rows else None,
         disable_numparse=True,
     )
+    return text
