@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,24 +170,32 @@ class Chain(_ModelCalls):
             guidance = confidence_gradient(self.classifier, x, self.ops, graph=graph)
         return out, guidance
 
-    def step(self, k: int, state: State, reference: Tensor | None) -> State:
-        """The state after step k; differentiable where the state or the reference requires grad."""
-        (x,) = state
-        out, guidance = self.evaluate(k, x)
+    def advance(
+        self,
+        k: int,
+        state: State,
+        evaluated: tuple[Tensor | None, Tensor | None],
+        reference: Tensor | None,
+        in_place: bool = False,
+    ) -> State:
+        """The state after step k, given what the models returned for it."""
+        (x,), (out, guidance) = state, evaluated
         keys, noise = self.noise.at(self.tables.noise_index[k])
         row, norm = self.tables.rows[k], self.plan.guidance_norm
+        if in_place:
+            self.ops.reverse_step_(x, out, row, keys, guidance, reference, noise, norm)
+            return state
         return (self.ops.reverse_step(x, out, row, keys, guidance, reference, noise, norm),)
+
+    def step(self, k: int, state: State, reference: Tensor | None) -> State:
+        """The state after step k; differentiable where the state or the reference requires grad."""
+        return self.advance(k, state, self.evaluate(k, state[0]), reference)
 
     def step_(self, k: int, state: State, reference: Tensor | None) -> State:
         """`step` for inference: writes over the state, unless a model gave back its memory."""
-        (x,) = state
-        out, guidance = self.evaluate(k, x)
-        keys, noise = self.noise.at(self.tables.noise_index[k])
-        row, norm = self.tables.rows[k], self.plan.guidance_norm
-        if _share_memory(out, x) or _share_memory(guidance, x):
-            return (self.ops.reverse_step(x, out, row, keys, guidance, reference, noise, norm),)
-        self.ops.reverse_step_(x, out, row, keys, guidance, reference, noise, norm)
-        return state
+        evaluated = self.evaluate(k, state[0])
+        in_place = not any(_share_memory(value, state[0]) for value in evaluated)
+        return self.advance(k, state, evaluated, reference, in_place)
 
     def finished(self, state: State) -> bool:
         """Whether the remaining steps would change nothing; never waits for a device."""
@@ -234,11 +243,20 @@ class AdaptiveChain(_ModelCalls):
         ahead = self.ops.reverse_step(x, h, self.tables.look_ahead)
         return h, self.predict(ahead, time, False)
 
-    def step(self, k: int, state: State, reference: Tensor | None) -> State:
-        """The state after step k."""
+    def advance(
+        self,
+        k: int,
+        state: State,
+        evaluated: tuple[Tensor, Tensor],
+        reference: Tensor | None,
+    ) -> State:
+        """The state after step k, given the two scores."""
         x, alive, _ = state
-        h, h_ahead = self.evaluate(k, x)
-        return self.ops.adaptive_step(x, h, h_ahead, alive, self.tables.rows[k])
+        return self.ops.adaptive_step(x, *evaluated, alive, self.tables.rows[k])
+
+    def step(self, k: int, state: State, reference: Tensor | None) -> State:
+        """The state after step k; differentiable where the state requires grad."""
+        return self.advance(k, state, self.evaluate(k, state[0]), reference)
 
     step_ = step
 
@@ -280,10 +298,11 @@ def diagnose(chain: AnyChain, images: Tensor) -> str | None:
         return message
     for k in range(steps):
         when = f"at step {k + 1} of {steps}"
-        for name, value in zip(chain.evaluated, chain.evaluate(k, state[0]), strict=True):
+        evaluated: Any = chain.evaluate(k, state[0])
+        for name, value in zip(chain.evaluated, evaluated, strict=True):
             if value is not None and (message := report(name, value, when)) is not None:
                 return message
-        state = chain.step(k, state, reference)
+        state = chain.advance(k, state, evaluated, reference)
         if (message := report("state", state[0], f"after step {k + 1} of {steps}")) is not None:
             return message
     return None

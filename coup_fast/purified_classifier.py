@@ -117,7 +117,7 @@ class PurifiedClassifier(nn.Module):
             raise ValueError(f"the classifier must return logits [{count * batch}, K]; got {got}")
         if self.fresh_draws:
             self.next_draw += count
-        return logits.reshape(count, batch, -1)
+        return logits.reshape(count, batch, logits.shape[1])
 
     def _first_draw(self, draw: int) -> int:
         if isinstance(draw, bool) or not isinstance(draw, int):

@@ -1,4 +1,4 @@
-"""The purifier: results, noise, gradients, and what it leaves behind. Errors: test_validation.py."""
+"""The purifier: results, noise, gradients, what it leaves behind. Errors: test_validation.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_same_arguments_same_bits_and_other_noise_other_results(method: str, bac
     assert not first.requires_grad
     assert torch.isfinite(first).all()
     assert torch.equal(clean(u), first)
-    kind, short = SHORT[method]
+    short = SHORT[method][1]
     again = purify(u, clean.score_model, clean.classifier, method=method, backend=backend, **short)
     assert torch.equal(again, first)
     other = [clean(u, draw=1), clean(u, sample_ids=[7, 8, 9])]
