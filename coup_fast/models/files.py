@@ -1,0 +1,64 @@
+"""Networks as safetensors files that say how to build themselves; needs torch and safetensors.
+
+The metadata's `coup_fast` entry is JSON: the network's class and arguments, what it predicts
+(`kind`), and how it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast.models.classifier import Classifier
+from coup_fast.models.unet import EnergyUNet, UNet
+
+_CLASSES = {"UNet": UNet, "EnergyUNet": EnergyUNet, "Classifier": Classifier}
+
+
+def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The network class of that name with these arguments, randomly initialised."""
+    if name not in _CLASSES:
+        raise ValueError(f"unknown network {name!r}; there are {', '.join(_CLASSES)}.")
+    network: nn.Module = _CLASSES[name](**arguments)
+    return network
+
+
+def save_network(
+    path: Path, network: nn.Module, facts: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write `network` (one of ours) and `facts` about it; floating weights are stored as dtype."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {
+        name: tensor.detach().cpu().to(dtype).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    description = {"network": type(network).__name__, "arguments": network.config, **facts}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"coup_fast": json.dumps(description)})
+    partial.replace(path)
+
+
+def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a file (float32, eval mode) and the description stored with it.
+
+    Raises:
+        ValueError: if the file was not written by `save_network`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "coup_fast" not in metadata:
+            raise ValueError(
+                f"{path} does not say which network it holds; save it with save_network."
+            )
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    description: dict[str, Any] = json.loads(metadata["coup_fast"])
+    network = build_network(description["network"], description["arguments"])
+    network.load_state_dict(tensors)
+    return network.eval(), description
