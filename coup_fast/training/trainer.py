@@ -1,0 +1,250 @@
+"""The training loop: Adam, an average of the weights, checkpoints that resume exactly.
+
+Knows nothing of scores or classes; an objective maps (network, images, labels, generator) to a
+loss. The order of the data is a function of (seed, epoch) and the noise of (seed, step), so a run
+that was killed and resumed ends with the same bits as one that was not, on the same machine and
+with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What decides the result of a run, beside data, network and objective.
+
+    The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine.
+    `precision` is "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.999
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: str = "auto"
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the given step, 0 <= step < steps."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        return self.learning_rate * rise * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; `history` holds (step, mean loss since the last entry)."""
+
+    step: int = 0
+    seconds: float = 0.0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+
+def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator that is a function of its three arguments."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware (AVX512-BF16 or AMX; CUDA sm_80+)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def batches(
+    images: Tensor, labels: Tensor, config: TrainConfig, start: int
+) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
+    """Steps `start` to `steps` - 1: (step, images [B, C, H, W] float32 in [0, 1], labels, rng).
+
+    images: [N, C, H, W] uint8. An epoch is a permutation of the N images, its remainder dropped.
+    """
+    per_epoch = len(images) // config.batch_size
+    if per_epoch == 0:
+        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}.")
+    epoch, order = -1, torch.empty(0, dtype=torch.int64)
+    for step in range(start, config.steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = torch.randperm(
+                len(images), generator=generator_for(config.seed, "order", epoch)
+            )
+        first = (step % per_epoch) * config.batch_size
+        rows = order[first : first + config.batch_size]
+        yield (
+            step,
+            images[rows].float() / 255.0,
+            labels[rows],
+            generator_for(config.seed, "noise", step),
+        )
+
+
+class Trainer:
+    """One run: `Trainer(...).run()` trains to the end and returns the averaged network.
+
+    Args:
+        network: initialised module; trained in place.
+        objective: see the module's docstring; images and labels arrive on `device`.
+        images: [N, C, H, W] uint8. labels: [N] int64.
+        checkpoint: file to resume from if it exists; written every `log_every` steps once
+            `save_every` seconds have passed, and at the end.
+        identity: what else decides the result (network configuration, data set); a checkpoint
+            of another identity or configuration is refused.
+    Raises:
+        ValueError: if the checkpoint belongs to another run, or an argument is out of range.
+        FloatingPointError: if the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        images: Tensor,
+        labels: Tensor,
+        config: TrainConfig,
+        *,
+        checkpoint: Path | None = None,
+        identity: dict[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        save_every: float = 60.0,
+        log_every: int = 100,
+        progress: bool = True,
+    ) -> None:
+        self.device = torch.device(device)
+        self.network = network.to(self.device)
+        self.objective = objective
+        self.images, self.labels = images, labels
+        self.config = config
+        self.checkpoint = checkpoint
+        self.save_every, self.log_every = save_every, log_every
+        self.progress = progress
+        self.bfloat16 = config.precision == "bfloat16" or (
+            config.precision == "auto" and has_bfloat16(self.device)
+        )
+        self.identity = {**asdict(config), **(identity or {}), "bfloat16": self.bfloat16}
+        average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate)
+        self.state = TrainState()
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+
+    def run(self) -> nn.Module:
+        """Train up to the last step, write the last checkpoint, return the averaged network."""
+        with torch.random.fork_rng():
+            self._run()
+        averaged: nn.Module = self.average.module
+        return averaged.eval()
+
+    def _run(self) -> None:
+        from tqdm import tqdm
+
+        self.network.train()
+        saved, since, total, count = time.monotonic(), time.monotonic(), 0.0, 0
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.state.step,
+            disable=not self.progress,
+            file=sys.stderr,
+            unit="step",
+            mininterval=1.0,
+        )
+        for step, images, labels, generator in batches(
+            self.images, self.labels, self.config, self.state.step
+        ):
+            total += self._step(step, images.to(self.device), labels.to(self.device), generator)
+            count += 1
+            self.state.step = step + 1
+            bar.update()
+            if self.state.step % self.log_every == 0 or self.state.step == self.config.steps:
+                self.state.history.append((self.state.step, total / count))
+                bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
+                total, count = 0.0, 0
+                now = time.monotonic()
+                self.state.seconds += now - since
+                since = now
+                if now - saved > self.save_every or self.state.step == self.config.steps:
+                    self.save()
+                    saved = now
+        bar.close()
+
+    def save(self) -> None:
+        """Write the checkpoint, replacing the old one only when the new one is on the disk."""
+        if self.checkpoint is None:
+            return
+        content = {
+            "identity": self.identity,
+            "state": asdict(self.state),
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+        with partial.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self.checkpoint)
+
+    def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(step)
+        torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+        with self._autocast():
+            loss = self.objective(self.network, images, labels, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.network)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; lower the learning rate."
+            )
+        return value
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def _load(self, path: Path) -> None:
+        content = torch.load(path, map_location=self.device, weights_only=True)
+        theirs = content["identity"]
+        differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
+        if differing:
+            what = ", ".join(
+                f"{k} ({theirs.get(k)!r}, now {self.identity[k]!r})" for k in differing
+            )
+            raise ValueError(
+                f"{path} belongs to another run: {what}; delete it or choose another --out."
+            )
+        self.network.load_state_dict(content["network"])
+        self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        state = content["state"]
+        self.state = TrainState(
+            state["step"], state["seconds"], [tuple(h) for h in state["history"]]
+        )
