@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from coup_fast import methods, validation
 from coup_fast.backends import BACKENDS, choose_ops
-from coup_fast.chain import AdaptiveChain, AnyChain, Chain, Noise, Tables, diagnose, tables_of
+from coup_fast.chain import (
+    AdaptiveChain,
+    AnyChain,
+    Chain,
+    Noise,
+    State,
+    Tables,
+    diagnose,
+    tables_of,
+)
 from coup_fast.frozen import frozen_parameters
+from coup_fast.gradients import GRADIENTS, STATES, exact_run, straight_through
 from coup_fast.guidance import GUIDANCE_GRADIENTS
 from coup_fast.noise import step_keys
 from coup_fast.plan import AdaptivePlan, Plan
@@ -21,7 +31,14 @@ from coup_fast.score_model import ScoreModel
 Classifier = Callable[[Tensor], Tensor]
 
 # Options of the purifier itself; all others go to the method.
-PURIFIER_OPTIONS = ("backend", "guidance_gradient", "check_values")
+PURIFIER_OPTIONS = (
+    "backend",
+    "gradient",
+    "states",
+    "verify_states",
+    "guidance_gradient",
+    "check_values",
+)
 
 
 class Purifier(nn.Module):
@@ -37,6 +54,15 @@ class Purifier(nn.Module):
             function in `coup_fast.methods`), and
             backend: "auto" (compiled operators; plain PyTorch for float64 images or without the
                 extension), "compiled" or "reference";
+            gradient: of a result with respect to images that require grad. "exact": of the run as
+                it was, in the memory of its states and one step (`coup_fast.gradients`);
+                "autograd": the same from a graph of the whole run, which can be differentiated
+                again; "bpda": the purifier's Jacobian is taken as the identity; "none": the
+                result is detached;
+            states: where the exact gradient keeps the run's states: "device", "host", or "sqrt":
+                every √N-th on the device, the others computed once more;
+            verify_states: compare each state that the backward pass computes again with the kept
+                one, bit for bit;
             guidance_gradient: "full" differentiates through the guidance to second order;
                 "stopped" treats it as a constant, as the released COUP attack does;
             check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
@@ -79,9 +105,15 @@ class Purifier(nn.Module):
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         own = {name: options.pop(name) for name in PURIFIER_OPTIONS if name in options}
         self.backend: str = own.get("backend", "auto")
+        self.gradient: str = own.get("gradient", "exact")
+        self.states: str = own.get("states", "device")
+        self.verify_states: bool = own.get("verify_states", False)
         self.guidance_gradient: str = own.get("guidance_gradient", "full")
         self.check_values: bool = own.get("check_values", True)
         validation.check_choice("backend", self.backend, BACKENDS)
+        validation.check_choice("gradient", self.gradient, GRADIENTS)
+        validation.check_choice("states", self.states, STATES)
+        validation.check_choice("verify_states", self.verify_states, (True, False))
         validation.check_choice("guidance_gradient", self.guidance_gradient, GUIDANCE_GRADIENTS)
         validation.check_choice("check_values", self.check_values, (True, False))
         self.plan = _plan(method, score_model, options)
@@ -128,25 +160,43 @@ class Purifier(nn.Module):
 
         Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
         kernels, all before any network is called; FloatingPointError if the result is not finite.
+        With `gradient="exact"` and images that require grad, ValueError for models in a training
+        mode that the exact gradient cannot repeat, and what else `exact_run` lists.
         """
         chain = self.chain(images, sample_ids, draw, noise)
         if images.numel() == 0:
             return images.clone()
         with self._frozen():
-            differentiate = torch.is_grad_enabled() and images.requires_grad
-            with torch.set_grad_enabled(differentiate):
-                state, reference = chain.start(images), chain.reference(images)
-                step = chain.step if differentiate else chain.step_
-                for k in range(chain.num_steps):
-                    state = step(k, state, reference)
-                    if chain.finished(state):
-                        break
+            state = self._run(chain, images)
             if self.check_values and bool(chain.suspect(state)):
                 with torch.no_grad():
                     message = diagnose(chain, images)
                 if message is not None:
                     raise FloatingPointError(message)
         return state[0].to(images.dtype)
+
+    def _run(self, chain: AnyChain, images: Tensor) -> State:
+        """The chain's final state, differentiable as `gradient` says."""
+        wanted = torch.is_grad_enabled() and images.requires_grad
+        if wanted and self.gradient == "exact":
+            return exact_run(
+                chain,
+                images,
+                states=self.states,
+                verify=self.verify_states,
+                check=self.check_values,
+            )
+        record = wanted and self.gradient == "autograd"
+        with torch.set_grad_enabled(record):
+            state, reference = chain.start(images), chain.reference(images)
+            step = chain.step if record else chain.step_
+            for k in range(chain.num_steps):
+                state = step(k, state, reference)
+                if chain.finished(state):
+                    break
+        if wanted and self.gradient == "bpda":
+            return (straight_through(images, state[0]), *state[1:])
+        return state
 
     @torch.no_grad()
     def trajectory(

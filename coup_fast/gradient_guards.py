@@ -1,0 +1,188 @@
+"""What the exact gradient relies on, checked: models that repeat themselves and do not change.
+
+The backward pass computes the steps of a run again. That is the same computation only if the models
+are functions of their inputs alone, with the same parameters as in the forward pass; here is what
+looks, before, between and during, and says why where it is not so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from coup_fast.chain import AnyChain, Chain, State
+from coup_fast.score_model import first_parameter, module_of
+
+
+def models_of(chain: AnyChain) -> tuple[Any, ...]:
+    """The callables whose parameters a chain uses."""
+    classifier = chain.classifier if isinstance(chain, Chain) else None
+    return chain.score_model, chain.score_model.network, classifier
+
+
+def _named_modules(models: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    for model in models:
+        module = module_of(model)
+        for name, part in () if module is None else module.named_modules():
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield f"{type(module).__name__}.{name}" if name else type(module).__name__, part
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether the module, as it stands, draws random numbers of its own."""
+    if not module.training:
+        return False
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    return isinstance(module, nn.RReLU)
+
+
+def refuse_training_mode(*models: Any) -> None:
+    """Raises ValueError if a model has batch norm that normalises by the batch, or active dropout.
+
+    Batch statistics make an image's result depend on its neighbours (and each call changes the
+    running ones); dropout draws new masks when a step is computed again.
+    """
+    for name, module in _named_modules(models):
+        if isinstance(module, _BatchNorm):
+            if module.training:
+                raise ValueError(
+                    f"batch norm in training mode ({name}): an image's result would depend on the "
+                    "others in its batch, and every call would change the model; call .eval() on "
+                    "the models before asking for a gradient"
+                )
+            if module.running_mean is None:
+                raise ValueError(
+                    f"batch norm without running statistics ({name}): an image's result depends "
+                    "on the others in its batch, so its gradient is not its own"
+                )
+        if _is_random(module):
+            raise ValueError(
+                f"active dropout ({type(module).__name__}, {name}): the exact gradient computes "
+                "each step a second time, with another mask; call .eval() on the models, or use "
+                'gradient="autograd"'
+            )
+
+
+class Fingerprint:
+    """The versions of all parameters and buffers, as autograd guards the tensors it saves.
+
+    Sees in-place changes (optimiser steps, load_state_dict) and replaced tensors, not writes
+    through `.data`; of plain callables nothing is known.
+    """
+
+    def __init__(self, models: tuple[Any, ...], noise: Tensor | None = None) -> None:
+        self.models = models
+        self.noise = noise
+        self.versions = self._now()
+
+    def _now(self) -> dict[str, tuple[int, int]]:
+        tensors: dict[str, Tensor] = {} if self.noise is None else {"the given noise": self.noise}
+        for name, module in _named_modules(self.models):
+            for kind in (module._parameters, module._buffers):
+                for key, tensor in kind.items():
+                    if tensor is not None:
+                        tensors[f"{name}.{key}"] = tensor
+        return {
+            name: (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in tensors.items()
+        }
+
+    def check(self, when: str, consequence: str) -> None:
+        """Raises RuntimeError naming the tensors that are not as they were."""
+        now = self._now()
+        changed = [name for name in self.versions | now if now.get(name) != self.versions.get(name)]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise RuntimeError(
+                f"tensors of the models were changed {when} ({', '.join(changed[:3])}{more}): "
+                f"{consequence}"
+            )
+
+
+def same_autocast(device_type: str) -> Callable[[], AbstractContextManager[None]]:
+    """A context with the autocast settings of now, for a backward pass that runs outside them."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache):
+            yield
+
+    return context
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = {4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def _likely_reason(chain: AnyChain) -> str:
+    training = [name for name, module in _named_modules(models_of(chain)) if module.training]
+    if training:
+        return f"modules in training mode ({training[0]}) may be random: call .eval()"
+    return (
+        "a model draws random numbers, keeps state between calls, was changed through .data, or "
+        "uses nondeterministic operations (torch.use_deterministic_algorithms(True) names those)"
+    )
+
+
+def check_replay(
+    chain: AnyChain,
+    k: int,
+    state: State,
+    reference: Tensor | None,
+    replayed: Tensor,
+    stored: Tensor,
+    *,
+    strict: bool,
+) -> None:
+    """Compare step k as computed again with its graph (`replayed`) to the state that was stored.
+
+    Some operators (SiLU's derivative, attention) round differently where gradients are recorded,
+    so a difference is settled by computing the step once more as the forward pass did. If that
+    has other bits, RuntimeError; unless strict, only if it differs by more than rounding, and a
+    warning otherwise.
+    """
+    if _same_bits(replayed, stored):
+        return
+    with torch.no_grad():
+        again = chain.step(k, state, reference)[0]
+    parameter = first_parameter(chain.score_model)
+    dtype = stored.dtype if parameter is None else parameter.dtype
+    if torch.is_autocast_enabled(stored.device.type):
+        dtype = torch.get_autocast_dtype(stored.device.type)
+    rounding = 256 * torch.finfo(dtype).eps
+
+    def difference(value: Tensor) -> float:
+        gap = (value - stored).abs().max() / stored.abs().max().clamp_min(1e-30)
+        return float(gap.nan_to_num(0.0))  # stored NaN has been reported already
+
+    where = f"{chain.method}: step {k + 1} of {chain.num_steps}, computed again,"
+    gap = difference(again)
+    if not _same_bits(again, stored):
+        message = (
+            f"{where} differs from the forward pass by {gap:.1e} of the state's largest value, so "
+            f"its gradient is not that of the run; likely reason: {_likely_reason(chain)}"
+        )
+        if strict or gap > rounding:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+    if (recorded := difference(replayed)) > rounding:
+        raise RuntimeError(
+            f"{where} differs by {recorded:.1e} of the state's largest value where gradients are "
+            "recorded: a model computes something else when it is differentiated"
+        )
