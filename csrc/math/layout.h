@@ -35,16 +35,15 @@ COUP_FAST_FN bool sample_is_dense(const View& view, int64_t channels, int64_t pi
 // The one stride that steps through dimensions [2, ndim) in order, or -1 if there is none.
 // Dimensions of size 1 do not count. sizes and strides as of the tensor.
 COUP_FAST_FN int64_t pixel_stride_of(const int64_t* sizes, const int64_t* strides, int64_t ndim) {
-  int64_t stride = 1;    // of the innermost dimension that counts
-  int64_t expected = 0;  // 0: none seen yet
+  int64_t stride = 1;  // of the innermost dimension that counts
+  int64_t expected = 1;
+  bool seen = false;
   for (int64_t dim = ndim - 1; dim >= 2; --dim) {
     if (sizes[dim] == 1) continue;
-    if (expected == 0) {
-      stride = strides[dim];
-      expected = stride;
-    }
+    if (!seen) stride = expected = strides[dim];
     if (strides[dim] != expected) return -1;
     expected *= sizes[dim];
+    seen = true;
   }
   return stride;
 }

@@ -1,0 +1,239 @@
+// The only validation of tensors: turns the arguments of an op into Views and pointers, or raises
+// an error that names the argument, what was given and what was expected. Knows devices, dtypes,
+// shapes and strides; no kernel, and not what an op computes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "math/layout.h"
+
+namespace coup_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return std::string("torch.") + torch::headeronly::toString(type);
+  }
+}
+
+inline std::string sizes_text(const int64_t* sizes, int64_t ndim) {
+  std::string text = "[";
+  for (int64_t dim = 0; dim < ndim; ++dim) {
+    text += (dim == 0 ? "" : ", ") + std::to_string(sizes[dim]);
+  }
+  return text + "]";
+}
+
+inline std::string text_of(const Tensor& tensor) {
+  return name_of(tensor.scalar_type()) + " " + sizes_text(tensor.sizes().data(), tensor.dim());
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  const std::string type = tensor.is_cuda() ? "cuda:" : "device ";
+  return type + std::to_string(tensor.get_device_index());
+}
+
+// An uninitialised tensor of the shape of `like`: contiguous, or channels_last where like is that.
+inline Tensor new_dense(const Tensor& like, ScalarType type) {
+  const int64_t ndim = like.dim();
+  const auto sizes = like.sizes();
+  const bool channels_last =
+      !like.is_contiguous() && is_channels_last(sizes.data(), like.strides().data(), ndim);
+  std::vector<int64_t> strides(static_cast<size_t>(ndim));
+  dense_strides(sizes.data(), ndim, channels_last, strides.data());
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from<ScalarType>(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), dtype,
+                                                         device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+}
+
+// Checks the arguments of one call against its state, a tensor [B, C, *spatial], and keeps alive
+// the copies it had to make of tensors whose strides no View can express.
+class Arguments {
+ public:
+  // state: the tensor that sets device and shape, called `name` in messages.
+  Arguments(const char* op, const char* name, const Tensor& state)
+      : op_(op), name_(name), state_(state) {
+    const int64_t ndim = state.dim();
+    require(ndim >= 2, name, "must be [B, C, ...] with two dimensions or more, got ", state);
+    const auto sizes = state.sizes();
+    batch = sizes[0];
+    channels = sizes[1];
+    pixels = 1;
+    for (int64_t dim = 2; dim < ndim; ++dim) pixels *= sizes[static_cast<size_t>(dim)];
+  }
+
+  int64_t batch, channels, pixels;
+  bool empty() const { return batch * channels * pixels == 0; }
+
+  // The state itself, which has to be float32 for most ops.
+  View float32_state() {
+    require(state_.scalar_type() == ScalarType::Float, name_,
+            "must be float32 (coup_fast.reference takes float64), got ", state_);
+    return view(name_, state_, channels);
+  }
+
+  View any_float_state() { return view(name_, state_, channels); }
+
+  // A tensor of the shape of the state, of any of the three types; absent stays absent.
+  View same_shape(const char* name, const MaybeTensor& tensor) {
+    return tensor ? shaped(name, *tensor, channels) : View{};
+  }
+
+  // The model output: channels as the state or twice as many, of which the last become `variance`.
+  View model_out(const char* name, const MaybeTensor& tensor, View& variance) {
+    variance = View{};
+    if (!tensor) return View{};
+    const bool learned = tensor->dim() >= 2 && tensor->size(1) == 2 * channels && channels > 0;
+    View out = shaped(name, *tensor, learned ? 2 * channels : channels);
+    if (learned) variance = last_half(out);
+    return out;
+  }
+
+  // The second half of the channels of a view of 2C channels.
+  View last_half(const View& whole) const {
+    View half = whole;
+    half.data =
+        static_cast<char*>(whole.data) + channels * whole.channel_stride * size_of(whole.dtype);
+    return half;
+  }
+
+  // Where an op writes: the view of a tensor that new_dense made, or of a dense state.
+  View output(const Tensor& tensor) { return view("output", tensor, tensor.size(1)); }
+
+  const int64_t* keys(const MaybeTensor& tensor) {
+    if (!tensor) return nullptr;
+    require(tensor->scalar_type() == ScalarType::Long && tensor->dim() == 2 &&
+                tensor->size(0) == batch && tensor->size(1) == 2,
+            "keys",
+            "must be int64 [" + std::to_string(batch) + ", 2] (one row for each sample), got ",
+            *tensor);
+    return static_cast<const int64_t*>(contiguous("keys", *tensor));
+  }
+
+  // A row of coefficients.
+  const float* row(const Tensor& tensor, int64_t columns) {
+    require(
+        tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == columns,
+        "coeffs", "must be one row, float32 [" + std::to_string(columns) + "], got ", tensor);
+    return static_cast<const float*>(contiguous("coeffs", tensor));
+  }
+
+  // One bool for each sample.
+  const bool* flags(const char* name, const Tensor& tensor) {
+    require(
+        tensor.scalar_type() == ScalarType::Bool && tensor.dim() == 1 && tensor.size(0) == batch,
+        name, "must be bool [" + std::to_string(batch) + "] (one for each sample), got ", tensor);
+    return static_cast<const bool*>(contiguous(name, tensor));
+  }
+
+  // The elements of a tensor on the state's device in row-major order: where they are, or in a copy
+  // that lives as long as this object.
+  const void* contiguous(const char* name, const Tensor& tensor) {
+    same_device(name, tensor);
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return kept_.back().data_ptr();
+  }
+
+  void require(bool condition, const char* name, const std::string& expected,
+               const Tensor& given) const {
+    STD_TORCH_CHECK(condition, "coup_fast::", op_, ": ", name, " ", expected, text_of(given));
+  }
+
+ private:
+  void same_device(const char* name, const Tensor& tensor) const {
+    const bool same = tensor.is_cpu() == state_.is_cpu() && tensor.is_cuda() == state_.is_cuda() &&
+                      (tensor.is_cpu() || tensor.get_device_index() == state_.get_device_index());
+    STD_TORCH_CHECK(same, "coup_fast::", op_, ": ", name, " is on ", device_of(tensor), ", but ",
+                    name_, " is on ", device_of(state_), "; they must be on the same device");
+  }
+
+  View shaped(const char* name, const Tensor& tensor, int64_t expected_channels) {
+    const auto sizes = tensor.sizes();
+    bool same = tensor.dim() == state_.dim() && sizes[1] == expected_channels;
+    for (int64_t dim = 0; same && dim < state_.dim(); ++dim) {
+      same = dim == 1 || tensor.size(dim) == state_.size(dim);
+    }
+    if (!same) {
+      std::string expected = "must have the shape of " + std::string(name_) + ", " +
+                             sizes_text(state_.sizes().data(), state_.dim());
+      if (std::string(name) == "model_out") expected += ", or twice its channels";
+      require(false, name, expected + ", got ", tensor);
+    }
+    return view(name, tensor, expected_channels);
+  }
+
+  View view(const char* name, const Tensor& given, int64_t expected_channels) {
+    same_device(name, given);
+    View out;
+    switch (given.scalar_type()) {
+      case ScalarType::Float:
+        out.dtype = DType::kFloat32;
+        break;
+      case ScalarType::Half:
+        out.dtype = DType::kFloat16;
+        break;
+      case ScalarType::BFloat16:
+        out.dtype = DType::kBFloat16;
+        break;
+      default:
+        require(false, name, "must be float32, float16 or bfloat16, got ", given);
+    }
+    Tensor tensor = given;
+    int64_t pixel_stride =
+        pixel_stride_of(tensor.sizes().data(), tensor.strides().data(), tensor.dim());
+    if (pixel_stride < 0) {
+      tensor = torch::stable::contiguous(given);
+      pixel_stride = 1;
+      kept_.push_back(tensor);
+    }
+    out.data = tensor.data_ptr();
+    out.sample_stride = tensor.stride(0);
+    out.channel_stride = expected_channels == 1 ? pixels : tensor.stride(1);
+    out.pixel_stride = pixel_stride;
+    return out;
+  }
+
+  const char* op_;
+  const char* name_;
+  const Tensor& state_;
+  std::vector<Tensor> kept_;
+};
+
+}  // namespace coup_fast

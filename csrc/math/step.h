@@ -1,0 +1,303 @@
+// The one step that every purification method is a sequence of (docs of the coefficient table:
+// coup_fast/plan.py), its gradient, and the pixel map with forward diffusion.
+//
+//   x0  = clamp(p x + q m, x0_lo, x0_hi)
+//   sum = u x0 + v x + w m + c_i G + e r + d z
+//   x'  = out_scale clamp(sum, out_lo, out_hi) + out_bias
+//
+// With learned variance V = exp(clip(log V)), log V = (s+1)/2 log_var_hi + (1-s)/2 log_var_lo, the
+// factors v, c_i, e, d become v + x_var V, c_i V, e V, sqrt(d^2 V + z_var^2 V^2).
+// The sum is one chain of fused multiply-adds in the order above, from +0. A term whose coefficient
+// in the row is exactly 0, or whose input is absent, contributes nothing, whatever its input.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace coup_fast {
+
+// A row of the coefficient table; the order is that of its columns in memory.
+struct StepRow {
+  float x0_x, x0_m, x0_lo, x0_hi;             // p, q and the bounds of x0
+  float x0, x, m, g, r, z;                    // u, v, w, c, e, d
+  float out_lo, out_hi, out_scale, out_bias;  // bounds and map of the result
+  float g_max;                                // largest guidance norm, if clipped
+  float log_var_lo, log_var_hi;               // log of beta-tilde and beta
+  float x_var, z_var;                         // factors of V in those of x and z
+};
+constexpr int kStepColumns = 19;
+static_assert(sizeof(StepRow) == kStepColumns * sizeof(float), "a row is its columns");
+
+COUP_FAST_FN StepRow step_row(const float* coeffs) {
+  StepRow row;
+  memcpy(&row, coeffs, sizeof(row));
+  return row;
+}
+
+enum class GuidanceNorm : int32_t { kNone = 0, kNormalised = 1, kClipped = 2 };
+
+// Which inputs a call has.
+struct StepInputs {
+  bool m, s, g, r, z;  // s: variance channels; z: keys or noise
+};
+
+// What a row and the inputs leave to do; the same for every element of a call.
+struct StepTerms {
+  bool x0, x0_x, x0_m, x, m, g, r, z;  // terms that contribute
+  bool x0_clamp, out_clamp;            // bounds that are not both infinite
+  bool learned;                        // learned variance
+};
+
+COUP_FAST_FN bool bounded(float lo, float hi) { return !(lo == -INFINITY && hi == INFINITY); }
+
+COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) {
+  StepTerms terms{};
+  terms.learned = inputs.s;
+  terms.x0 = row.x0 != 0.0f;
+  terms.x0_x = row.x0_x != 0.0f;
+  terms.x0_m = row.x0_m != 0.0f && inputs.m;
+  terms.x = row.x != 0.0f || (inputs.s && row.x_var != 0.0f);
+  terms.m = row.m != 0.0f && inputs.m;
+  terms.g = row.g != 0.0f && inputs.g;
+  terms.r = row.r != 0.0f && inputs.r;
+  terms.z = (row.z != 0.0f || (inputs.s && row.z_var != 0.0f)) && inputs.z;
+  terms.x0_clamp = bounded(row.x0_lo, row.x0_hi);
+  terms.out_clamp = bounded(row.out_lo, row.out_hi);
+  return terms;
+}
+
+// c_i: the row's c scaled by the norm of the sample's guidance; 0 if that is 0.
+COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float square) {
+  if (norm == GuidanceNorm::kNone) return row.g;
+  if (square == 0.0f) return 0.0f;
+  const float length = Lanes<float>::sqrt(square);
+  if (norm == GuidanceNorm::kNormalised) return row.g / length;
+  return length <= row.g_max ? row.g : row.g * (row.g_max / length);
+}
+
+// NaN propagates.
+template <class F>
+COUP_FAST_FN F clamp(F value, float lo, float hi) {
+  using L = Lanes<F>;
+  value = L::select(L::set(lo) > value, L::set(lo), value);
+  return L::select(L::set(hi) < value, L::set(hi), value);
+}
+
+// The gradient of clamp(value, lo, hi): it passes where lo <= value <= hi.
+template <class F>
+COUP_FAST_FN F clamp_gradient(F gradient, F value, float lo, float hi) {
+  using L = Lanes<F>;
+  gradient = L::select(value >= L::set(lo), gradient, L::set(0.0f));
+  return L::select(value <= L::set(hi), gradient, L::set(0.0f));
+}
+
+// The inputs of some elements. What the terms leave out is not read.
+template <class F>
+struct StepValues {
+  F x, m, s, g, r, z;
+};
+
+// The coefficients of some elements: the row's, or with learned variance their own.
+template <class F>
+struct StepFactors {
+  F x, g, r, z;
+  F variance;
+};
+
+template <class F>
+COUP_FAST_FN F log_variance(const StepRow& row, F s) {
+  using L = Lanes<F>;
+  const F half = L::set(0.5f) * s;
+  return L::fma(half + L::set(0.5f), L::set(row.log_var_hi),
+                (L::set(0.5f) - half) * L::set(row.log_var_lo));
+}
+
+template <class F>
+COUP_FAST_FN StepFactors<F> step_factors(const StepRow& row, const StepTerms& terms, float scale,
+                                         F s) {
+  using L = Lanes<F>;
+  StepFactors<F> factors{L::set(row.x), L::set(scale), L::set(row.r), L::set(row.z), L::set(1.0f)};
+  if (!terms.learned) return factors;
+  const F variance = exp<F>(clamp<F>(log_variance<F>(row, s), row.log_var_lo, row.log_var_hi));
+  factors.x = L::fma(L::set(row.x_var), variance, factors.x);
+  factors.g = factors.g * variance;
+  factors.r = factors.r * variance;
+  const F extra = L::set(row.z_var) * variance;
+  factors.z = L::sqrt(L::fma(L::set(row.z * row.z), variance, extra * extra));
+  factors.variance = variance;
+  return factors;
+}
+
+// p x + q m
+template <class F>
+COUP_FAST_FN F unclamped_x0(const StepRow& row, const StepTerms& terms, const StepValues<F>& in) {
+  using L = Lanes<F>;
+  F x0 = L::set(0.0f);
+  if (terms.x0_x) x0 = L::fma(L::set(row.x0_x), in.x, x0);
+  if (terms.x0_m) x0 = L::fma(L::set(row.x0_m), in.m, x0);
+  return x0;
+}
+
+// The sum of the terms, before its clamp.
+template <class F>
+COUP_FAST_FN F step_sum(const StepRow& row, const StepTerms& terms, const StepFactors<F>& factors,
+                        const StepValues<F>& in) {
+  using L = Lanes<F>;
+  F sum = L::set(0.0f);
+  if (terms.x0) {
+    F x0 = unclamped_x0<F>(row, terms, in);
+    if (terms.x0_clamp) x0 = clamp<F>(x0, row.x0_lo, row.x0_hi);
+    sum = L::fma(L::set(row.x0), x0, sum);
+  }
+  if (terms.x) sum = L::fma(factors.x, in.x, sum);
+  if (terms.m) sum = L::fma(L::set(row.m), in.m, sum);
+  if (terms.g) sum = L::fma(factors.g, in.g, sum);
+  if (terms.r) sum = L::fma(factors.r, in.r, sum);
+  if (terms.z) sum = L::fma(factors.z, in.z, sum);
+  return sum;
+}
+
+// x' of some elements. scale: c_i of their sample.
+template <class F>
+COUP_FAST_FN F step_value(const StepRow& row, const StepTerms& terms, float scale,
+                          const StepValues<F>& in) {
+  using L = Lanes<F>;
+  F sum = step_sum<F>(row, terms, step_factors<F>(row, terms, scale, in.s), in);
+  if (terms.out_clamp) sum = clamp<F>(sum, row.out_lo, row.out_hi);
+  return L::fma(L::set(row.out_scale), sum, L::set(row.out_bias));
+}
+
+// --- gradient ------------------------------------------------------------------------------------
+
+// Whether the gradient needs the sum itself, and with it the noise.
+COUP_FAST_FN bool gradient_needs_noise(const StepTerms& terms) {
+  return terms.z && (terms.out_clamp || terms.learned);
+}
+
+// y: the gradient of the sum, given that of x'.
+template <class F>
+COUP_FAST_FN F sum_gradient(const StepRow& row, const StepTerms& terms,
+                            const StepFactors<F>& factors, const StepValues<F>& in, F gradient) {
+  const F y = Lanes<F>::set(row.out_scale) * gradient;
+  if (!terms.out_clamp) return y;
+  return clamp_gradient<F>(y, step_sum<F>(row, terms, factors, in), row.out_lo, row.out_hi);
+}
+
+// What the elements of a sample need to know about its guidance: c_i, and <G, a> / <G, G> where
+// the norm depends on G (a: the gradient of c_i G divided by c_i, see guided_gradient).
+struct GuidanceSample {
+  float scale;
+  float turn;
+};
+
+COUP_FAST_FN GuidanceSample guidance_sample(const StepRow& row, GuidanceNorm norm, float square,
+                                            float dot) {
+  const float scale = guidance_scale(row, norm, square);
+  const bool fixed = norm == GuidanceNorm::kNone || square == 0.0f ||
+                     (norm == GuidanceNorm::kClipped && Lanes<float>::sqrt(square) <= row.g_max);
+  return GuidanceSample{scale, fixed ? 0.0f : dot / square};
+}
+
+// a = y, or V y with learned variance
+template <class F>
+COUP_FAST_FN F guided_gradient(const StepTerms& terms, const StepFactors<F>& factors, F y) {
+  return terms.learned ? factors.variance * y : y;
+}
+
+template <class F>
+struct StepGradients {
+  F x, m, s, g, r;
+};
+
+// The gradients of all inputs of some elements; 0 where a term does not contribute.
+//   G: c_i (a - G <G, a> / <G, G>), the second part only where c_i depends on G
+//   s: y (x_var V x + c_i V G + e V r + z dd/dlogV) dlogV/ds
+template <class F>
+COUP_FAST_FN StepGradients<F> step_gradients(const StepRow& row, const StepTerms& terms,
+                                             const GuidanceSample& sample,
+                                             const StepFactors<F>& factors, const StepValues<F>& in,
+                                             F y) {
+  using L = Lanes<F>;
+  const F zero = L::set(0.0f);
+  StepGradients<F> out{zero, zero, zero, zero, zero};
+  if (terms.x) out.x = factors.x * y;
+  if (terms.m) out.m = L::set(row.m) * y;
+  if (terms.r) out.r = factors.r * y;
+  if (terms.x0) {
+    F part = L::set(row.x0) * y;
+    if (terms.x0_clamp) {
+      part = clamp_gradient<F>(part, unclamped_x0<F>(row, terms, in), row.x0_lo, row.x0_hi);
+    }
+    if (terms.x0_x) out.x = L::fma(L::set(row.x0_x), part, out.x);
+    if (terms.x0_m) out.m = L::fma(L::set(row.x0_m), part, out.m);
+  }
+  if (terms.g) {
+    F along = guided_gradient<F>(terms, factors, y);
+    if (sample.turn != 0.0f) along = L::fma(L::set(-sample.turn), in.g, along);
+    out.g = L::set(sample.scale) * along;
+  }
+  if (terms.learned) {
+    F slope = zero;  // d(sum) / d(log V)
+    if (row.x_var != 0.0f) slope = L::fma(L::set(row.x_var) * factors.variance, in.x, slope);
+    if (terms.g) slope = L::fma(factors.g, in.g, slope);
+    if (terms.r) slope = L::fma(factors.r, in.r, slope);
+    if (terms.z) {
+      const F extra = L::set(row.z_var) * factors.variance;
+      const F doubled = L::fma(factors.z, factors.z, extra * extra);
+      const F part = L::set(0.5f) * doubled / factors.z;
+      slope = L::fma(L::select(factors.z > zero, part, zero), in.z, slope);
+    }
+    const F range = L::set(0.5f * (row.log_var_hi - row.log_var_lo));
+    out.s = clamp_gradient<F>(range * slope * y, log_variance<F>(row, in.s), row.log_var_lo,
+                              row.log_var_hi);
+  }
+  return out;
+}
+
+// --- pixel map and forward diffusion -----------------------------------------------------------
+//   out_scale clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias
+
+struct PerturbRow {
+  float scale, bias, std, sign_std, lo, hi, out_scale, out_bias;
+};
+constexpr int kPerturbColumns = 8;
+
+COUP_FAST_FN PerturbRow perturb_row(const float* coeffs) {
+  PerturbRow row;
+  memcpy(&row, coeffs, sizeof(row));
+  return row;
+}
+
+COUP_FAST_FN bool perturb_is_noisy(const PerturbRow& row) {
+  return row.std != 0.0f || row.sign_std != 0.0f;
+}
+
+// Before the clamp. noisy: the row is, and there is noise. sign(z) is 1 for z = 0.
+template <class F>
+COUP_FAST_FN F perturb_sum(const PerturbRow& row, bool noisy, F u, F z) {
+  using L = Lanes<F>;
+  F sum = L::set(row.bias);
+  if (row.scale != 0.0f) sum = L::fma(L::set(row.scale), u, sum);
+  if (noisy && row.std != 0.0f) sum = L::fma(L::set(row.std), z, sum);
+  if (noisy && row.sign_std != 0.0f) {
+    sum = sum + L::select(z < L::set(0.0f), L::set(-row.sign_std), L::set(row.sign_std));
+  }
+  return sum;
+}
+
+template <class F>
+COUP_FAST_FN F perturb_value(const PerturbRow& row, bool noisy, F u, F z) {
+  using L = Lanes<F>;
+  F sum = perturb_sum<F>(row, noisy, u, z);
+  if (bounded(row.lo, row.hi)) sum = clamp<F>(sum, row.lo, row.hi);
+  return L::fma(L::set(row.out_scale), sum, L::set(row.out_bias));
+}
+
+template <class F>
+COUP_FAST_FN F perturb_gradient(const PerturbRow& row, bool noisy, F u, F z, F gradient) {
+  using L = Lanes<F>;
+  const F y = L::set(row.out_scale) * gradient * L::set(row.scale);
+  if (!bounded(row.lo, row.hi)) return y;
+  return clamp_gradient<F>(y, perturb_sum<F>(row, noisy, u, z), row.lo, row.hi);
+}
+
+}  // namespace coup_fast
