@@ -44,7 +44,7 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     half_turn = quarters.remainder(4) >= 2
     radius = torch.where(half_turn, -radius, radius)
     pairs = torch.stack((radius * cosine, radius * sine), dim=-1)
-    return pairs.to(torch.float32).flatten(1)[:, :numel].reshape(tuple(shape))
+    return pairs.to(torch.float32).flatten(1)[:, :numel].reshape(tuple(shape)).contiguous()
 
 
 def _noise_like(x: Tensor, keys: Tensor | None, noise: Tensor | None) -> Tensor | None:
