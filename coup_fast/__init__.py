@@ -7,11 +7,18 @@ so that importing coup_fast costs next to nothing beyond torch itself.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coup_fast import _extension
 from coup_fast._extension import build_info
 from coup_fast._version import __version__
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time a name is imported when it is used
+    from coup_fast import methods, noise, ops, reference
+    from coup_fast.models import load_bundled
+    from coup_fast.purified_classifier import PurifiedClassifier
+    from coup_fast.purifier import Purifier, purify
+    from coup_fast.score_model import EnergyModel, ScoreModel
 
 # Public name -> module that defines it; a submodule stands for itself.
 _EXPORTS: dict[str, str] = {
@@ -27,7 +34,20 @@ _EXPORTS: dict[str, str] = {
     "reference": "coup_fast.reference",
 }
 
-__all__ = ["__version__", "build_info", *_EXPORTS]
+__all__ = [
+    "EnergyModel",
+    "PurifiedClassifier",
+    "Purifier",
+    "ScoreModel",
+    "__version__",
+    "build_info",
+    "load_bundled",
+    "methods",
+    "noise",
+    "ops",
+    "purify",
+    "reference",
+]
 
 _extension.load()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coup_fast import validation
 from coup_fast.frozen import frozen_parameters
+from coup_fast.gradient_guards import refuse_training_mode
 from coup_fast.purifier import Classifier, Purifier
 from coup_fast.score_model import in_dtype_of
 
@@ -49,6 +50,9 @@ class PurifiedClassifier(nn.Module):
             same scores (a fixed-noise defence, to an attack). True: every call uses the next
             `num_draws` draws, as a randomised defence does and as attacks that average over its
             randomness (EOT) must see it; `next_draw` tells where it is, `reset_draws` sets it.
+
+    Without sample ids an image's noise goes by its position in the batch, so an attack that drops
+    images on its way changes the noise of those that remain.
 
     It owns the parameters of its models, so attack libraries find its device through them; they are
     never differentiated, and train/eval mode and requires_grad flags are left as found. It works
@@ -103,20 +107,29 @@ class PurifiedClassifier(nn.Module):
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)
-        first = self._first_draw(draw)
+        logits = self.logits_at(images, ids, self._first_draw(draw))
+        if self.fresh_draws:
+            self.next_draw += self.num_draws
+        return logits
+
+    def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
+        """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
+
+        sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw.
+        """
+        if torch.is_grad_enabled() and images.requires_grad and self.purifier.gradient == "exact":
+            refuse_training_mode(self.classifier)
         count, batch = self.num_draws, images.shape[0]
-        draws = torch.arange(first, first + count, device=images.device)
+        draws = torch.arange(count, device=images.device)[:, None] + first
         copies = torch.cat([images] * count) if count > 1 else images
         with frozen_parameters(self.classifier):
             purified = self.purifier(
-                copies, ids.repeat(count), draws.repeat_interleave(batch, output_size=count * batch)
+                copies, sample_ids.repeat(count), draws.expand(count, batch).flatten()
             )
             logits = self.classifier(in_dtype_of(self.classifier, purified))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count * batch:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the classifier must return logits [{count * batch}, K]; got {got}")
-        if self.fresh_draws:
-            self.next_draw += count
         return logits.reshape(count, batch, logits.shape[1])
 
     def _first_draw(self, draw: int) -> int:

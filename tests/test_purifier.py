@@ -102,13 +102,15 @@ def gradient_of(clean: Purifier, u: torch.Tensor, weight: torch.Tensor, **call) 
     return gradient
 
 
+@pytest.mark.parametrize("gradient", ["autograd", "exact"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_float32_gradient_agrees_with_the_float64_reference(method: str, backend) -> None:
+def test_float32_gradient_agrees_with_float64_autograd(method: str, backend, gradient) -> None:
     u = images(2)
     weight = torch.randn_like(u)
-    want = gradient_of(purifier(method, double=True), u.double(), weight.double())
-    got = gradient_of(purifier(method, backend=backend), u, weight)
+    exact = purifier(method, double=True, gradient="autograd")
+    want = gradient_of(exact, u.double(), weight.double())
+    got = gradient_of(purifier(method, backend=backend, gradient=gradient), u, weight)
     assert got.dtype == torch.float32
     scale = want.abs().max().item()
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * scale)
@@ -126,7 +128,7 @@ NORMS = [
     [*(("coup", norm) for norm in NORMS), *((m, {}) for m in METHODS if m not in GUIDED)],
 )
 def test_float64_gradient_is_the_numerical_one(method: str, options) -> None:
-    clean = purifier(method, double=True, **options)
+    clean = purifier(method, double=True, gradient="autograd", **options)
     u = 0.2 + 0.6 * images(1, dtype=torch.float64)
     weight, direction = torch.randn_like(u), torch.randn_like(u)
     got = (gradient_of(clean, u, weight) * direction).sum()
@@ -294,6 +296,19 @@ def test_half_precision_networks_run_as_they_are() -> None:
     u.requires_grad_()
     half(u).sum().backward()
     assert u.grad.dtype == torch.float32
+
+
+def test_under_autocast_networks_run_in_half_and_the_state_does_not() -> None:
+    seen = []
+    clean = purifier("coup")
+    hook = clean.score_model.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    want = clean(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = clean(images())
+    hook.remove()
+    (x, _), out = seen[-1]
+    assert (x.dtype, out.dtype, got.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 def test_variance_channels_are_cut_unless_the_method_uses_them() -> None:
