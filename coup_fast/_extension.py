@@ -94,7 +94,7 @@ def cuda_available() -> bool:
 def _cpu_capability() -> str:
     try:
         return str(torch.ops.coup_fast.cpu_capability())
-    except RuntimeError as error:  # COUP_FAST_CPU asks for what this machine lacks
+    except (AttributeError, RuntimeError) as error:  # COUP_FAST_CPU may ask for what is not there
         return f"error: {str(error).splitlines()[0]}"
 
 
