@@ -46,13 +46,23 @@ def confidence_gradient(
             Without it the result is detached ("stopped"), also under `no_grad` and
             `inference_mode`.
 
-    Raises ValueError for other than [B, K] logits and RuntimeError for logits without a graph.
+    Raises ValueError for other than [B, K] logits, RuntimeError for logits without a graph and, with
+    `graph`, for a classifier that cannot be differentiated twice.
     """
     if graph:
         with torch.enable_grad():
             logits = _logits(classifier, x)
             _, cotangent = ops.confidence_cotangent(logits)
-            (gradient,) = torch.autograd.grad(logits, x, cotangent, create_graph=True)
+            try:
+                (gradient,) = torch.autograd.grad(logits, x, cotangent, create_graph=True)
+            except RuntimeError as error:
+                if type(error) is not RuntimeError:  # out of memory and the like
+                    raise
+                raise RuntimeError(
+                    "the gradient through the guidance needs a classifier that can be "
+                    "differentiated twice, and this one cannot (torch.compile'd modules, for "
+                    "example); give its plain module, or guidance_gradient='stopped'"
+                ) from error
         return gradient
     with torch.inference_mode(False), torch.enable_grad():
         point = grad_leaf(x)

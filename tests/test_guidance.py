@@ -82,6 +82,33 @@ def test_classifiers_that_cannot_guide_are_refused() -> None:
         confidence_gradient(torch.no_grad()(TinyClassifier()), x, reference)
 
 
+class OnceOnly(torch.autograd.Function):
+    """As a compiled graph: a first derivative, and an error for more."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("donated buffers")
+        return grad
+
+
+def test_a_classifier_that_differentiates_once_guides_but_has_no_full_gradient() -> None:
+    tiny = TinyClassifier()
+
+    def classifier(u):
+        return OnceOnly.apply(tiny(u))
+
+    x = state(dtype=torch.float32)
+    want = confidence_gradient(tiny, x, reference)
+    assert torch.equal(confidence_gradient(classifier, x, reference), want)
+    with pytest.raises(RuntimeError, match="differentiated twice.*'stopped'"):
+        confidence_gradient(classifier, x.requires_grad_(), reference, graph=True)
+
+
 def flags(module: nn.Module) -> list[bool]:
     return [p.requires_grad for p in module.parameters()]
 
