@@ -46,8 +46,8 @@ def confidence_gradient(
             Without it the result is detached ("stopped"), also under `no_grad` and
             `inference_mode`.
 
-    Raises ValueError for other than [B, K] logits, RuntimeError for logits without a graph and, with
-    `graph`, for a classifier that cannot be differentiated twice.
+    Raises ValueError for other than [B, K] logits, and RuntimeError for logits without a graph or,
+    with `graph`, for a classifier that cannot be differentiated twice.
     """
     if graph:
         with torch.enable_grad():

@@ -105,7 +105,7 @@ def test_a_classifier_that_differentiates_once_guides_but_has_no_full_gradient()
     x = state(dtype=torch.float32)
     want = confidence_gradient(tiny, x, reference)
     assert torch.equal(confidence_gradient(classifier, x, reference), want)
-    with pytest.raises(RuntimeError, match="differentiated twice.*'stopped'"):
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*'stopped'"):
         confidence_gradient(classifier, x.requires_grad_(), reference, graph=True)
 
 
