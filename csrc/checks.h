@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "math/layout.h"
+#include "perturb.h"
+#include "reverse_step.h"
 
 namespace coup_fast {
 
@@ -82,6 +84,20 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarTy
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);
 }
 
+// The output of normal(keys, shape), one sample for each row of keys.
+inline Tensor new_normal(const Tensor& keys, const std::vector<int64_t>& shape) {
+  const std::string given =
+      sizes_text(shape.data(), static_cast<int64_t>(shape.size())) + " and keys " + text_of(keys);
+  STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.dim() == 2 && keys.size(1) == 2 &&
+                      !shape.empty() && shape[0] == keys.size(0),
+                  "coup_fast::normal: keys must be int64 [B, 2] and shape [B, ...], got shape ",
+                  given);
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "coup_fast::normal: sizes must not be negative, got shape ", given);
+  }
+  return new_empty(keys, shape, ScalarType::Float);
+}
+
 // Checks the arguments of one call against its state, a tensor [B, C, *spatial], and keeps alive
 // the copies it had to make of tensors whose strides no View can express.
 class Arguments {
@@ -116,11 +132,11 @@ class Arguments {
   }
 
   // The model output: channels as the state or twice as many, of which the last become `variance`.
-  View model_out(const char* name, const MaybeTensor& tensor, View& variance) {
+  View model_out(const MaybeTensor& tensor, View& variance) {
     variance = View{};
     if (!tensor) return View{};
     const bool learned = tensor->dim() >= 2 && tensor->size(1) == 2 * channels && channels > 0;
-    View out = shaped(name, *tensor, learned ? 2 * channels : channels);
+    View out = shaped("model_out", *tensor, learned ? 2 * channels : channels);
     if (learned) variance = last_half(out);
     return out;
   }
@@ -152,6 +168,26 @@ class Arguments {
         tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == columns,
         "coeffs", "must be one row, float32 [" + std::to_string(columns) + "], got ", tensor);
     return static_cast<const float*>(contiguous("coeffs", tensor));
+  }
+
+  // For ops that write over the state.
+  void require_dense_state() const {
+    const bool dense =
+        state_.is_contiguous() ||
+        is_channels_last(state_.sizes().data(), state_.strides().data(), state_.dim());
+    require(dense, name_,
+            "must be contiguous or channels_last to be written in place, got a view "
+            "with strides " +
+                sizes_text(state_.strides().data(), state_.dim()) + ", ",
+            state_);
+  }
+
+  GuidanceNorm guidance_norm(const std::string& text) const {
+    if (text == "none") return GuidanceNorm::kNone;
+    if (text == "normalised") return GuidanceNorm::kNormalised;
+    if (text == "clipped") return GuidanceNorm::kClipped;
+    STD_TORCH_CHECK(false, "coup_fast::", op_,
+                    ": guidance_norm must be none, normalised or clipped, got ", text);
   }
 
   // One bool for each sample.
@@ -235,5 +271,41 @@ class Arguments {
   const Tensor& state_;
   std::vector<Tensor> kept_;
 };
+
+// --- what two ops and two devices share -------------------------------------------------------
+
+// All but the output.
+inline Perturb perturb_params(Arguments& arguments, const Tensor& coeffs, const MaybeTensor& keys,
+                              const MaybeTensor& noise) {
+  Perturb params{};
+  params.images = arguments.any_float_state();
+  params.noise = arguments.same_shape("noise", noise);
+  params.keys = arguments.keys(keys);
+  params.coeffs = arguments.row(coeffs, kPerturbColumns);
+  params.batch = arguments.batch;
+  params.channels = arguments.channels;
+  params.pixels = arguments.pixels;
+  return params;
+}
+
+// All but the output.
+inline ReverseStep reverse_step_params(Arguments& arguments, const MaybeTensor& model_out,
+                                       const Tensor& coeffs, const MaybeTensor& keys,
+                                       const MaybeTensor& guidance, const MaybeTensor& reference,
+                                       const MaybeTensor& noise, const std::string& guidance_norm) {
+  ReverseStep params{};
+  params.x = arguments.float32_state();
+  params.m = arguments.model_out(model_out, params.s);
+  params.g = arguments.same_shape("guidance", guidance);
+  params.r = arguments.same_shape("reference", reference);
+  params.z = arguments.same_shape("noise", noise);
+  params.keys = arguments.keys(keys);
+  params.coeffs = arguments.row(coeffs, kStepColumns);
+  params.guidance_norm = arguments.guidance_norm(guidance_norm);
+  params.batch = arguments.batch;
+  params.channels = arguments.channels;
+  params.pixels = arguments.pixels;
+  return params;
+}
 
 }  // namespace coup_fast

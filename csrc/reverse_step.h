@@ -35,7 +35,7 @@ struct ReverseStepBackward {
   View grad_r;
 };
 
-inline StepInputs inputs_of(const ReverseStep& step) {
+COUP_FAST_FN StepInputs inputs_of(const ReverseStep& step) {
   return StepInputs{step.m.data != nullptr, step.s.data != nullptr, step.g.data != nullptr,
                     step.r.data != nullptr, step.z.data != nullptr || step.keys != nullptr};
 }

@@ -1,0 +1,138 @@
+// reverse_step, its in-place twin and its backward on the CPU: checks, outputs, threads, and the
+// order of the passes. The kernels are in tiles_reverse_step.cpp.
+#include "reverse_step.h"
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/parallel.h"
+#include "cpu/tiles.h"
+
+namespace coup_fast {
+namespace {
+
+bool needs_norm(const ReverseStep& params) {
+  return params.guidance_norm != GuidanceNorm::kNone && params.g.data != nullptr &&
+         step_row(params.coeffs).g != 0.0f;
+}
+
+// One sum for each sample: fill(sums, begin, end) gives those of its segments, added here in order.
+template <class Fill>
+std::vector<float> sum_samples(const ReverseStep& params, const Fill& fill) {
+  const int64_t segments = num_segments(params.channels * params.pixels);
+  std::vector<float> parts(static_cast<size_t>(params.batch * segments));
+  parallel(params.batch * segments, kSegment,
+           [&](int64_t begin, int64_t end) { fill(parts.data(), begin, end); });
+  std::vector<float> sums(static_cast<size_t>(params.batch), 0.0f);
+  for (size_t sample = 0; sample < sums.size(); ++sample) {
+    for (int64_t k = 0; k < segments; ++k) {
+      sums[sample] += parts[sample * static_cast<size_t>(segments) + static_cast<size_t>(k)];
+    }
+  }
+  return sums;
+}
+
+std::vector<float> guidance_squares(const ReverseStep& params) {
+  const auto kernel = COUP_FAST_PICK(guidance_square_segments);
+  return sum_samples(
+      params, [&](float* sums, int64_t begin, int64_t end) { kernel(params, sums, begin, end); });
+}
+
+void run(const ReverseStep& params) {
+  const auto kernel = COUP_FAST_PICK(reverse_step_tiles);
+  std::vector<float> scales;
+  if (needs_norm(params)) {
+    scales = guidance_squares(params);
+    const StepRow row = step_row(params.coeffs);
+    for (float& scale : scales) scale = guidance_scale(row, params.guidance_norm, scale);
+  }
+  const float* scale_of = scales.empty() ? nullptr : scales.data();
+  parallel(num_tiles(params.batch, params.channels * params.pixels), kTileElements,
+           [&](int64_t begin, int64_t end) { kernel(params, scale_of, begin, end); });
+}
+
+Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                    const MaybeTensor& keys, const MaybeTensor& guidance,
+                    const MaybeTensor& reference, const MaybeTensor& noise,
+                    const std::string& guidance_norm) {
+  Arguments arguments("reverse_step", "x", x);
+  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                           noise, guidance_norm);
+  Tensor out = new_dense(x, ScalarType::Float);
+  params.out = arguments.output(out);
+  if (!arguments.empty()) run(params);
+  return out;
+}
+
+void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                   const MaybeTensor& keys, const MaybeTensor& guidance,
+                   const MaybeTensor& reference, const MaybeTensor& noise,
+                   const std::string& guidance_norm) {
+  Arguments arguments("reverse_step_", "x", x);
+  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                           noise, guidance_norm);
+  arguments.require_dense_state();
+  params.out = params.x;
+  if (!arguments.empty()) run(params);
+}
+
+// c_i and <G, a> / <G, G> of each sample, in two rounds: a may need c_i.
+std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) {
+  const ReverseStep& forward = params.forward;
+  const StepRow row = step_row(forward.coeffs);
+  const std::vector<float> squares = guidance_squares(forward);
+  std::vector<GuidanceSample> samples(squares.size());
+  for (size_t i = 0; i < samples.size(); ++i) {
+    samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], 0.0f);
+  }
+  const auto kernel = COUP_FAST_PICK(guidance_dot_segments);
+  const std::vector<float> dots =
+      sum_samples(forward, [&](float* sums, int64_t begin, int64_t end) {
+        kernel(params, samples.data(), sums, begin, end);
+      });
+  for (size_t i = 0; i < samples.size(); ++i) {
+    samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], dots[i]);
+  }
+  return samples;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reverse_step_backward(
+    const Tensor& grad, const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+    const MaybeTensor& keys, const MaybeTensor& guidance, const MaybeTensor& reference,
+    const MaybeTensor& noise, const std::string& guidance_norm) {
+  Arguments arguments("reverse_step_backward", "x", x);
+  ReverseStepBackward params{};
+  params.forward = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                       noise, guidance_norm);
+  params.grad = arguments.same_shape("grad", grad);
+  const auto like = [&](const MaybeTensor& input) {
+    return input ? new_dense(*input, input->scalar_type()) : new_empty(x, {0}, ScalarType::Float);
+  };
+  const auto grads = std::make_tuple(like(x), like(model_out), like(guidance), like(reference));
+  params.grad_x = arguments.output(std::get<0>(grads));
+  if (model_out) params.grad_m = arguments.output(std::get<1>(grads));
+  if (params.forward.s.data != nullptr) params.grad_s = arguments.last_half(params.grad_m);
+  if (guidance) params.grad_g = arguments.output(std::get<2>(grads));
+  if (reference) params.grad_r = arguments.output(std::get<3>(grads));
+  if (arguments.empty()) return grads;
+
+  std::vector<GuidanceSample> samples;
+  if (needs_norm(params.forward)) samples = guidance_samples(params);
+  const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
+  const auto kernel = COUP_FAST_PICK(reverse_step_backward_tiles);
+  parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels),
+           kTileElements,
+           [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });
+  return grads;
+}
+
+}  // namespace
+}  // namespace coup_fast
+
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
+  m.impl("reverse_step", TORCH_BOX(&coup_fast::reverse_step));
+  m.impl("reverse_step_", TORCH_BOX(&coup_fast::reverse_step_));
+  m.impl("reverse_step_backward", TORCH_BOX(&coup_fast::reverse_step_backward));
+}
