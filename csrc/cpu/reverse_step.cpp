@@ -15,7 +15,7 @@ namespace {
 
 bool needs_norm(const ReverseStep& params) {
   return params.guidance_norm != GuidanceNorm::kNone && params.g.data != nullptr &&
-         step_row(params.coeffs).g != 0.0f;
+         step_row(params.coeffs).c != 0.0f;
 }
 
 // One sum for each sample: fill(sums, begin, end) gives those of its segments, added here in order.

@@ -52,7 +52,7 @@ void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t 
     const Tile tile = tiling[item];
     const TileAccess access(tiling, tile);
     const Inputs in = read_inputs(params, terms, access, tile, terms.z, buffers);
-    const float scale = scales != nullptr ? scales[tile.sample] : row.g;
+    const float scale = scales != nullptr ? scales[tile.sample] : row.c;
     float* out = access.begin_write(params.out, buffers.out);
     for_vectors(tile.count, [=, &row, &terms](auto at) __attribute__((always_inline)) {
       at.store(out, step_value<Vec>(row, terms, scale, in.load(terms, at)));
@@ -130,7 +130,7 @@ void reverse_step_backward_tiles(const ReverseStepBackward& params, const Guidan
     const Inputs in =
         read_inputs(forward, terms, access, tile, gradient_needs_noise(terms), buffers);
     const GuidanceSample sample =
-        samples != nullptr ? samples[tile.sample] : GuidanceSample{row.g, 0.0f};
+        samples != nullptr ? samples[tile.sample] : GuidanceSample{row.c, 0.0f};
     float* out[5];
     for (int k = 0; k < 5; ++k) out[k] = access.begin_write(*views[k], *staged[k]);
     for_vectors(tile.count, [&](auto at) __attribute__((always_inline)) {

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -124,8 +125,8 @@ PYBIND11_MODULE(_host, m) {
 
   // Names of the columns of a row, in order: those of StepRow and PerturbRow.
   m.attr("step_columns") = std::vector<std::string>{
-      "x0_x",  "x0_m",       "x0_lo",      "x0_hi",  "x0",     "x",         "m",
-      "g",     "r",          "z",          "out_lo", "out_hi", "out_scale", "out_bias",
+      "p",     "q",          "x0_lo",      "x0_hi",  "u",      "v",         "w",
+      "c",     "e",          "d",          "out_lo", "out_hi", "out_scale", "out_bias",
       "g_max", "log_var_lo", "log_var_hi", "x_var",  "z_var"};
   m.attr("perturb_columns") = std::vector<std::string>{"scale", "bias", "std",       "sign_std",
                                                        "lo",    "hi",   "out_scale", "out_bias"};

@@ -17,8 +17,8 @@ namespace coup_fast {
 
 // A row of the coefficient table; the order is that of its columns in memory.
 struct StepRow {
-  float x0_x, x0_m, x0_lo, x0_hi;             // p, q and the bounds of x0
-  float x0, x, m, g, r, z;                    // u, v, w, c, e, d
+  float p, q, x0_lo, x0_hi;                   // x0 and its bounds
+  float u, v, w, c, e, d;                     // coefficients of x0, x, m, G, r, z
   float out_lo, out_hi, out_scale, out_bias;  // bounds and map of the result
   float g_max;                                // largest guidance norm, if clipped
   float log_var_lo, log_var_hi;               // log of beta-tilde and beta
@@ -52,14 +52,14 @@ COUP_FAST_FN bool bounded(float lo, float hi) { return !(lo == -INFINITY && hi =
 COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) {
   StepTerms terms{};
   terms.learned = inputs.s;
-  terms.x0 = row.x0 != 0.0f;
-  terms.x0_x = row.x0_x != 0.0f;
-  terms.x0_m = row.x0_m != 0.0f && inputs.m;
-  terms.x = row.x != 0.0f || (inputs.s && row.x_var != 0.0f);
-  terms.m = row.m != 0.0f && inputs.m;
-  terms.g = row.g != 0.0f && inputs.g;
-  terms.r = row.r != 0.0f && inputs.r;
-  terms.z = (row.z != 0.0f || (inputs.s && row.z_var != 0.0f)) && inputs.z;
+  terms.x0 = row.u != 0.0f;
+  terms.x0_x = row.p != 0.0f;
+  terms.x0_m = row.q != 0.0f && inputs.m;
+  terms.x = row.v != 0.0f || (inputs.s && row.x_var != 0.0f);
+  terms.m = row.w != 0.0f && inputs.m;
+  terms.g = row.c != 0.0f && inputs.g;
+  terms.r = row.e != 0.0f && inputs.r;
+  terms.z = (row.d != 0.0f || (inputs.s && row.z_var != 0.0f)) && inputs.z;
   terms.x0_clamp = bounded(row.x0_lo, row.x0_hi);
   terms.out_clamp = bounded(row.out_lo, row.out_hi);
   return terms;
@@ -67,11 +67,11 @@ COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) 
 
 // c_i: the row's c scaled by the norm of the sample's guidance; 0 if that is 0.
 COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float square) {
-  if (norm == GuidanceNorm::kNone) return row.g;
+  if (norm == GuidanceNorm::kNone) return row.c;
   if (square == 0.0f) return 0.0f;
   const float length = Lanes<float>::sqrt(square);
-  if (norm == GuidanceNorm::kNormalised) return row.g / length;
-  return length <= row.g_max ? row.g : row.g * (row.g_max / length);
+  if (norm == GuidanceNorm::kNormalised) return row.c / length;
+  return length <= row.g_max ? row.c : row.c * (row.g_max / length);
 }
 
 // NaN propagates.
@@ -115,14 +115,14 @@ template <class F>
 COUP_FAST_FN StepFactors<F> step_factors(const StepRow& row, const StepTerms& terms, float scale,
                                          F s) {
   using L = Lanes<F>;
-  StepFactors<F> factors{L::set(row.x), L::set(scale), L::set(row.r), L::set(row.z), L::set(1.0f)};
+  StepFactors<F> factors{L::set(row.v), L::set(scale), L::set(row.e), L::set(row.d), L::set(1.0f)};
   if (!terms.learned) return factors;
   const F variance = exp<F>(clamp<F>(log_variance<F>(row, s), row.log_var_lo, row.log_var_hi));
   factors.x = L::fma(L::set(row.x_var), variance, factors.x);
   factors.g = factors.g * variance;
   factors.r = factors.r * variance;
   const F extra = L::set(row.z_var) * variance;
-  factors.z = L::sqrt(L::fma(L::set(row.z * row.z), variance, extra * extra));
+  factors.z = L::sqrt(L::fma(L::set(row.d * row.d), variance, extra * extra));
   factors.variance = variance;
   return factors;
 }
@@ -132,8 +132,8 @@ template <class F>
 COUP_FAST_FN F unclamped_x0(const StepRow& row, const StepTerms& terms, const StepValues<F>& in) {
   using L = Lanes<F>;
   F x0 = L::set(0.0f);
-  if (terms.x0_x) x0 = L::fma(L::set(row.x0_x), in.x, x0);
-  if (terms.x0_m) x0 = L::fma(L::set(row.x0_m), in.m, x0);
+  if (terms.x0_x) x0 = L::fma(L::set(row.p), in.x, x0);
+  if (terms.x0_m) x0 = L::fma(L::set(row.q), in.m, x0);
   return x0;
 }
 
@@ -146,10 +146,10 @@ COUP_FAST_FN F step_sum(const StepRow& row, const StepTerms& terms, const StepFa
   if (terms.x0) {
     F x0 = unclamped_x0<F>(row, terms, in);
     if (terms.x0_clamp) x0 = clamp<F>(x0, row.x0_lo, row.x0_hi);
-    sum = L::fma(L::set(row.x0), x0, sum);
+    sum = L::fma(L::set(row.u), x0, sum);
   }
   if (terms.x) sum = L::fma(factors.x, in.x, sum);
-  if (terms.m) sum = L::fma(L::set(row.m), in.m, sum);
+  if (terms.m) sum = L::fma(L::set(row.w), in.m, sum);
   if (terms.g) sum = L::fma(factors.g, in.g, sum);
   if (terms.r) sum = L::fma(factors.r, in.r, sum);
   if (terms.z) sum = L::fma(factors.z, in.z, sum);
@@ -220,15 +220,15 @@ COUP_FAST_FN StepGradients<F> step_gradients(const StepRow& row, const StepTerms
   const F zero = L::set(0.0f);
   StepGradients<F> out{zero, zero, zero, zero, zero};
   if (terms.x) out.x = factors.x * y;
-  if (terms.m) out.m = L::set(row.m) * y;
+  if (terms.m) out.m = L::set(row.w) * y;
   if (terms.r) out.r = factors.r * y;
   if (terms.x0) {
-    F part = L::set(row.x0) * y;
+    F part = L::set(row.u) * y;
     if (terms.x0_clamp) {
       part = clamp_gradient<F>(part, unclamped_x0<F>(row, terms, in), row.x0_lo, row.x0_hi);
     }
-    if (terms.x0_x) out.x = L::fma(L::set(row.x0_x), part, out.x);
-    if (terms.x0_m) out.m = L::fma(L::set(row.x0_m), part, out.m);
+    if (terms.x0_x) out.x = L::fma(L::set(row.p), part, out.x);
+    if (terms.x0_m) out.m = L::fma(L::set(row.q), part, out.m);
   }
   if (terms.g) {
     F along = guided_gradient<F>(terms, factors, y);
