@@ -80,7 +80,7 @@ def perturb(
 
     images: [B, ...] floating. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale,
     out_bias. keys: int64 [B, 2] or noise: [B, ...]; neither means z = 0 and no sign term.
-    Returns float32 (float64 for float64 images) in the layout of images. sign(±0) is ±1.
+    Returns float32 (float64 for float64 images) in the layout of images. sign(0) is 1.
     """
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     scale, bias, std, sign_std, low, high, out_scale, out_bias = coeffs.to(dtype).unbind()
@@ -88,7 +88,7 @@ def perturb(
     total = _term(scale, u) + bias
     z = _noise_like(u, keys, noise)
     if z is not None:
-        sign = torch.where(torch.signbit(z), -1.0, 1.0).to(dtype)
+        sign = torch.where(z < 0, -1.0, 1.0).to(dtype)
         total = total + _term(std, z) + _term(sign_std, sign)
     return _in_layout_of(out_scale * _clamp(total, low, high) + out_bias, images)
 
