@@ -1,0 +1,234 @@
+"""Expectation over transformation: the gradient over many draws, in batches that fit in memory.
+
+Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018). Every draw of every image
+is a run of its own; they are cut into micro-batches by bytes, and since each run's noise belongs to
+its image and draw, and sums are taken per image in the order of the draws, the result does not
+depend on how they are cut, as far as the networks' own results do not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coup_fast import validation
+from coup_fast.live_bytes import peak_bytes
+from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
+from coup_fast.short_chain import first_steps
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row, [B]."""
+    return functional.cross_entropy(scores, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes that a micro-batch of `runs` runs takes: fixed + runs * (one_step + states).
+
+    A run is one image under one draw of the attack (with all `num_draws` of the vote). one_step is
+    measured: forward and backward of a chain of two steps and of the classifier, on one and on two
+    runs. states is counted: those that the backward pass keeps beyond these two.
+    """
+
+    fixed: int
+    one_step: int
+    states: int
+
+    @property
+    def per_run(self) -> int:
+        """Bytes that each further run adds."""
+        return self.one_step + self.states
+
+    def bytes(self, runs: int) -> int:
+        """The peak of a micro-batch of this many runs."""
+        return self.fixed + runs * self.per_run
+
+    def runs_within(self, budget: int) -> int:
+        """The largest micro-batch within a budget. Raises ValueError if one run exceeds it."""
+        if self.bytes(1) > budget:
+            raise ValueError(
+                f"one run needs about {self.bytes(1)} bytes ({self.states} of them for states) and "
+                f"memory_budget is {budget}; raise it, or build the purifier with "
+                'gradient="exact" and states="sqrt" (or "host", on a GPU), or use fewer num_draws'
+            )
+        return (budget - self.fixed) // max(self.per_run, 1)
+
+
+@dataclass(frozen=True)
+class EotGradient:
+    """gradient: [B, C, H, W], of the mean loss over draws. losses: [draws, B]. scores: [draws,
+    B, K]. micro_batch: runs at a time. memory: the model it was chosen by, if it was."""
+
+    gradient: Tensor
+    losses: Tensor
+    scores: Tensor
+    micro_batch: int
+    memory: MemoryModel | None
+
+
+def eot_gradient(
+    purified_classifier: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    loss: Loss = cross_entropy,
+    draws: int = 1,
+    *,
+    sample_ids: Any = None,
+    draw: int = 0,
+    memory_budget: int | None = None,
+    micro_batch: int | None = None,
+) -> EotGradient:
+    """The gradient of mean over draws of loss(scores, labels) with respect to each image.
+
+    Args:
+        purified_classifier: its `vote` over `num_draws` is inside the loss, so the attack knows of
+            it; `draws` are repetitions of the whole. With `fresh_draws` it moves on by
+            draws * num_draws, as that many calls would.
+        images: [B, C, H, W] in [0, 1]. labels: int64 [B], handed to the loss.
+        loss: (scores [b, K], labels [b]) -> [b], each of its row alone; the attack's, to be
+            maximised or minimised by the caller.
+        draws: >= 1, counted from `draw` (and `next_draw`, with fresh_draws).
+        memory_budget: bytes for the runs of one micro-batch, tensors kept in host memory apart;
+            default: 80 % of the free memory of a GPU, 25 % of the machine's free memory on a CPU.
+        micro_batch: runs at a time, instead of measuring; a run is one image under one draw.
+
+    The gradient has the dtype of images. Each image's losses and gradient are summed in the order
+    of the draws in float32 (float64 for float64 images), whatever the micro-batch.
+
+    Raises ValueError for a loss that is not one number per image, for a budget too small for one
+    run, and for a purifier with gradient="none"; else as `Purifier`.
+    """
+    model = purified_classifier
+    if model.purifier.gradient == "none":
+        raise ValueError('the purifier has gradient="none": there is no gradient to average')
+    for name, value in (("draws", draws), ("micro_batch", micro_batch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    validation.check_images(images)
+    ids = validation.sample_ids_of(images, sample_ids)
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels must be [{len(ids)}], got {list(labels.shape)}")
+    first = model._first_draw(draw)
+    runs = draws * len(images)
+    memory = None
+    if micro_batch is None and runs > 0:
+        memory = memory_model(model, images[:1], labels[:1], loss)
+        budget = _default_budget(images.device) if memory_budget is None else memory_budget
+        micro_batch = min(memory.runs_within(budget), runs)
+    micro_batch = micro_batch or 1
+
+    total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+    losses, scores = [], []
+    for start in range(0, runs, micro_batch):
+        run = torch.arange(start, min(start + micro_batch, runs), device=images.device)
+        which = run % len(images)
+        first_draw = first + run // len(images) * model.num_draws
+        gradient, values, rows = _micro_batch(
+            model, images[which], ids[which], labels[which], first_draw, loss
+        )
+        losses.append(values)
+        scores.append(rows)
+        del values, rows  # so that the next micro-batch has their memory
+        position = 0
+        while position < len(run):  # one draw of consecutive images after the other
+            image = (start + position) % len(images)
+            count = min(len(images) - image, len(run) - position)
+            total[image : image + count] += gradient[position : position + count]
+            position += count
+        del gradient
+    if model.fresh_draws:
+        model.next_draw += draws * model.num_draws
+    if not losses:
+        empty = total.new_zeros(draws, 0)
+        return EotGradient(images.clone(), empty, empty[..., None], micro_batch, memory)
+    return EotGradient(
+        (total / draws).to(images.dtype),
+        torch.cat(losses).reshape(draws, len(images)),
+        torch.cat(scores).reshape(draws, len(images), -1),
+        micro_batch,
+        memory,
+    )
+
+
+def _micro_batch(
+    model: PurifiedClassifier,
+    images: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    first_draw: Tensor,
+    loss: Loss,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, loss and scores of each run; images: one row per run."""
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        scores = combine_votes(model.logits_at(leaf, ids, first_draw), model.vote)
+        values = loss(scores, labels)
+        if values.shape != labels.shape:
+            raise ValueError(
+                f"loss must return one number per image, [{len(labels)}], got "
+                f'{list(values.shape)} (reduction="none")'
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return gradient, values.detach(), scores.detach()
+
+
+def memory_model(
+    model: PurifiedClassifier, image: Tensor, labels: Tensor, loss: Loss = cross_entropy
+) -> MemoryModel:
+    """Measure the memory of one run: image [1, C, H, W], labels [1]. Costs six steps of one run."""
+    purifier, votes = model.purifier, model.num_draws
+    steps = purifier.plan.num_steps
+
+    def peak(runs: int, steps: int) -> int:
+        short = PurifiedClassifier(
+            first_steps(purifier, steps), model.classifier, votes, vote=model.vote
+        )
+        images, answer = image.expand(runs, -1, -1, -1), labels.expand(runs)
+        ids = torch.arange(runs, device=image.device)
+        return peak_bytes(
+            lambda: _micro_batch(short, images.clone(), ids, answer, ids, loss), image.device
+        )
+
+    if image.device.type == "cuda":
+        peak(1, 1)  # library workspaces are allocated once and stay
+    one, two = peak(1, 2), peak(2, 2)
+    one_step = max(two - one, 0)
+    fixed = max(one - one_step, 0)
+    if purifier.gradient == "exact":
+        state = image.numel() * torch.promote_types(image.dtype, torch.float32).itemsize
+        on_host = purifier.states == "host" and image.device.type != "cpu"
+        states = 0 if on_host else state * votes * max(_kept(steps, purifier.states) - 2, 0)
+    elif purifier.gradient == "autograd":
+        per_step = max(two - one - (peak(2, 1) - peak(1, 1)), 0)
+        states = per_step * max(steps - 2, 0)
+    else:
+        states = 0
+    return MemoryModel(fixed, one_step, states)
+
+
+def _kept(steps: int, states: str) -> int:
+    """States that the exact gradient holds at its peak: all, or every √N-th and one segment."""
+    if states != "sqrt":
+        return steps
+    stride = math.ceil(math.sqrt(steps))
+    return math.ceil(steps / stride) + stride - 1
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.8 * (free + cached))
+    return int(0.25 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
