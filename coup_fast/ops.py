@@ -1,0 +1,317 @@
+"""The compiled operators: typed calls of `torch.ops.coup_fast.*`, their shapes and their gradients.
+
+Same names, argument order and meaning as `coup_fast.reference`, which defines them. Tensors of a
+call live on one device, the CPU or CUDA. Unless a docstring says otherwise:
+
+- a state is [B, C, ...] with two dimensions or more; images, model outputs, guidance, references
+  and noise are float32, float16 or bfloat16 in any mix, contiguous, channels_last, or a view that
+  steps evenly through the pixels of a channel (`out[:, :C]`), and are read in place; any other
+  view is copied once. Arithmetic is float32, rounded once to the type of the result;
+- outputs have the shape of the state and are contiguous, or channels_last where it is that;
+- coeffs is one row of coefficients, a float32 tensor on the device (columns: `coup_fast.plan`), so
+  that a new step is neither a recompilation nor a host synchronisation. A term whose coefficient
+  is exactly 0 contributes nothing, whatever its input;
+- keys are int64 [B, 2] rows of `coup_fast.noise.step_keys`. A sample's noise depends on its key and
+  the logical index alone: not on device, layout, batch or threads, bit for bit;
+- wrong dtypes, shapes and devices raise RuntimeError with argument, given and expected.
+
+Gradients are first order: differentiating a gradient again raises; use `coup_fast.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coup_fast import _extension
+
+
+def _missing(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "the compiled operators of coup_fast are not loaded (coup_fast.build_info() says why); "
+        "use coup_fast.reference, or rebuild with `pip install --no-build-isolation .`"
+    )
+
+
+def _op(name: str) -> Callable[..., Any]:
+    if not _extension.available():
+        return _missing
+    op: Callable[..., Any] = getattr(torch.ops.coup_fast, name).default
+    return op
+
+
+_normal = _op("normal")
+_perturb = _op("perturb")
+_perturb_backward = _op("perturb_backward")
+_reverse_step = _op("reverse_step")
+_reverse_step_ = _op("reverse_step_")
+_reverse_step_backward = _op("reverse_step_backward")
+_adaptive_step = _op("adaptive_step")
+_adaptive_step_backward = _op("adaptive_step_backward")
+_confidence_cotangent = _op("confidence_cotangent")
+_confidence_cotangent_backward = _op("confidence_cotangent_backward")
+
+
+def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
+
+    keys: int64 [B, 2]. shape: sizes, shape[0] == B. Philox4x32-10 and Box-Muller, within 2 ulp of
+    the exact value for the same words. Not differentiable.
+    """
+    out: Tensor = _normal(keys, shape)
+    return out
+
+
+def perturb(
+    images: Tensor, coeffs: Tensor, keys: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
+    """Pixel map and forward diffusion:
+    out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias.
+
+    images: u, [B, C, ...]. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale, out_bias.
+    z is noise if given, else drawn under keys, else absent with its terms; sign(0) = 1. Returns
+    float32. Differentiable with respect to images.
+    """
+    out: Tensor = _perturb(images, coeffs, keys, noise)
+    return out
+
+
+def reverse_step(
+    x: Tensor,
+    model_out: Tensor | None,
+    coeffs: Tensor,
+    keys: Tensor | None = None,
+    guidance: Tensor | None = None,
+    reference: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance_norm: str = "none",
+) -> Tensor:
+    """One step of any method: a row of the coefficient table applied to the state.
+
+    x̂0 = clamp(p x + q m, x0_lo, x0_hi);
+    x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias.
+
+    x: float32 state. model_out: m [B, C, ...], or [B, 2C, ...] with the variance channels s last;
+    None is m = 0. coeffs: [19]. guidance: G, reference: r, noise: z, each shaped as x. z is drawn
+    under keys where noise is None, and 0 where both are. guidance_norm: c_i is the row's c
+    ("none"), c / ||G_i|| ("normalised") or c min(1, g_max / ||G_i||) ("clipped"), one Euclidean
+    norm per sample; a zero norm gives 0.
+
+    Learned variance: V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo)); then v + x_var V, c_i V,
+    e V and sqrt(d² V + z_var² V²) replace v, c_i, e and d (Nichol and Dhariwal 2021, eq. 15).
+
+    Differentiable with respect to x, model_out, guidance and reference.
+    """
+    out: Tensor = _reverse_step(
+        x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm
+    )
+    return out
+
+
+def reverse_step_(
+    x: Tensor,
+    model_out: Tensor | None,
+    coeffs: Tensor,
+    keys: Tensor | None = None,
+    guidance: Tensor | None = None,
+    reference: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance_norm: str = "none",
+) -> None:
+    """`reverse_step` written over x, a dense float32 tensor. Not differentiable.
+
+    Raises RuntimeError if gradients are on and an input requires them.
+    """
+    if torch.is_grad_enabled():
+        for tensor in (x, model_out, guidance, reference):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    "reverse_step_ is not differentiable, and one of its inputs requires grad: "
+                    "use reverse_step, or call it under torch.no_grad()"
+                )
+    _reverse_step_(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def adaptive_step(
+    x: Tensor, h: Tensor, h_ahead: Tensor, alive: Tensor, coeffs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of ADP: step sizes from the change of the score along itself, with a sticky stop.
+
+    1-γ_i = <h, h - h_ahead>_i / <h, h>_i; α_i = clip(numerator / (1-γ_i), alpha_min, alpha_max);
+    alive'_i = alive_i and α_i > tau; x'_i = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i
+    else x_i, bit for bit. A NaN α stops its sample.
+
+    x: float32. h = S(x), h_ahead = S(x + δh), shaped as x. alive: bool [B]. coeffs: [8] =
+    numerator, alpha_min, alpha_max, tau, scale, bias, lo, hi. Returns (x', alive' bool [B],
+    α float32 [B]). x' is differentiable with respect to x, h and h_ahead, through α where it is not
+    clipped; alive' and α are not. Source: Yoon, Hwang, Lee 2021, section 3.2.
+    """
+    out: tuple[Tensor, Tensor, Tensor] = _adaptive_step(x, h, h_ahead, alive, coeffs)
+    return out
+
+
+def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log max softmax of each row, and its gradient with respect to the logits.
+
+    logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
+    [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
+    """
+    out: tuple[Tensor, Tensor] = _confidence_cotangent(logits)
+    return out
+
+
+# --- shapes, for torch.compile and FakeTensor -----------------------------------------------------
+
+
+def _dense_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What csrc/checks.h new_dense allocates: contiguous, or channels_last where `like` is that."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.ndim)
+    if layout is None or like.is_contiguous() or not like.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    return torch.empty_like(like, dtype=dtype, memory_format=layout)
+
+
+def _like_or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if tensor is None else _dense_like(tensor)
+
+
+def _fake_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    return keys.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_perturb(images: Tensor, *_: Any) -> Tensor:
+    return _dense_like(images, torch.float32)
+
+
+def _fake_perturb_backward(grad: Tensor, images: Tensor, *_: Any) -> Tensor:
+    return _dense_like(images)
+
+
+def _fake_reverse_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _dense_like(x)
+
+
+def _fake_reverse_step_(x: Tensor, *_: Any, **__: Any) -> None:
+    return None
+
+
+def _fake_reverse_step_backward(
+    grad: Tensor,
+    x: Tensor,
+    model_out: Tensor | None,
+    coeffs: Tensor,
+    keys: Tensor | None,
+    guidance: Tensor | None,
+    reference: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    absent = (_like_or_empty(tensor, x) for tensor in (model_out, guidance, reference))
+    return (_dense_like(x), *absent)  # type: ignore[return-value]
+
+
+def _fake_adaptive_step(
+    x: Tensor, h: Tensor, h_ahead: Tensor, alive: Tensor, coeffs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(x), torch.empty_like(alive), x.new_empty(x.shape[0])
+
+
+def _fake_adaptive_step_backward(
+    grad: Tensor, x: Tensor, h: Tensor, h_ahead: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(x), _dense_like(h), _dense_like(h_ahead)
+
+
+def _fake_confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32), _dense_like(logits)
+
+
+def _fake_confidence_cotangent_backward(
+    grad_log_confidence: Tensor, grad_cotangent: Tensor, logits: Tensor
+) -> Tensor:
+    return _dense_like(logits)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments that need one; arguments left at their default are no arguments."""
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
+
+
+def _save_perturb(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_perturb(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _needed(ctx, (_perturb_backward(grad, *ctx.saved_tensors), None, None, None))
+
+
+def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.guidance_norm = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _grad_reverse_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gx, gm, gg, gr = _reverse_step_backward(grad, *ctx.saved_tensors, ctx.guidance_norm)
+    return _needed(ctx, (gx, gm, None, None, gg, gr, None, None))
+
+
+def _save_adaptive_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _grad_adaptive_step(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _needed(ctx, (*_adaptive_step_backward(grad, *ctx.saved_tensors), None, None))
+
+
+def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> Tensor:
+    out: Tensor = _confidence_cotangent_backward(*grads, *ctx.saved_tensors)
+    return out
+
+
+def _grad_of_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the compiled operators of coup_fast are differentiable once; for gradients of gradients "
+        "use backend='reference' (coup_fast.reference)"
+    )
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "normal": _fake_normal,
+    "perturb": _fake_perturb,
+    "perturb_backward": _fake_perturb_backward,
+    "reverse_step": _fake_reverse_step,
+    "reverse_step_": _fake_reverse_step_,
+    "reverse_step_backward": _fake_reverse_step_backward,
+    "adaptive_step": _fake_adaptive_step,
+    "adaptive_step_backward": _fake_adaptive_step_backward,
+    "confidence_cotangent": _fake_confidence_cotangent,
+    "confidence_cotangent_backward": _fake_confidence_cotangent_backward,
+}
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+    "perturb": (_grad_perturb, _save_perturb),
+    "perturb_backward": (_grad_of_backward, None),
+    "reverse_step": (_grad_reverse_step, _save_reverse_step),
+    "reverse_step_backward": (_grad_of_backward, None),
+    "adaptive_step": (_grad_adaptive_step, _save_adaptive_step),
+    "adaptive_step_backward": (_grad_of_backward, None),
+    "confidence_cotangent": (_grad_confidence_cotangent, _save_confidence_cotangent),
+    "confidence_cotangent_backward": (_grad_of_backward, None),
+}
+
+if _extension.available():
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"coup_fast::{_name}", _fake)
+    for _name, (_backward, _save) in _GRADIENTS.items():
+        torch.library.register_autograd(f"coup_fast::{_name}", _backward, setup_context=_save)
