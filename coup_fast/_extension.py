@@ -33,11 +33,28 @@ def _build_config() -> dict[str, Any]:
     return config
 
 
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file ends before its section table, as after an interrupted copy.
+
+    Loading such a file does not fail: it ends the process with a bus error.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # not a 64-bit ELF file: the loader will say so
+        return False
+    start, size, count = (
+        int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62))
+    )
+    return path.stat().st_size < start + size * count
+
+
 def _load_library(path: Path) -> str | None:
     """Load one library; returns the cause if that is not possible."""
     register: Callable[[str], None] = torch.ops.load_library
     if not path.is_file():
         return f"{path.name} is not in {path.parent}"
+    if _is_cut_off(path):
+        return f"{path.name} is incomplete"
     try:
         register(str(path))
     except (OSError, RuntimeError) as error:
