@@ -73,7 +73,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     On CUDA by the allocator's count (its peak statistics are reset); elsewhere by `LiveBytes`.
     """
     if device.type != "cuda":
-        with LiveBytes() as live:
+        live = LiveBytes()
+        with live:
             run()
         return live.peak
     torch.cuda.synchronize(device)
