@@ -26,6 +26,8 @@ _EXPORTS: dict[str, str] = {
     "PurifiedClassifier": "coup_fast.purified_classifier",
     "Purifier": "coup_fast.purifier",
     "ScoreModel": "coup_fast.score_model",
+    "check_gradient": "coup_fast.gradient_check",
+    "eot_gradient": "coup_fast.eot",
     "load_bundled": "coup_fast.models",
     "methods": "coup_fast.methods",
     "noise": "coup_fast.noise",

@@ -1,0 +1,243 @@
+"""A self-test of gradients on the user's own models: which ways to differentiate are right.
+
+On a short chain the whole graph fits, so plain autograd says what the gradient is; the others are
+held against it: the exact gradient, stopped guidance (the released COUP attack), BPDA, and the
+stochastic adjoint (DiffPure).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coup_fast import validation
+from coup_fast.adjoint import AdjointRun, why_not
+from coup_fast.eot import Loss, cross_entropy
+from coup_fast.frozen import frozen_parameters
+from coup_fast.plan import AdaptivePlan
+from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
+from coup_fast.purifier import Purifier
+from coup_fast.score_model import in_dtype_of
+from coup_fast.short_chain import first_steps, longer_steps, with_options
+
+CHAINS = ("longer steps", "first steps")
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """One way to differentiate, against plain autograd.
+
+    name. relative_error: ||g - g*|| / ||g*|| over the batch. cosine: mean over images of the cosine
+    between g and g*. sign_agreement: share of pixels where the signs are equal, which is what a
+    signed attack step uses. seconds: of forward and backward. note: why it was not run (the
+    numbers are None then), or what to know about it.
+    """
+
+    name: str
+    relative_error: float | None = None
+    cosine: float | None = None
+    sign_agreement: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """The table of `check_gradient`. `str()` prints it.
+
+    method, steps, full_steps: the short chain has `steps` of the purifier's `full_steps`. chain:
+    how it was shortened. batch, draws: images and draws of the vote. tolerance: what the exact
+    gradient's relative error may be. rows: autograd first.
+    """
+
+    method: str
+    steps: int
+    full_steps: int
+    chain: str
+    batch: int
+    draws: int
+    tolerance: float
+    rows: tuple[GradientRow, ...]
+
+    def __getitem__(self, name: str) -> GradientRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r}; there are {', '.join(row.name for row in self.rows)}")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the exact gradient is plain autograd's, within the tolerance."""
+        error = self["exact"].relative_error
+        return error is not None and error <= self.tolerance
+
+    def __str__(self) -> str:
+        head = (
+            f"gradients of {self.method} on {self.steps} of {self.full_steps} steps "
+            f"({self.chain}), {self.batch} images, {self.draws} draws"
+        )
+        lines = [head, f"{'':18}{'error':>9}{'cosine':>9}{'signs':>8}{'seconds':>9}"]
+        for row in self.rows:
+            if row.relative_error is None:
+                lines.append(f"{row.name:18}{row.note}")
+                continue
+            numbers = (
+                f"{row.relative_error:9.1e}{row.cosine:9.4f}{row.sign_agreement:8.1%}"
+                f"{row.seconds:9.2f}"
+            )
+            lines.append(f"{row.name:18}{numbers}  {row.note}".rstrip())
+        verdict = "is" if self.passed else "IS NOT"
+        lines.append(
+            f"the exact gradient {verdict} plain autograd's, to a relative error of "
+            f"{self.tolerance:.0e}"
+        )
+        return "\n".join(lines)
+
+
+Timed = tuple[Tensor, float]
+
+
+def check_gradient(
+    purified_classifier: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    steps: int = 4,
+    chain: str = "longer steps",
+    loss: Loss = cross_entropy,
+    sample_ids: Any = None,
+    draw: int = 0,
+) -> GradientCheck:
+    """Compare ways to differentiate this defence, on a short chain of its own method and models.
+
+    Args:
+        purified_classifier: the defence; its vote over draws is inside the loss. Not modified,
+            and its `next_draw` stays.
+        images: [B, C, H, W] in [0, 1]; a few are enough, and the whole graph of `steps` steps of
+            all of them has to fit in memory.
+        labels: int64 [B]; default: the short chain's own predictions.
+        steps: of the short chain; at least 1.
+        chain: "longer steps" covers the same times in fewer steps (methods without `num_steps` run
+            their first steps); "first steps" runs the first ones as they are.
+        loss: (scores [B, K], labels [B]) -> [B].
+        sample_ids, draw: as for `PurifiedClassifier`.
+
+    The exact row is run with `verify_states`. The adjoint is compared on a Brownian path of
+    torchsde's, with plain autograd on the same path; it needs torchsde, and a method that is
+    Euler-Maruyama on the reverse VP-SDE. The adjoint's error falls with the step length, so
+    with few steps it is larger than on the full chain.
+
+    Raises what `Purifier` raises, such as ValueError for models in a training mode and
+    RuntimeError for models that do not repeat themselves.
+    """
+    validation.check_images(images)
+    validation.check_choice("chain", chain, CHAINS)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
+    ids = validation.sample_ids_of(images, sample_ids)
+    model = purified_classifier
+    shorten = longer_steps if chain == CHAINS[0] else first_steps
+    short = shorten(model.purifier, steps)
+    images = images.detach()
+    if labels is None:
+        with torch.no_grad():
+            scores = combine_votes(_variant(model, short).logits_at(images, ids, draw), model.vote)
+        labels = scores.argmax(1)
+    objective = _Objective(model, images, ids, draw, labels, loss)
+
+    plain = objective.of(short, gradient="autograd")
+    rows = [_row("autograd", plain, plain, "the whole graph: the measure of the others")]
+    exact = objective.of(short, gradient="exact", verify_states=True)
+    rows.append(_row("exact", exact, plain))
+    guided = not isinstance(short.plan, AdaptivePlan) and bool(short.plan.guided.any())
+    if guided:
+        stopped = objective.of(short, gradient="autograd", guidance_gradient="stopped")
+        other = "" if short.guidance_gradient == "full" else "as this purifier is set"
+        rows.append(_row("stopped guidance", stopped, plain, other))
+    else:
+        rows.append(GradientRow("stopped guidance", note="not run: the method is not guided"))
+    rows.append(_row("bpda", objective.of(short, gradient="bpda"), plain))
+    rows.append(_adjoint_row(objective, short))
+    return GradientCheck(
+        method=model.purifier.method,
+        steps=short.plan.num_steps,
+        full_steps=model.purifier.plan.num_steps,
+        chain=chain,
+        batch=len(images),
+        draws=model.num_draws,
+        tolerance=1e-10 if images.dtype == torch.float64 else 1e-4,
+        rows=tuple(rows),
+    )
+
+
+def _variant(model: PurifiedClassifier, purifier: Purifier) -> PurifiedClassifier:
+    return PurifiedClassifier(purifier, model.classifier, model.num_draws, model.vote)
+
+
+class _Objective:
+    """The attack's loss as a function of the purifier, and its gradient."""
+
+    def __init__(
+        self,
+        model: PurifiedClassifier,
+        images: Tensor,
+        ids: Tensor,
+        draw: int,
+        labels: Tensor,
+        loss: Loss,
+    ) -> None:
+        self.model, self.images, self.ids, self.draw = model, images, ids, draw
+        self.labels, self.loss = labels, loss
+
+    def of(self, purifier: Purifier, **options: Any) -> Timed:
+        """The gradient with these options of the purifier, and its seconds."""
+        variant = _variant(self.model, with_options(purifier, **options))
+        return self._gradient(lambda leaf: variant.logits_at(leaf, self.ids, self.draw))
+
+    def _gradient(self, logits: Callable[[Tensor], Tensor]) -> Timed:
+        started = time.perf_counter()
+        with torch.enable_grad():
+            leaf = self.images.clone().requires_grad_()
+            scores = combine_votes(logits(leaf), self.model.vote)
+            (gradient,) = torch.autograd.grad(self.loss(scores, self.labels).sum(), leaf)
+        return gradient, time.perf_counter() - started
+
+    def on_path(self, purify: Callable[[Tensor], Tensor]) -> Timed:
+        """The same with another way to purify the copies [num_draws * B, C, H, W]."""
+        count, classifier = self.model.num_draws, self.model.classifier
+
+        def logits(leaf: Tensor) -> Tensor:
+            purified = purify(torch.cat([leaf] * count))
+            rows = classifier(in_dtype_of(classifier, purified))
+            return rows.reshape(count, len(leaf), -1)
+
+        purifier = self.model.purifier
+        with frozen_parameters(purifier.score_model, purifier.classifier, classifier):
+            return self._gradient(logits)
+
+
+def _adjoint_row(objective: _Objective, short: Purifier) -> GradientRow:
+    reason = why_not(short)
+    if reason is not None:
+        return GradientRow("adjoint", note=f"not run: {reason}")
+    copies = torch.cat([objective.images] * objective.model.num_draws)
+    adjoint = AdjointRun(short, copies, seed=0)
+    plain = with_options(short, gradient="autograd")
+    measure = objective.on_path(lambda u: plain(u, noise=adjoint.noise))
+    with torch.no_grad():
+        forward = float((adjoint(copies) - plain(copies, noise=adjoint.noise)).abs().max())
+    return _row("adjoint", objective.on_path(adjoint), measure, f"outputs differ by {forward:.0e}")
+
+
+def _row(name: str, timed: Timed, measure: Timed, note: str = "") -> GradientRow:
+    gradient, seconds = timed
+    g, truth = gradient.double().flatten(1), measure[0].double().flatten(1)
+    error = (g - truth).norm() / truth.norm().clamp_min(1e-300)
+    cosine = torch.nn.functional.cosine_similarity(g, truth, dim=1, eps=1e-300).mean()
+    signs = (g.sign() == truth.sign()).double().mean()
+    return GradientRow(name, float(error), float(cosine), float(signs), seconds, note)
