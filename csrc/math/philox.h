@@ -35,9 +35,9 @@ COUP_FAST_FN Words<F> philox(Words<F> counter, uint32_t key0, uint32_t key1) {
   const U multiplier0 = L::set_bits(kPhiloxMultiplier0);
   const U multiplier1 = L::set_bits(kPhiloxMultiplier1);
   U a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#elif defined(__GNUC__) && !defined(__clang__)
+#elif defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
