@@ -1,0 +1,101 @@
+// perturb and its backward on CUDA; formulas in math/step.h. Bytes an element: images read, 4
+// written; backward reads grad, and images too where the row clamps, and writes the gradient in the
+// type of images. The floor is those bytes over the device's copy bandwidth.
+#include "checks.h"
+#include "cuda/per_quad.cuh"
+#include "cuda/step_quads.cuh"
+#include "perturb.h"
+
+namespace coup_fast::cuda {
+namespace {
+
+struct NoisyRow {
+  PerturbRow row;
+  bool noisy;
+};
+
+__device__ __forceinline__ NoisyRow noisy_row(const Perturb& params) {
+  const PerturbRow row = perturb_row(params.coeffs);
+  const bool has_noise = params.noise.data != nullptr || params.keys != nullptr;
+  return NoisyRow{row, has_noise && perturb_is_noisy(row)};
+}
+
+struct Forward {
+  Perturb params;
+  using Row = NoisyRow;
+
+  __device__ Row row() const { return noisy_row(params); }
+
+  template <class Io>
+  __device__ void apply(const Io& io, const Row& row) const {
+    const RawQuad raw = io.load_raw(params.images);
+    const Quad z = noise_of(io, row.noisy, params.noise, params.keys);
+    Quad u = to_float(raw, params.images.dtype);
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      u.at[k] = perturb_value<float>(row.row, row.noisy, u.at[k], z.at[k]);
+    }
+    io.store(params.out, u);
+  }
+};
+
+struct Backward {
+  PerturbBackward params;
+  using Row = NoisyRow;
+
+  __device__ Row row() const { return noisy_row(params.forward); }
+
+  template <class Io>
+  __device__ void apply(const Io& io, const Row& row) const {
+    const Perturb& forward = params.forward;
+    const bool masked = bounded(row.row.lo, row.row.hi);
+    const RawQuad raw_grad = io.load_raw(params.grad);
+    const RawQuad raw = masked ? io.load_raw(forward.images) : RawQuad{};
+    const Quad z = noise_of(io, masked && row.noisy, forward.noise, forward.keys);
+    const Quad u = to_float(raw, forward.images.dtype);
+    Quad grad = to_float(raw_grad, params.grad.dtype);
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      grad.at[k] = perturb_gradient<float>(row.row, row.noisy, u.at[k], z.at[k], grad.at[k]);
+    }
+    io.store(params.grad_images, grad);
+  }
+};
+
+Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& keys,
+               const MaybeTensor& noise) {
+  Arguments arguments("perturb", "images", images);
+  Perturb params = perturb_params(arguments, coeffs, keys, noise);
+  const Tensor out = new_dense(images, ScalarType::Float);
+  params.out = arguments.output(out);
+  const bool packed = are_packed({&params.images, &params.noise, &params.out}, params.channels,
+                                 params.pixels, params.batch);
+  launch_per_quad(Device(images), "perturb", Forward{params}, params.batch,
+                  order_of(params.images, params.channels, params.pixels), packed);
+  return out;
+}
+
+Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& coeffs,
+                        const MaybeTensor& keys, const MaybeTensor& noise) {
+  Arguments arguments("perturb_backward", "images", images);
+  PerturbBackward params{};
+  Perturb& forward = params.forward;
+  forward = perturb_params(arguments, coeffs, keys, noise);
+  params.grad = arguments.same_shape("grad", grad);
+  const Tensor out = new_dense(images, images.scalar_type());
+  params.grad_images = arguments.output(out);
+  const bool packed =
+      are_packed({&forward.images, &forward.noise, &params.grad, &params.grad_images},
+                 forward.channels, forward.pixels, forward.batch);
+  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.batch,
+                  order_of(forward.images, forward.channels, forward.pixels), packed);
+  return out;
+}
+
+}  // namespace
+}  // namespace coup_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
+  m.impl("perturb", TORCH_BOX(&coup_fast::cuda::perturb));
+  m.impl("perturb_backward", TORCH_BOX(&coup_fast::cuda::perturb_backward));
+}
