@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path / "c")
 
 
-def test_average_is_the_exponential_moving_average() -> None:
+def test_average_is_the_debiased_exponential_moving_average() -> None:
     trainer = tiny_trainer(None, steps=12)
     seen = []
     trainer.network[1].weight.register_post_accumulate_grad_hook(
@@ -190,9 +190,8 @@ def test_average_is_the_exponential_moving_average() -> None:
     )
     averaged = trainer.run()
     seen = [*seen[1:], trainer.network[1].weight.detach().double()]  # weights after each step
-    expected = seen[0]
-    for weight in seen[1:]:
-        expected = 0.9 * expected + 0.1 * weight
+    shares = 0.9 ** torch.arange(11, -1, -1, dtype=torch.float64)
+    expected = torch.einsum("k,kij->ij", shares / shares.sum(), torch.stack(seen))
     torch.testing.assert_close(averaged[1].weight.double(), expected, rtol=1e-6, atol=1e-7)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -62,6 +62,22 @@ def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
     """A CPU generator that is a function of its three arguments."""
     digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def debiased_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
+    """Update of an exponential moving average that gives the first weights no extra share.
+
+    After n steps the average is Σ decay^(n-i) wᵢ / Σ decay^(n-i), i = 1 … n, so that a run shorter
+    than 1 / (1 - decay) steps is averaged too and not held at its random start.
+    """
+
+    @torch.no_grad()
+    def update(averages: Any, weights: Any, count: Tensor | int) -> None:
+        share = (1.0 - decay) / (1.0 - decay ** (int(count) + 1))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, share)
+
+    return update
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -145,8 +161,9 @@ class Trainer:
             config.precision == "auto" and has_bfloat16(self.device)
         )
         self.identity = {**asdict(config), **(identity or {}), "bfloat16": self.bfloat16}
-        average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-        self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.average = AveragedModel(
+            self.network, multi_avg_fn=debiased_average(config.ema), use_buffers=True
+        )
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate)
         self.state = TrainState()
         if checkpoint is not None and checkpoint.exists():
