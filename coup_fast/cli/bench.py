@@ -40,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files that were asked for."""
     common.require("cli", "tabulate", "tqdm", *(["matplotlib"] if args.plot else []))
     import torch
-    from tqdm import tqdm
-
     import coup_fast._extension as extension
     from coup_fast.benchmarking import cases, report
     from coup_fast.evaluation.report import environment
@@ -62,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
         batches = args.batches or (cases.BATCHES[:2] if args.quick else cases.BATCHES)
         budget = (7, 1e-3, 0.3) if args.quick else (25, 5e-3, 3.0)
         rows: list[report.Row] = []
-        for case in tqdm(cases.all_cases(device, batches), desc="bench", leave=False):
-            if args.no_compile:
-                case = cases.without(case, "torch.compile")
-            try:
-                rows += report.run_case(case, *budget)
-            except AssertionError as error:
-                raise common.CommandError(f"{case.name}: not timed, {error}") from None
+        chosen = cases.all_cases(device, batches)
+        with common.progress_bar(len(chosen), "bench", "case") as bar:
+            for case in chosen:
+                if args.no_compile:
+                    case = cases.without(case, "torch.compile")
+                try:
+                    rows += report.run_case(case, *budget)
+                except AssertionError as error:
+                    raise common.CommandError(f"{case.name}: not timed, {error}") from None
+                bar.update()
         about = environment(str(device))
     finally:
         torch.set_num_threads(threads)

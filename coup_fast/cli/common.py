@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -175,19 +174,22 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def progress_bar(total: int, label: str, unit: str) -> Any:
+    """A tqdm bar on stderr: lively on a terminal, a line every ten seconds in a log."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=interval)
+
+
 @contextmanager
-def network_progress(
-    network: torch.nn.Module, total: int, label: str, enabled: bool = True
-) -> Iterator[None]:
+def network_progress(network: torch.nn.Module, total: int, label: str) -> Iterator[None]:
     """Show a bar on stderr that advances with every forward call of `network`.
 
     `total` is the expected number of calls. Calls inside other threads or after an exception leave
     the bar where it is; the hook is always removed.
     """
-    from tqdm import tqdm
-
-    off = not enabled or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    with tqdm(total=total, desc=label, unit="call", disable=off, leave=False) as bar:
+    with progress_bar(total, label, "call") as bar:
         hook = network.register_forward_hook(lambda *_: bar.update() and None)
         try:
             yield

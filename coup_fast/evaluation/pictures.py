@@ -60,11 +60,11 @@ def image_grid(rows: Sequence[GridRow], path: Path, title: str, side: float = 0.
     side: inches per image. Every row must hold the same number of images.
     """
     columns = len(rows[0].pixels)
-    caption, left, top = 0.24, 1.15, 0.55
+    caption, left, top = 0.24, 1.0, 0.42
     width = left + columns * (side + 0.06) + 0.1
     height = top + len(rows) * (side + caption)
     figure = _figure(width, height)
-    figure.text(0.12 / width, 1 - 0.3 / height, title, fontsize=10, va="center", ha="left")
+    figure.text(0.12 / width, 1 - 0.22 / height, title, fontsize=10, va="center", ha="left")
     for i, row in enumerate(rows):
         bottom = height - top - (i + 1) * (side + caption) + 0.06
         middle = (bottom + side / 2) / height

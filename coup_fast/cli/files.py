@@ -1,0 +1,231 @@
+"""Image files and .npy / .npz batches as pixel tensors, and back in the same format.
+
+A `Source` is a list of groups of equal shape; each group is purified as one batch after another
+and written when all of it is done (`ImageFiles`: one file at a time; `ArrayFile`: the whole array).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from coup_fast.cli.common import CommandError, say
+from coup_fast.cli.fitting import Fit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+ARRAY_SUFFIXES = (".npy", ".npz")
+_NO_ALPHA = (".jpg", ".jpeg", ".bmp", ".pgm", ".ppm")
+Layout = Literal["auto", "nchw", "nhwc"]
+
+
+def to_bytes(pixels: Tensor) -> tuple[Tensor, int]:
+    """uint8 of pixels in [0, 1], rounded; and how many values had to be clipped."""
+    import torch
+
+    outside = int(((pixels < 0) | (pixels > 1)).sum())
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8), outside
+
+
+@dataclass
+class ImageFile:
+    """One picture: where it comes from, where it goes, its pixels [C, H, W] in [0, 1]."""
+
+    source: Path
+    target: Path
+    pixels: Tensor
+    alpha: np.ndarray | None  # [H, W] uint8, put back unchanged
+    exif: bytes | None
+
+    def write(self, purified: Tensor) -> int:
+        """Save purified pixels [C, H, W]; returns the number of clipped values."""
+        import numpy as np
+        from PIL import Image
+
+        values, clipped = to_bytes(purified)
+        array = values.permute(1, 2, 0).numpy()
+        if self.alpha is not None:
+            array = np.concatenate([array, self.alpha[:, :, None]], axis=2)
+        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+        options: dict[str, Any] = {"exif": self.exif} if self.exif else {}
+        if self.target.suffix.lower() in (".jpg", ".jpeg"):
+            options |= {"quality": 95, "subsampling": 0}
+        image.save(self.target, **options)
+        return clipped
+
+
+def _open_image(path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except UnidentifiedImageError:
+        raise CommandError(f"{path} is not an image that pillow can read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CommandError(f"{path} cannot be read: {error}") from None
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise CommandError(f"{path} holds {frames} frames; give single pictures")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("P", "PA"):
+        transparent = image.mode == "PA" or "transparency" in image.info
+        return image.convert("RGBA" if transparent else "RGB")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise CommandError(
+            f"{path} has pillow mode {image.mode}; 8-bit grey, RGB and RGBA are supported"
+        )
+    return image
+
+
+def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
+    """Read one picture. alpha: "keep", "drop" or None (a picture with alpha is then an error)."""
+    import numpy as np
+    import torch
+
+    image = _open_image(path)
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    saved: np.ndarray | None = None
+    if array.shape[2] in (2, 4):
+        if alpha is None:
+            raise CommandError(
+                f"{path} has an alpha channel: give --alpha keep (it is copied unchanged) or "
+                "--alpha drop (it is left out)"
+            )
+        if alpha == "keep":
+            saved = array[:, :, -1]
+            if target.suffix.lower() in _NO_ALPHA:
+                raise CommandError(f"{target.suffix} files hold no alpha channel: use .png")
+        array = array[:, :, :-1]
+    pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    exif = image.info.get("exif")
+    return ImageFile(path, target, pixels, saved, exif if isinstance(exif, bytes) else None)
+
+
+def list_images(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """(input, output) paths of one picture or of the pictures of a folder, sorted by name."""
+    if not source.is_dir():
+        if target.is_dir():
+            target = target / source.name
+        if target.suffix.lower() not in IMAGE_SUFFIXES:
+            raise CommandError(
+                f"{target} needs the ending of an image file ({' '.join(IMAGE_SUFFIXES)})"
+            )
+        return [(source, target)]
+    if target.exists() and not target.is_dir():
+        raise CommandError(f"{source} is a folder, so {target} must be one too")
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise CommandError(f"{source} holds no image files ({' '.join(IMAGE_SUFFIXES)})")
+    if len(images) < len(names):
+        others = len(names) - len(images)
+        say(f"{source}: {others} other file{'s' * (others != 1)} left out")
+    return [(source / name, target / name) for name in images]
+
+
+@dataclass
+class ArrayFile:
+    """A batch from a .npy file or one array of a .npz file, as pixels [B, C, H, W] float32."""
+
+    pixels: Tensor
+    layout: Layout
+    dtype: np.dtype[Any]
+    key: str | None
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, target: Path, purified: Tensor) -> int:
+        """Save purified pixels [B, C, H, W] as they came; returns the number of clipped values."""
+        import numpy as np
+
+        clipped = 0
+        if self.dtype == np.uint8:
+            purified, clipped = to_bytes(purified)
+        if self.layout == "nhwc":
+            purified = purified.permute(0, 2, 3, 1)
+        array = np.ascontiguousarray(purified.numpy().astype(self.dtype))
+        with target.open("wb") as file:  # numpy would append a suffix to a name it does not like
+            if self.key is None:
+                np.save(file, array)
+            else:
+                arrays: dict[str, Any] = {**self.others, self.key: array}
+                np.savez_compressed(file, **arrays)
+        return clipped
+
+
+def choose_layout(shape: tuple[int, ...], fit: Fit, layout: Layout, name: str) -> Layout:
+    """nchw or nhwc: the one of axes 1 and 3 whose length is a number of channels the network takes.
+
+    Raises a `CommandError` if both or neither are; `layout` other than "auto" decides by itself.
+    """
+    if layout != "auto":
+        return layout
+    accepted = fit.accepted_channels
+    first, last = shape[1] in accepted, shape[3] in accepted
+    if first == last:
+        words = " or ".join(str(number) for number in sorted(accepted))
+        problem = "both axes 1 and 3" if first else "neither axis 1 nor axis 3"
+        cure = ": say which with --layout nchw or --layout nhwc" if first else ""
+        raise CommandError(
+            f"{name} is {list(shape)}; the network takes {words} "
+            f"channel{'s' * (words != '1')}, which fits {problem}{cure}"
+        )
+    return "nchw" if first else "nhwc"
+
+
+def _load_numpy(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CommandError(f"{path} cannot be read as a NumPy file: {error}") from None
+
+
+def read_array(path: Path, fit: Fit, layout: Layout, key: str | None) -> ArrayFile:
+    """Read a batch; the rules are those of `coup-fast purify --help`."""
+    import numpy as np
+    import torch
+
+    loaded = _load_numpy(path)
+    others: dict[str, np.ndarray] = {}
+    if path.suffix.lower() == ".npz":
+        others = {name: loaded[name] for name in loaded.files}
+        batches = [name for name, value in others.items() if value.ndim == 4]
+        if key is None and len(batches) != 1:
+            found = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())
+            raise CommandError(
+                f"{path} holds {len(batches)} arrays of four dimensions ({found}): "
+                "name the images with --key"
+            )
+        key = batches[0] if key is None else key
+        if key not in others:
+            raise CommandError(f"{path} has no array {key!r}; it has {', '.join(others)}")
+        array = others.pop(key)
+        name = f"{path}[{key}]"
+    elif key is not None:
+        raise CommandError(f"--key is for .npz files; {path} is a single array")
+    else:
+        array, name = loaded, str(path)
+    if array.ndim != 4 or array.size == 0:
+        raise CommandError(f"{name} is {list(array.shape)}; a batch has four dimensions, none zero")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise CommandError(f"{name} has dtype {array.dtype}; uint8 or a float in [0, 1] is needed")
+    chosen = choose_layout(array.shape, fit, layout, name)
+    pixels = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.dtype == np.uint8:
+        pixels = pixels / 255
+    elif not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise CommandError(f"{name} has values outside [0, 1] (or NaN); scale it first")
+    if chosen == "nhwc":
+        pixels = pixels.permute(0, 3, 1, 2)
+    say(f"{name}: {array.dtype} {list(array.shape)}, read as {chosen.upper()}")
+    return ArrayFile(pixels.contiguous(), chosen, array.dtype, key, others)

@@ -1,0 +1,174 @@
+"""Purify image files, folders of them, or .npy / .npz batches.
+
+IN is a picture, a folder of pictures, or a batch of four dimensions ([B,C,H,W] or [B,H,W,C]; uint8,
+or floats in [0,1]) in a .npy or .npz file. OUT gets the same format, shape and dtype. The axis of
+length C, the number of channels the network takes, decides a batch's layout; --layout settles
+what the shape leaves open. Noise is chosen by --seed, --draw and the position in the batch or in
+the sorted folder, so results do not depend on --batch-size. Results are clipped to [0,1] only
+where the format holds 8-bit values, and the count is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coup_fast.cli import bundle, common
+from coup_fast.cli.common import CommandError
+from coup_fast.cli.files import (
+    ARRAY_SUFFIXES,
+    IMAGE_SUFFIXES,
+    list_images,
+    read_array,
+    read_image,
+)
+from coup_fast.cli.fitting import Fit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from coup_fast.purifier import Purifier
+
+HELP = "purify image files or .npy / .npz batches"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `coup-fast purify`."""
+    add = parser.add_argument
+    add("source", type=Path, metavar="IN", help="image, folder of images, .npy or .npz file")
+    add("target", type=Path, metavar="OUT", help="where the result goes, same format")
+    add("--method", default="coup", help="purification method (default: coup)")
+    add("--bundled", default="mnist", metavar="NAME", help="bundled models (default: mnist)")
+    add("--seed", type=common.non_negative_int, default=0, help="seed of the noise (default: 0)")
+    add("--draw", type=common.non_negative_int, default=0, help="which noise draw (default: 0)")
+    add("--batch-size", type=common.positive_int, default=64, help="images at once (default: 64)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method, as in --set t_star=0.1; repeatable",
+    )
+    add("--layout", choices=["auto", "nchw", "nhwc"], default="auto", help="of a batch's axes")
+    add("--key", help="which array of a .npz file holds the images (the others are copied)")
+    add("--resize", action="store_true", help="resize to the network's size and back (bilinear)")
+    add(
+        "--convert-color",
+        action="store_true",
+        help="convert between RGB and grey for the network and back",
+    )
+    add("--alpha", choices=["keep", "drop"], help="copy or leave out an alpha channel")
+    add("--force", action="store_true", help="overwrite what is there")
+    common.add_device_argument(parser)
+
+
+@dataclass
+class _Job:
+    """The purifier with what applies to all of its batches."""
+
+    purifier: Purifier
+    fit: Fit
+    device: torch.device
+    draw: int
+    batch_size: int
+
+    def run(self, pictures: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Purify pictures [c, h, w] in [0, 1]; yields them in order, each in its own shape.
+
+        The sample id of a picture is its position. A bar on stderr counts network calls.
+        """
+        import torch
+
+        starts = range(0, len(pictures), self.batch_size)
+        calls = len(starts) * self.purifier.plan.num_network_calls
+        with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
+            for start in starts:
+                part = pictures[start : start + self.batch_size]
+                batch = torch.cat([self.fit.to_network(picture[None]) for picture in part])
+                ids = torch.arange(start, start + len(part))
+                with torch.no_grad(), common.plain_errors():
+                    clean = self.purifier(batch.to(self.device), sample_ids=ids, draw=self.draw)
+                for picture, result in zip(part, clean.cpu(), strict=True):
+                    yield self.fit.from_network(result[None], picture.shape)[0]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, purify, write; says on stderr what it did."""
+    common.require("cli", "PIL", "tqdm", "safetensors")
+    source: Path = args.source
+    if not source.exists():
+        raise CommandError(f"{source} does not exist")
+    suffix = source.suffix.lower()
+    is_array = not source.is_dir() and suffix in ARRAY_SUFFIXES
+    if not (source.is_dir() or is_array or suffix in IMAGE_SUFFIXES):
+        endings = " ".join((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+        raise CommandError(f"{source} is neither a folder nor one of {endings}")
+    job = _prepare(args)
+    start = time.perf_counter()
+    count, clipped = _run_array(args, job) if is_array else _run_images(args, job)
+    seconds = time.perf_counter() - start
+    plan = job.purifier.plan
+    common.say(
+        f"purified {count} image{'s' * (count != 1)} with {args.method} ({plan.num_steps} steps, "
+        f"seed {args.seed}, draw {args.draw}, {job.device}) in {seconds:.1f} s: {args.target}"
+    )
+    if clipped:
+        common.say(f"{clipped} values outside [0, 1] were clipped, because 8-bit files need it")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> _Job:
+    from coup_fast import Purifier
+
+    device = common.choose_device(args.device)
+    options = common.parse_settings(args.set)
+    models = bundle.load(args.bundled, bundle.score_for(args.method), device)
+    with common.plain_errors():
+        purifier = Purifier(*models, method=args.method, seed=args.seed, **options)
+    channels, height, width = bundle.IMAGE_SHAPES[args.bundled]
+    fit = Fit(channels, height, width, args.convert_color, args.resize)
+    return _Job(purifier, fit, device, args.draw, args.batch_size)
+
+
+def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
+    """Purify one .npy or .npz file; returns the numbers of images and of clipped values."""
+    import torch
+
+    target: Path = args.target
+    if target.is_dir():
+        target = target / args.source.name
+    if target.suffix.lower() != args.source.suffix.lower():
+        raise CommandError(f"{target} must end in {args.source.suffix.lower()}, as {args.source}")
+    _prepare_target(target, [target], args.force)
+    batch = read_array(args.source, job.fit, args.layout, args.key)
+    job.fit.check(batch.pixels.shape[1:], str(args.source))
+    purified = torch.stack(list(job.run(list(batch.pixels))))
+    return len(purified), batch.write(target, purified)
+
+
+def _run_images(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
+    """Purify one picture or the pictures of a folder; returns as `_run_array`."""
+    paths = list_images(args.source, args.target)
+    _prepare_target(paths[0][1], [target for _, target in paths], args.force)
+    pictures = [read_image(*pair, args.alpha) for pair in paths]
+    for picture in pictures:
+        job.fit.check(picture.pixels.shape, str(picture.source))
+    results = job.run([picture.pixels for picture in pictures])
+    clipped = sum(p.write(purified) for p, purified in zip(pictures, results, strict=True))
+    if any(picture.target.suffix.lower() in (".jpg", ".jpeg") for picture in pictures):
+        common.say("JPEG is lossy: the files differ a little from the purified pixels")
+    return len(pictures), clipped
+
+
+def _prepare_target(target: Path, files: list[Path], force: bool) -> None:
+    """Refuse to overwrite, and make the folder that the files go to."""
+    common.refuse_to_overwrite(files, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{target.parent} cannot be made: {error.strerror}") from None
