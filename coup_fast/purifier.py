@@ -18,9 +18,9 @@ from coup_fast.chain import (
     Noise,
     State,
     Tables,
-    diagnose,
     tables_of,
 )
+from coup_fast.diagnosis import diagnose
 from coup_fast.frozen import frozen_parameters
 from coup_fast.gradients import GRADIENTS, STATES, exact_run, straight_through
 from coup_fast.guidance import GUIDANCE_GRADIENTS

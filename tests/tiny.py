@@ -89,3 +89,12 @@ SHORT = {
     "adp": ("ncsn", {"num_steps": 3}),
     "one-shot": ("eps", {}),
 }
+
+
+def short_purifier(method: str = "coup", double: bool = False, **options) -> coup_fast.Purifier:
+    """A purifier that runs a short chain of the method with tiny models."""
+    kind, short = SHORT[method]
+    model, classifier = score_model(kind), TinyClassifier()
+    if double:
+        model, classifier = model.double(), classifier.double()
+    return coup_fast.Purifier(model, classifier, method=method, **short | options)
