@@ -15,7 +15,7 @@ from coup_fast._version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time a name is imported when it is used
     from coup_fast import methods, noise, ops, reference
-    from coup_fast.models import load_bundled
+    from coup_fast.models.bundled import load_bundled
     from coup_fast.purified_classifier import PurifiedClassifier
     from coup_fast.purifier import Purifier, purify
     from coup_fast.score_model import EnergyModel, ScoreModel
@@ -28,7 +28,7 @@ _EXPORTS: dict[str, str] = {
     "ScoreModel": "coup_fast.score_model",
     "check_gradient": "coup_fast.gradient_check",
     "eot_gradient": "coup_fast.eot",
-    "load_bundled": "coup_fast.models",
+    "load_bundled": "coup_fast.models.bundled",
     "methods": "coup_fast.methods",
     "noise": "coup_fast.noise",
     "ops": "coup_fast.ops",
