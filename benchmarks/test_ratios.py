@@ -1,7 +1,8 @@
 """Speed claims with margins wide enough for a shared machine; what continuous integration checks.
 
 `pytest benchmarks/test_ratios.py` takes well under a minute. The measured ratios are several times
-these bounds; a failure means that something is broken, not that the machine is busy.
+these bounds, and the fastest of many short samples is compared: a failure means that something is
+broken, not that the machine is busy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ BOUNDS = {
 def test_fused_is_faster_than_eager(name: str, device: torch.device) -> None:
     make, least = BOUNDS[name]
     case = cases.without(make(device), "torch.compile")
-    rows = run_case(case, repeats=9, sample_seconds=2e-3, budget_seconds=0.3)
-    eager = next(row for row in rows if (row.variant, row.part) == ("eager", "whole"))
-    assert eager.ratio is not None
-    assert eager.ratio > least
+    rows = run_case(case, repeats=51, sample_seconds=2e-4, budget_seconds=0.3)
+    times = {row.variant: row.timing for row in rows if row.part == "whole"}
+    fused, eager = times["fused"], times["eager"]
+    assert fused is not None
+    assert eager is not None
+    assert eager.fastest / fused.fastest > least

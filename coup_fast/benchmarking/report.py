@@ -105,12 +105,11 @@ def _cells(row: Row) -> list[str | None]:
     if row.timing is None:
         return [name, "-", "-", "-", "-", "-"]
     timing = row.timing
-    spread = 50 * (timing.upper_quartile - timing.lower_quartile) / timing.median
     limit = None if row.limit is None else f"{100 * row.limit / timing.median:.0f} %"
     return [
         name,
         _time(timing.median),
-        f"{spread:.0f} %",
+        _time(timing.fastest),
         f"{row.ns_per_element:.3f}",
         None if row.ratio is None else f"{row.ratio:.2f}",
         limit,
@@ -121,7 +120,7 @@ def tables(rows: Sequence[Row]) -> str:
     """Text for the terminal: one table per case, the copy's time in its heading."""
     from coup_fast.evaluation.tables import render_table
 
-    headers = ["variant", "median", "+-", "ns/element", "x fused", "of copy speed"]
+    headers = ["variant", "median", "fastest", "ns/element", "x fused", "of copy speed"]
     blocks = []
     for case, images in dict.fromkeys((row.case, row.images) for row in rows):
         group = [row for row in rows if (row.case, row.images) == (case, images)]
@@ -131,6 +130,9 @@ def tables(rows: Sequence[Row]) -> str:
         heading = f"{size}: {moved / 1e6:.2f} MB, a copy moves as many bytes in {_time(limit)}"
         lines = [heading, render_table(headers, [_cells(row) for row in group])]
         lines += [f"  {row.variant}: {row.unavailable}" for row in group if row.unavailable]
+        unsteady = sum(row.timing is not None and row.timing.unsteady for row in group)
+        if unsteady:
+            lines.append(f"  the machine was busy: {unsteady} of {len(group)} medians are unsteady")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

@@ -87,10 +87,14 @@ def confidence_cotangent_closed_form(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of one function for one shape, apart from every other compiled function."""
+    """`torch.compile` of one function for one shape, apart from every other compiled function.
+
+    torch counts recompilations per code object and gives up after a few, so this one is a copy.
+    """
 
     def separate(*args: Any) -> Any:
         return function(*args)
 
+    separate.__code__ = separate.__code__.replace()
     result: Callable[..., Any] = torch.compile(separate, fullgraph=True, dynamic=False)
     return result

@@ -12,13 +12,19 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median over `samples` samples of `calls` calls each, and quartiles."""
+    """Seconds per call over `samples` samples of `calls` calls each: median, quartiles, fastest."""
 
     median: float
+    fastest: float
     lower_quartile: float
     upper_quartile: float
     samples: int
     calls: int
+
+    @property
+    def unsteady(self) -> bool:
+        """The middle half of the samples spreads over more than a quarter of the median."""
+        return self.upper_quartile - self.lower_quartile > 0.25 * self.median
 
 
 def _sample(function: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -46,13 +52,14 @@ def _calls_for(function: Callable[[], object], seconds: float, device: torch.dev
 def measure_in_turns(
     functions: Mapping[str, Callable[[], object]],
     device: torch.device,
-    repeats: int = 25,
-    sample_seconds: float = 2e-3,
-    budget_seconds: float = 3.0,
+    repeats: int,
+    sample_seconds: float,
+    budget_seconds: float,
 ) -> dict[str, Timing]:
     """Median time per call of each function, samples interleaved round by round.
 
-    A sample repeats a function for about `sample_seconds`. A function that has used up
+    A sample repeats a function for about `sample_seconds`; many short samples survive
+    a busy machine better than a few long ones. A function that has used up
     `budget_seconds` sits out the remaining rounds after its third sample.
     """
     calls = {name: _calls_for(f, sample_seconds, device) for name, f in functions.items()}
@@ -71,6 +78,7 @@ def _summary(values: list[float], calls: int) -> Timing:
     quarter = len(ordered) // 4
     return Timing(
         median=statistics.median(ordered),
+        fastest=ordered[0],
         lower_quartile=ordered[quarter],
         upper_quartile=ordered[-1 - quarter],
         samples=len(ordered),

@@ -13,6 +13,10 @@ from pathlib import Path
 
 from coup_fast.cli import common
 
+# Samples of each variant, seconds of a sample, seconds after which a slow variant has had enough.
+FULL = (101, 1e-3, 3.0)
+QUICK = (31, 3e-4, 0.3)
+
 HELP = "time the fused operators against eager PyTorch and torch.compile"
 
 
@@ -40,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files that were asked for."""
     common.require("cli", "tabulate", "tqdm", *(["matplotlib"] if args.plot else []))
     import torch
+
     import coup_fast._extension as extension
     from coup_fast.benchmarking import cases, report
     from coup_fast.evaluation.report import environment
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     try:
         batches = args.batches or (cases.BATCHES[:2] if args.quick else cases.BATCHES)
-        budget = (7, 1e-3, 0.3) if args.quick else (25, 5e-3, 3.0)
+        budget = QUICK if args.quick else FULL
         rows: list[report.Row] = []
         chosen = cases.all_cases(device, batches)
         with common.progress_bar(len(chosen), "bench", "case") as bar:
