@@ -25,7 +25,7 @@ struct Inputs {
 
 Inputs read_inputs(const ReverseStep& params, const StepTerms& terms, const TileAccess& access,
                    const Tile& tile, bool noisy, Buffers& buffers) {
-  const bool reads_x = terms.x || (terms.x0 && terms.x0_x) || terms.learned;
+  const bool reads_x = terms.x || (terms.x0 && terms.x0_x);
   const bool reads_m = terms.m || (terms.x0 && terms.x0_m);
   Inputs in{};
   if (reads_x) in.x = access.read(params.x, buffers.x);

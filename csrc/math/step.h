@@ -44,14 +44,13 @@ struct StepInputs {
 struct StepTerms {
   bool x0, x0_x, x0_m, x, m, g, r, z;  // terms that contribute
   bool x0_clamp, out_clamp;            // bounds that are not both infinite
-  bool learned;                        // learned variance
+  bool learned;                        // some of them depend on the learned variance
 };
 
 COUP_FAST_FN bool bounded(float lo, float hi) { return !(lo == -INFINITY && hi == INFINITY); }
 
 COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) {
   StepTerms terms{};
-  terms.learned = inputs.s;
   terms.x0 = row.u != 0.0f;
   terms.x0_x = row.p != 0.0f;
   terms.x0_m = row.q != 0.0f && inputs.m;
@@ -60,6 +59,7 @@ COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) 
   terms.g = row.c != 0.0f && inputs.g;
   terms.r = row.e != 0.0f && inputs.r;
   terms.z = (row.d != 0.0f || (inputs.s && row.z_var != 0.0f)) && inputs.z;
+  terms.learned = inputs.s && (row.x_var != 0.0f || terms.g || terms.r || terms.z);
   terms.x0_clamp = bounded(row.x0_lo, row.x0_hi);
   terms.out_clamp = bounded(row.out_lo, row.out_hi);
   return terms;
@@ -118,11 +118,13 @@ COUP_FAST_FN StepFactors<F> step_factors(const StepRow& row, const StepTerms& te
   StepFactors<F> factors{L::set(row.v), L::set(scale), L::set(row.e), L::set(row.d), L::set(1.0f)};
   if (!terms.learned) return factors;
   const F variance = exp<F>(clamp<F>(log_variance<F>(row, s), row.log_var_lo, row.log_var_hi));
-  factors.x = L::fma(L::set(row.x_var), variance, factors.x);
+  if (row.x_var != 0.0f) factors.x = L::fma(L::set(row.x_var), variance, factors.x);
   factors.g = factors.g * variance;
   factors.r = factors.r * variance;
-  const F extra = L::set(row.z_var) * variance;
-  factors.z = L::sqrt(L::fma(L::set(row.d * row.d), variance, extra * extra));
+  F square = L::set(0.0f);
+  if (row.z_var != 0.0f) square = (L::set(row.z_var) * variance) * (L::set(row.z_var) * variance);
+  if (row.d != 0.0f) square = L::fma(L::set(row.d * row.d), variance, square);
+  factors.z = L::sqrt(square);
   factors.variance = variance;
   return factors;
 }
@@ -241,8 +243,11 @@ COUP_FAST_FN StepGradients<F> step_gradients(const StepRow& row, const StepTerms
     if (terms.g) slope = L::fma(factors.g, in.g, slope);
     if (terms.r) slope = L::fma(factors.r, in.r, slope);
     if (terms.z) {
-      const F extra = L::set(row.z_var) * factors.variance;
-      const F doubled = L::fma(factors.z, factors.z, extra * extra);
+      F doubled = factors.z * factors.z;  // d^2 V + z_var^2 V^2, the second part twice
+      if (row.z_var != 0.0f) {
+        const F extra = L::set(row.z_var) * factors.variance;
+        doubled = L::fma(extra, extra, doubled);
+      }
       const F part = L::set(0.5f) * doubled / factors.z;
       slope = L::fma(L::select(factors.z > zero, part, zero), in.z, slope);
     }
