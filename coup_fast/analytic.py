@@ -20,7 +20,7 @@ class GaussianMixture(nn.Module):
     """Mixture of K Gaussians with diagonal covariances over images [C, H, W].
 
     means: [K, C, H, W] in diffusion space. stds: broadcastable to means, > 0. weights: K positive
-    numbers; default equal. Parameters are float64 buffers; results have x's dtype.
+    numbers; default equal. All become buffers of the dtype of means; results have x's dtype.
     """
 
     means: Tensor
@@ -32,9 +32,9 @@ class GaussianMixture(nn.Module):
         weights = [1.0] * len(means) if weights is None else weights
         if len(weights) != len(means):
             raise ValueError(f"{len(means)} means need as many weights, got {len(weights)}")
-        self.register_buffer("means", means.to(torch.float64))
-        self.register_buffer("stds", stds.to(torch.float64).expand_as(means).contiguous())
-        log_weights = torch.tensor(weights, dtype=torch.float64).log()
+        self.register_buffer("means", means.clone())
+        self.register_buffer("stds", stds.to(means.dtype).expand_as(means).contiguous())
+        log_weights = torch.tensor(weights, dtype=means.dtype).log()
         self.register_buffer("log_weights", log_weights.log_softmax(0))
 
     def _moments(self, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,9 @@ class MixtureClassifier(nn.Module):
         return self.mixture.log_joint(2 * pixels - 1, clean)
 
 
-def two_gaussians(mean: float = 0.5, std: float = 0.15) -> GaussianMixture:
+def two_gaussians(
+    mean: float = 0.5, std: float = 0.15, dtype: torch.dtype = torch.float32
+) -> GaussianMixture:
     """The toy of the COUP paper: one Gaussian per class at ±mean, images of one pixel."""
-    means = torch.tensor([-mean, mean], dtype=torch.float64).reshape(2, 1, 1, 1)
+    means = torch.tensor([-mean, mean], dtype=dtype).reshape(2, 1, 1, 1)
     return GaussianMixture(means, torch.tensor(std))

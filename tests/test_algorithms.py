@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import interpreter
@@ -66,16 +67,17 @@ def test_coup_is_its_algorithm(backend: str, scale: float) -> None:
         t -= 0.001
     expected = (x.clamp(-1, 1) + 1) / 2
 
-    network = ScoreModel(MixtureNetwork(mixture), time_scale=1.0)
-    clean = Purifier(
-        network, MixtureClassifier(mixture), method="coup", guidance_scale=scale, backend=backend
-    )
-    torch.testing.assert_close(clean(u, noise=z).double(), expected, rtol=0, atol=1e-5)
+    def run(model: GaussianMixture, scale: float, u, z):
+        network = ScoreModel(MixtureNetwork(model), time_scale=1.0)
+        options = {"guidance_scale": scale, "backend": backend}
+        return Purifier(network, MixtureClassifier(model), method="coup", **options)(u, noise=z)
+
+    single = copy.deepcopy(mixture).float()
+    torch.testing.assert_close(run(single, scale, u, z).double(), expected, rtol=0, atol=1e-5)
     if scale > 0:
-        alone = Purifier(network, method="coup", guidance_scale=0.0, backend=backend)
-        assert float((alone(u, noise=z).double() - expected).abs().max()) > 1e-2
+        assert float((run(single, 0.0, u, z).double() - expected).abs().max()) > 1e-2
     if backend == "reference":
-        result = clean(u.double(), noise=z.double())
+        result = run(mixture, scale, u.double(), z.double())
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
 
