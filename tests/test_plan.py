@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import interpreter
 import numpy as np
 import pytest
@@ -43,6 +46,22 @@ def test_columns_have_the_contract_order() -> None:
     ) == ROW_COLUMNS
     for number, name in enumerate(ROW_COLUMNS):
         assert getattr(plan, name.upper()) == number
+
+
+@pytest.mark.parametrize(
+    ("header", "struct", "columns"),
+    [
+        ("step.h", "StepRow", ROW_COLUMNS),
+        ("step.h", "PerturbRow", plan.START_COLUMNS),
+        ("adaptive.h", "AdaptiveRow", plan.ADAPTIVE_COLUMNS),
+    ],
+)
+def test_kernels_have_the_same_columns(header: str, struct: str, columns) -> None:
+    """The structs that the kernels read rows as."""
+    text = (Path(__file__).parent.parent / "csrc" / "math" / header).read_text()
+    body = re.search(rf"struct {struct} {{(.*?)}};", text, re.S).group(1)
+    fields = re.findall(r"\w+", ", ".join(re.findall(r"float ([^;]*);", body)))
+    assert fields == list(columns)
 
 
 @pytest.mark.parametrize("kind", KINDS)

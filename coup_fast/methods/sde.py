@@ -13,7 +13,9 @@ dx = (½β - β/(1-ᾱ)) x dτ + β√ᾱ/(1-ᾱ) x̂0 dτ + √β dw. That is a
 solution is the Gaussian posterior of Ho et al. 2020, eq. 7: DDIM with η = 1. For the probability
 flow ODE the same exchange gives DDIM with η = 0 (there with ε held). Guidance is part of the score,
 so it moves x̂0 by λ (1-ᾱ)/√ᾱ g, which is held with it. As h → 0 all of it is Euler's step to first
-order, so both solvers converge to the same law.
+order, so both solvers converge to the same law. With few steps they err differently: Euler leaves
+the noise of its last step in the image, the exponential step draws towards the mean of what could
+be there. That is why it is usable at 10 to 20 steps.
 """
 
 from __future__ import annotations
