@@ -5,6 +5,7 @@ Undefined behaviour of alignment and shifts traps, as a misaligned vector access
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -15,11 +16,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
 
-FLAGS = (
-    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas "
-    "-fsanitize=alignment,shift,bounds,integer-divide-by-zero -fsanitize-undefined-trap-on-error "
-    "-DTORCH_TARGET_VERSION=0x020b000000000000"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-math-errno"),
+    *(
+        "-fsanitize=alignment,shift,bounds,integer-divide-by-zero",
+        "-fsanitize-undefined-trap-on-error",
+    ),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 
 
 def _sources() -> list[Path]:
@@ -42,9 +47,15 @@ def _is_newer(target: Path) -> bool:
 def library() -> Path:
     """The library with the ops of namespace coup_fast_emulated, for `torch.ops.load_library`."""
     target = BUILD / f"emulated_{torch.__version__}.so"
-    if _is_newer(target):
-        return target
     BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes, one builds
+        if not _is_newer(target):
+            _build(target)
+    return target
+
+
+def _build(target: Path) -> None:
     (BUILD / "build_config.h").write_text(
         'namespace coup_fast { constexpr const char* kBuildConfig = "{}"; }\n'
     )
@@ -54,17 +65,14 @@ def library() -> Path:
     includes.append(str(torch_folder / "include"))
     objects = []
     for source in _sources():
-        objects.append(BUILD / f"{source.stem}.{os.getpid()}.o")
+        objects.append(BUILD / f"{source.stem}.o")
         prelude = [] if source.name == "emulator.cpp" else ["-include", str(HERE / "prelude.h")]
         command = [compiler, *FLAGS, *includes, *prelude, "-x", "c++", "-c", source]
         subprocess.run([*command, "-o", objects[-1]], check=True)
-    partial = target.with_suffix(f".{os.getpid()}")
+    partial = target.with_suffix(".partial")
     libraries = [torch_folder / "lib" / name for name in ("libtorch_cpu.so", "libc10.so")]
     subprocess.run([compiler, "-shared", "-o", partial, *objects, *libraries], check=True)
-    for path in objects:
-        path.unlink()
-    partial.rename(target)  # processes that build at the same time don't disturb each other
-    return target
+    partial.rename(target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""The CUDA kernels, run on the CPU by the emulator, against the CPU ops: every bit.
+
+What this can't see, only a device can: code generation, real concurrency, memory limits, speed.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from cuda_cases import CASES, Case, adaptive_arguments, outputs, same_bits
+from sampling import step
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="the emulator is built by the C++ compiler"
+)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    from emulator.build import library
+
+    torch.ops.load_library(str(library()))
+    return torch.ops.coup_fast_emulated
+
+
+def assert_same(emulated, case: Case) -> None:
+    args = case.make()
+    expected = outputs(getattr(torch.ops.coup_fast, case.op)(*args))
+    actual = outputs(getattr(emulated, case.op)(*args))
+    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert same_bits(a, b), f"output {index}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits(emulated, case: Case) -> None:
+    assert_same(emulated, case)
+
+
+SUMMED = [case for case in CASES if "large" in case.name or case.op.startswith("adaptive")]
+
+
+@pytest.mark.parametrize("case", SUMMED, ids=str)
+def test_same_bits_in_several_launches(emulated, case: Case, monkeypatch) -> None:
+    """Compute capability 8: no clusters, so the sums go through a workspace."""
+    monkeypatch.setenv("COUP_FAST_EMULATOR_CAPABILITY", "8")
+    assert_same(emulated, case)
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_order_of_threads_does_not_matter(emulated, seed: str, monkeypatch) -> None:
+    monkeypatch.setenv("COUP_FAST_EMULATOR_SEED", seed)
+    for case in SUMMED[::5]:
+        assert_same(emulated, case)
+
+
+@pytest.mark.parametrize("norm", ["none", "normalised"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(5, 3, 13, 17), (2, 3, 32, 32), (1, 3, 160, 160)])
+def test_in_place_twin(emulated, shape, layout, norm: str) -> None:
+    call = step(shape, guidance_norm=norm).map(lambda t: t.contiguous(memory_format=layout))
+    expected = torch.ops.coup_fast.reverse_step(*call.args)
+    emulated.reverse_step_(*call.args)
+    assert same_bits(call.x, expected)
+
+
+def test_nothing_is_written_outside(emulated) -> None:
+    """A state in the middle of a larger buffer: its neighbours stay as they are."""
+    for shape in [(3, 1, 7), (2, 3, 8, 8)]:
+        call = step(shape)
+        count = call.x.numel()
+        buffer = torch.full((count + 8,), torch.nan)
+        state = buffer[4:-4].view(shape)
+        state.copy_(call.x)
+        emulated.reverse_step_(state, *call.args[1:])
+        assert buffer[:4].isnan().all()
+        assert buffer[-4:].isnan().all()
+        assert not state.isnan().any()
+
+
+def test_a_refused_launch_is_an_error(emulated, monkeypatch) -> None:
+    monkeypatch.setenv("COUP_FAST_EMULATOR_REFUSE", "1")
+    with pytest.raises(RuntimeError, match="adaptive_step could not start on CUDA device"):
+        emulated.adaptive_step(*adaptive_arguments((2, 3, 4, 4)))
