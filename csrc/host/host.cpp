@@ -89,6 +89,9 @@ bool dense_sample(int64_t channels, int64_t pixels, const Sizes& strides) {
 }
 
 }  // namespace
+
+void bind_work(py::module_& m);  // work.cpp
+
 }  // namespace coup_fast
 
 PYBIND11_MODULE(_host, m) {
@@ -119,6 +122,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("sample_is_dense", &dense_sample, py::arg("channels"), py::arg("pixels"),
         py::arg("strides"));
 
+  bind_work(m);
   m.def("canonical_dot", &dot);
   m.attr("segment") = kSegment;
   m.attr("reduce_lanes") = kReduceLanes;
