@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import coup_fast
 from coup_fast.cli import common, main
 from coup_fast.cli.files import choose_layout, to_bytes
 from coup_fast.cli.fitting import Fit
-
-pytest.importorskip("PIL")
-from PIL import Image
 
 MNIST = Fit(1, 28, 28)
 CIFAR = Fit(3, 32, 32)

@@ -57,9 +57,9 @@ def _show(axis: Any, pixels: Tensor) -> None:
 def image_grid(rows: Sequence[GridRow], path: Path, title: str, side: float = 0.82) -> None:
     """Save rows of images with a caption above each and the row's name on the left.
 
-    side: inches per image. Every row must hold the same number of images.
+    side: inches per image. Shorter rows end earlier.
     """
-    columns = len(rows[0].pixels)
+    columns = max(len(row.pixels) for row in rows)
     caption, left, top = 0.24, 1.0, 0.42
     width = left + columns * (side + 0.06) + 0.1
     height = top + len(rows) * (side + caption)
@@ -69,7 +69,7 @@ def image_grid(rows: Sequence[GridRow], path: Path, title: str, side: float = 0.
         bottom = height - top - (i + 1) * (side + caption) + 0.06
         middle = (bottom + side / 2) / height
         figure.text(0.12 / width, middle, row.name, fontsize=10, va="center", ha="left")
-        for j in range(columns):
+        for j in range(len(row.pixels)):
             x = (left + j * (side + 0.06)) / width
             axis = figure.add_axes((x, bottom / height, side / width, side / height))
             _show(axis, row.pixels[j])
