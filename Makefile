@@ -22,9 +22,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test build bench lint format types cuda-check clean distclean help
+.PHONY: demo test build bench ratios lint format types cuda-check clean distclean help
 help:
-	@echo "make demo | test | build | bench | lint | format | types | cuda-check | clean | distclean"
+	@echo "make demo | test | build | bench | ratios | lint | format | types | cuda-check | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
@@ -34,6 +34,10 @@ test: $(STAMPS)/extra-test build
 
 bench: $(STAMPS)/extra-bench build
 	$(BIN)/coup-fast bench
+
+# Fused against eager with wide margins; a second or two of timing.
+ratios: $(STAMPS)/extra-bench build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/test_ratios.py
 
 # The editable install happens once; after that only what changed in csrc/ is compiled.
 build: $(STAMPS)/extra-demo

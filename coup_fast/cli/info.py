@@ -18,7 +18,7 @@ _EXTRAS = {
     "models": ("safetensors",),
     "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy"),
     "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy", "mlxtend", "foolbox"),
-    "bench": ("torchsde", "diffusers"),
+    "bench": ("torchsde", "diffusers", "pytest_benchmark"),
 }
 
 
