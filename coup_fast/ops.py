@@ -240,7 +240,7 @@ def _fake_confidence_cotangent_backward(
 
 
 def _needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments that need one; arguments left at their default are no arguments."""
+    """Those of the arguments that need one; arguments left at their default are not counted."""
     return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from coup_fast import noise
-from coup_fast.plan import START_COLUMNS, blank_row
 from coup_fast.plan import ROW_COLUMNS as STEP_COLUMNS
+from coup_fast.plan import START_COLUMNS, blank_row
 
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)
@@ -21,7 +21,7 @@ NORMS = ("none", "normalised", "clipped")
 def step_row(**columns: float) -> Tensor:
     """float32 [19]: nothing contributes but what is given (and variance and g_max are finite)."""
     row = blank_row()
-    for name, value in (dict(g_max=9.0, log_var_lo=-4.0, log_var_hi=-2.5) | columns).items():
+    for name, value in ({"g_max": 9.0, "log_var_lo": -4.0, "log_var_hi": -2.5} | columns).items():
         row[STEP_COLUMNS.index(name)] = value
     return torch.tensor(row, dtype=torch.float32)
 
@@ -38,8 +38,22 @@ STEP_ROWS = {
     "ancestral": step_row(p=1.2, q=-0.7, x0_lo=-1, x0_hi=1, u=0.3, v=0.7, d=0.2),
     "to_pixels": step_row(v=1.1, w=-0.3, d=0.4, out_lo=-1, out_hi=1, out_scale=0.5, out_bias=0.5),
     "everything": step_row(
-        **dict(p=1.1, q=-0.3, x0_lo=-1, x0_hi=0.9, u=0.5, v=0.6, w=0.2, c=0.7, e=0.1, d=0.3),
-        **dict(out_lo=-1.5, out_hi=1.5, out_scale=0.5, out_bias=0.5, x_var=0.2, z_var=0.4),
+        p=1.1,
+        q=-0.3,
+        x0_lo=-1,
+        x0_hi=0.9,
+        u=0.5,
+        v=0.6,
+        w=0.2,
+        c=0.7,
+        e=0.1,
+        d=0.3,
+        out_lo=-1.5,
+        out_hi=1.5,
+        out_scale=0.5,
+        out_bias=0.5,
+        x_var=0.2,
+        z_var=0.4,
     ),
 }
 
@@ -75,17 +89,26 @@ class Step:
         assert self.keys is None
         step = self.map(lambda t: t.double())
         return interpreter.step(
-            self.coeffs.double().numpy(), step.x, step.model_out, step.guidance, step.reference,
-            step.noise, self.guidance_norm,
-        )  # fmt: skip
+            self.coeffs.double().numpy(),
+            step.x,
+            step.model_out,
+            step.guidance,
+            step.reference,
+            step.noise,
+            self.guidance_norm,
+        )
 
     def magnitude(self) -> Tensor:
         """float64: the sum of the magnitudes of the terms."""
         row = self.coeffs.double().numpy().copy()
         signed = [STEP_COLUMNS.index(name) for name in ("log_var_lo", "log_var_hi")]
         row = np.where(np.isin(np.arange(len(row)), signed), row, np.abs(row))
-        for name, value in (("x0_lo", -np.inf), ("out_lo", -np.inf), ("x0_hi", np.inf),
-                            ("out_hi", np.inf)):  # fmt: skip
+        for name, value in (
+            ("x0_lo", -np.inf),
+            ("out_lo", -np.inf),
+            ("x0_hi", np.inf),
+            ("out_hi", np.inf),
+        ):
             row[STEP_COLUMNS.index(name)] = value
         step = self.map(lambda t: t.double().abs())
         if self.model_out is not None and self.model_out.shape[1] == 2 * self.x.shape[1]:
@@ -93,9 +116,14 @@ class Step:
             variance = self.model_out[:, channels:].double()
             step = replace(step, model_out=torch.cat([step.model_out[:, :channels], variance], 1))
         return interpreter.step(
-            row, step.x, step.model_out, step.guidance, step.reference, step.noise,
+            row,
+            step.x,
+            step.model_out,
+            step.guidance,
+            step.reference,
+            step.noise,
             self.guidance_norm,
-        )  # fmt: skip
+        )
 
 
 def keys_of(batch: int, shape: tuple[int, ...], number: int = 1, seed: int = 5) -> Tensor:

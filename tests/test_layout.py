@@ -1,4 +1,4 @@
-"""Index arithmetic of csrc/math on the host: strides, layouts, conversions, and the order of sums."""
+"""Index arithmetic of csrc/math on the host: strides, layouts, conversions, order of sums."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ ROWS = {
     "map": perturb_row(),
     "clamped_map": perturb_row(lo=-1, hi=1),
     "diffusion": perturb_row(scale=1.8, bias=-0.9, std=0.32),
-    "adp": perturb_row(**dict(scale=1, bias=0, std=0.25, lo=0, hi=1), out_scale=255 / 256,
-                       out_bias=1 / 512),
+    "adp": perturb_row(
+        scale=1, bias=0, std=0.25, lo=0, hi=1, out_scale=255 / 256, out_bias=1 / 512
+    ),
     "binary": perturb_row(scale=1, bias=0, sign_std=0.2, lo=0, hi=1),
     "both": perturb_row(std=0.1, sign_std=0.3, lo=-0.9, hi=0.8),
     "noise_alone": perturb_row(scale=0, bias=0.5, std=1.5),
-}  # fmt: skip
+}
 SHAPES = [(1, 1), (33, 1, 7), (5, 3, 13, 17), (2, 3, 32, 32), (1, 2, 2, 3, 4)]
 
 
@@ -52,8 +53,9 @@ def test_sign_of_zero_is_one() -> None:
     assert ops.perturb(torch.zeros(1, 4), row, None, z).tolist() == [[0.5, 0.5, 0.5, -0.5]]
 
 
-@pytest.mark.parametrize("name", ["slice", "every_other", "unaligned", "channels_last",
-                                  "slice_last", "transposed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_formats_do_not_matter(dtype, name: str) -> None:
     images, keys = torch.rand(5, 3, 13, 17).to(dtype), keys_of(5, (3, 13, 17))
@@ -87,14 +89,22 @@ def test_gradient_is_that_of_the_formula(name: str, dtype, given: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(images=torch.zeros(3)), r"images must be \[B, C, ...\]"),
-        (dict(images=torch.zeros(2, 3).int()), "images must be float32, float16 or bfloat16, got int32"),
-        (dict(coeffs=torch.zeros(19)), r"coeffs must be one row, float32 \[8\], got float32 \[19\]"),
-        (dict(noise=torch.zeros(2, 4)), r"noise must have the shape of images, \[2, 3\]"),
-        (dict(keys=torch.zeros(2).long()), r"keys must be int64 \[2, 2\]"),
+        ({"images": torch.zeros(3)}, r"images must be \[B, C, ...\]"),
+        (
+            {"images": torch.zeros(2, 3).int()},
+            "images must be float32, float16 or bfloat16, got int32",
+        ),
+        ({"coeffs": torch.zeros(19)}, r"coeffs must be one row, float32 \[8\], got float32 \[19\]"),
+        ({"noise": torch.zeros(2, 4)}, r"noise must have the shape of images, \[2, 3\]"),
+        ({"keys": torch.zeros(2).long()}, r"keys must be int64 \[2, 2\]"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_argument_given_and_expected(change: dict, said: str) -> None:
-    arguments = dict(images=torch.zeros(2, 3), coeffs=ROWS["map"], keys=None, noise=None) | change
+    arguments = {
+        "images": torch.zeros(2, 3),
+        "coeffs": ROWS["map"],
+        "keys": None,
+        "noise": None,
+    } | change
     with pytest.raises(RuntimeError, match=said):
         ops.perturb(**arguments)

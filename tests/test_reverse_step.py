@@ -98,8 +98,9 @@ def test_guidance_of_norm_zero(norm: str) -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("name", ["slice", "every_other", "unaligned", "channels_last",
-                                  "slice_last", "transposed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 3, 13, 17), (2, 3, 32, 32)])
 def test_memory_formats_of_inputs_do_not_matter(shape, dtype, name: str) -> None:
@@ -203,8 +204,9 @@ def test_gradient_without_optional_inputs_and_from_an_expanded_one() -> None:
     row = step_row(v=0.5, w=2.0)
     (grad,) = torch.autograd.grad(ops.reverse_step(x, None, row).sum(), x)  # grad: expanded ones
     assert torch.equal(grad, torch.full_like(x, 0.5))
-    grads = torch.ops.coup_fast.reverse_step_backward(x.detach(), x.detach(), None, row, None, None,
-                                                      None, None, "none")  # fmt: skip
+    grads = torch.ops.coup_fast.reverse_step_backward(
+        x.detach(), x.detach(), None, row, None, None, None, None, "none"
+    )
     assert [g.numel() for g in grads] == [x.numel(), 0, 0, 0]
 
 
@@ -231,22 +233,30 @@ def test_empty_tensors(shape) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(x=torch.zeros(2)), r"x must be \[B, C, ...\].* got float32 \[2\]"),
-        (dict(x=torch.zeros(2, 3, 4, 4).double()), r"x must be float32 .* got float64"),
-        (dict(model_out=torch.zeros(2, 4, 4, 4)),
-         r"model_out must have the shape of x, \[2, 3, 4, 4\], or twice .* got float32 \[2, 4, 4, 4\]"),
-        (dict(model_out=torch.zeros(2, 3, 4, 4).double()), "model_out must be float32, float16 or"),
-        (dict(guidance=torch.zeros(2, 3, 4)), r"guidance must have the shape of x"),
-        (dict(guidance=torch.zeros(2, 6, 4, 4)), r"guidance must have the shape of x"),
-        (dict(reference=torch.zeros(1, 3, 4, 4)), r"reference must have the shape .* \[1, 3, 4, 4\]"),
-        (dict(noise=torch.zeros(2, 3, 4, 5)), "noise must have the shape of x"),
-        (dict(coeffs=torch.zeros(19).double()), r"coeffs must be one row, float32 \[19\], got float64"),
-        (dict(coeffs=torch.zeros(2, 19)), r"coeffs .* got float32 \[2, 19\]"),
-        (dict(keys=torch.zeros(3, 2).long()), r"keys must be int64 \[2, 2\] .* got int64 \[3, 2\]"),
-        (dict(keys=torch.zeros(2, 2)), r"keys must be int64 .* got float32 \[2, 2\]"),
-        (dict(guidance_norm="l2"), "guidance_norm must be none, normalised or clipped, got l2"),
+        ({"x": torch.zeros(2)}, r"x must be \[B, C, ...\].* got float32 \[2\]"),
+        ({"x": torch.zeros(2, 3, 4, 4).double()}, r"x must be float32 .* got float64"),
+        (
+            {"model_out": torch.zeros(2, 4, 4, 4)},
+            r"model_out must have the shape of x, \[2, 3, 4, 4\].*twice.* got float32 \[2, 4, 4, 4\]",
+        ),
+        ({"model_out": torch.zeros(2, 3, 4, 4).double()}, "model_out must be float32, float16 or"),
+        ({"guidance": torch.zeros(2, 3, 4)}, r"guidance must have the shape of x"),
+        ({"guidance": torch.zeros(2, 6, 4, 4)}, r"guidance must have the shape of x"),
+        (
+            {"reference": torch.zeros(1, 3, 4, 4)},
+            r"reference must have the shape .* \[1, 3, 4, 4\]",
+        ),
+        ({"noise": torch.zeros(2, 3, 4, 5)}, "noise must have the shape of x"),
+        (
+            {"coeffs": torch.zeros(19).double()},
+            r"coeffs must be one row, float32 \[19\], got float64",
+        ),
+        ({"coeffs": torch.zeros(2, 19)}, r"coeffs .* got float32 \[2, 19\]"),
+        ({"keys": torch.zeros(3, 2).long()}, r"keys must be int64 \[2, 2\] .* got int64 \[3, 2\]"),
+        ({"keys": torch.zeros(2, 2)}, r"keys must be int64 .* got float32 \[2, 2\]"),
+        ({"guidance_norm": "l2"}, "guidance_norm must be none, normalised or clipped, got l2"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_argument_given_and_expected(change: dict, said: str) -> None:
     call = replace(step((2, 3, 4, 4)), **change)
     for op in (ops.reverse_step, ops.reverse_step_):
