@@ -90,6 +90,22 @@ def test_a_missing_extra_is_one_sentence_with_the_cure() -> None:
         common.require("demo", "json", "no_such_module")
 
 
+EXTRAS = ("tqdm", "tabulate", "PIL", "matplotlib", "scipy", "safetensors", "mlxtend", "foolbox")
+
+
+@pytest.mark.parametrize("command", ["purify", "toy", "demo", "bench"])
+def test_a_core_install_has_info_and_says_what_the_others_need(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    assert main(["info"]) == 0
+    assert "cli (lacks" in capsys.readouterr().out
+    words = ["in.png", "out.png"] if command == "purify" else []
+    extra = "demo" if command == "demo" else "cli"
+    assert f"pip install 'coup-fast[{extra}]'" in fails(capsys, command, *words)
+
+
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda"])
 def test_impossible_devices_are_refused(device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():

@@ -147,18 +147,25 @@ def plot(rows: Iterable[Row], path: Path, title: str) -> None:
     whole = [row for row in rows if row.part == "whole"]
     names = list(dict.fromkeys(_family(row) for row in whole))
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.6 * len(names), 4.2), layout="constrained", squeeze=False
+        1,
+        len(names),
+        figsize=(3.6 * len(names), 4.2),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
     for axis, name in zip(panels[0], names, strict=True):
         _bars(axis, [row for row in whole if _family(row) == name])
         axis.set_title(name, fontsize=11)
     panels[0][0].set_ylabel("ns per element (log scale)")
+    panels[0][0].yaxis.set_major_formatter("{x:g}")
     legend: dict[str, Any] = {}
     for axis in panels[0]:
         handles, labels = axis.get_legend_handles_labels()
         legend.update(zip(labels, handles, strict=True))
+    names = sorted(legend, key=lambda name: name == _LIMIT)  # bars first
     figure.legend(
-        list(legend.values()), list(legend), loc="outside lower center", ncols=6, frameon=False
+        [legend[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False
     )
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
@@ -192,7 +199,7 @@ def _bars(axis: Axes, rows: Sequence[Row]) -> None:
         row = next(r for r in rows if (r.case, r.images) == size)
         if row.limit is not None:
             level = 1e9 * row.limit / row.elements
-            label = "copy of the same bytes" if group == 0 else ""
+            label = _LIMIT if group == 0 else ""
             axis.hlines(level, group - 0.42, group + 0.42, color="black", lw=1.5, label=label)
     axis.set_yscale("log")
     axis.set_xticks(range(len(sizes)), [_size_label(*size) for size in sizes])

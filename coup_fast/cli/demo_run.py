@@ -74,7 +74,7 @@ class Demo:
             f"Images per second: purification and classification of both sets on "
             f"{where if self.device.type == 'cpu' else self.device}, all draws of an image "
             "together.\nTime in fused operators: a separate clocked run of "
-            f"{min(CLOCKED_IMAGES, len(self.images))} images; the rest is the networks."
+            f"{min(CLOCKED_IMAGES, len(self.images))} images; the rest is the networks and Python."
         )
 
     def table(self, style: Literal["terminal", "markdown"]) -> str:
