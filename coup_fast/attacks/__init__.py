@@ -1,0 +1,28 @@
+"""Attacks on a defence, with the exact gradient of its purification.
+
+    adversarial = PGD(eps=8 / 255, steps=40, eot=8)(defended, images, labels, sample_ids=ids)
+
+`PGD` and `APGD`, both with EOT; `preset("pgd-linf")` and others with published settings; `.run(…)`
+for losses and network calls as well. Measure what they return under the defence's own draws.
+"""
+
+from coup_fast.attacks.apgd import APGD
+from coup_fast.attacks.attack import FIRST_ATTACK_DRAW, Attack, AttackResult, Progress
+from coup_fast.attacks.losses import LOSSES
+from coup_fast.attacks.objective import GRADIENTS, WEAK_GRADIENTS
+from coup_fast.attacks.pgd import PGD
+from coup_fast.attacks.presets import PRESETS, preset
+
+__all__ = [
+    "APGD",
+    "FIRST_ATTACK_DRAW",
+    "GRADIENTS",
+    "LOSSES",
+    "PGD",
+    "PRESETS",
+    "WEAK_GRADIENTS",
+    "Attack",
+    "AttackResult",
+    "Progress",
+    "preset",
+]

@@ -1,0 +1,322 @@
+"""What all attacks share: their options, draws, the loop over iterates, and the result.
+
+An attack is a frozen dataclass of numbers; calling it runs it. One loop serves all of them: it
+evaluates the loss and its gradient under fresh draws and asks the attack's rule for the next point.
+
+Draws. A defence's draws below `FIRST_ATTACK_DRAW` are left to whoever measures it. An attack with
+seed s works under draws from `FIRST_ATTACK_DRAW` · (1 + s), a new range for each iterate, and its
+random starts are counters of their own at `FIRST_START_DRAW`, so no attack ever sees the noise that
+it is judged under. `noise="fixed"` is the exception by intent: the white-box attack on the
+deterministic defence whose noise is that of draw 0.
+
+Why our own PGD and APGD, when libraries have them: here every random number belongs to an image's
+sample id and not to its place in a batch, a generator's state, or a process, so an evaluation can
+be batched, resumed and sharded without changing a result; all draws of an iterate run as one batch;
+and the best iterate is judged over all its draws. Where none of that matters, use a library: they
+run on a `PurifiedClassifier` as on any model (docs/attacks.md).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from coup_fast import validation
+from coup_fast.attacks.ball import NORMS, Ball
+from coup_fast.attacks.losses import LOSSES
+from coup_fast.attacks.objective import (
+    GRADIENTS,
+    WEAK_GRADIENTS,
+    Defended,
+    Evaluation,
+    Objective,
+)
+
+FIRST_ATTACK_DRAW = 2**32
+FIRST_START_DRAW = 2**62
+MAX_SEED = 2**29
+NOISES = ("fresh", "fixed")
+KEEPS = ("last", "best")
+
+AttackType = TypeVar("AttackType", bound="Attack")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: `done` of `total` iterates; mean loss and share of fooled draws now."""
+
+    done: int
+    total: int
+    loss: float
+    fooled: float
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found.
+
+    images: [B, C, H, W], inside the ball. loss, fooled: float64 [B], at the last iterate that was
+    evaluated (keep="last") or at the one returned, averaged over the attack's own draws: they say
+    how the attack went, and are no measure of robustness. zero_gradients: evaluations of an image
+    whose gradient was exactly 0, a sign of masked gradients. gradient_runs: images times draws
+    that were differentiated. score_evaluations, classifier_evaluations: images that passed through
+    the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
+    is a plain function).
+    """
+
+    images: Tensor
+    loss: Tensor
+    fooled: Tensor
+    zero_gradients: int
+    gradient_runs: int
+    score_evaluations: int
+    classifier_evaluations: int
+
+
+Rule = Callable[[Tensor, Evaluation], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
+
+    norm: "linf" or "l2". eps: radius in pixels. steps: iterates. eot: draws per iterate. loss:
+    "ce", "dlr" or "margin".
+
+    gradient: "exact", of the run as it was; "autograd", the same from a whole graph; and three
+    that are weak and exist for comparison: "stopped" (guidance held constant, as in the released
+    COUP attack), "bpda" (the purifier's Jacobian taken as I), "classifier" (no purifier at all).
+
+    noise: "fresh", new draws at every iterate, or "fixed", draw 0 (to eot - 1) throughout: with
+    eot=1, the white-box attack on the defence as a deterministic function.
+
+    through_vote: the loss is of the combined scores of the defence's `num_draws`, so the attack
+    knows of the vote (and costs eot · num_draws runs); False: the mean of the draws' own losses.
+
+    random_start: begin at a random point of the ball; restarts: how often. keep: return the "last"
+    iterate, or the "best": that which fooled most draws, then of highest loss. Of several restarts
+    the best is kept either way. seed: of starts and draws, in [0, 2^29).
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    steps: int = 200
+    eot: int = 20
+    loss: str = "ce"
+    gradient: str = "exact"
+    noise: str = "fresh"
+    through_vote: bool = True
+    random_start: bool = True
+    restarts: int = 1
+    keep: str = "last"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        validation.check_choice("norm", self.norm, NORMS)
+        validation.check_choice("loss", self.loss, tuple(LOSSES))
+        validation.check_choice("gradient", self.gradient, tuple(GRADIENTS))
+        validation.check_choice("noise", self.noise, NOISES)
+        validation.check_choice("keep", self.keep, KEEPS)
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        for name, least, beyond in (
+            ("steps", 1, 2**20),
+            ("eot", 1, 2**20),
+            ("restarts", 1, 2**20),
+            ("seed", 0, MAX_SEED),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if not least <= value < beyond:
+                raise ValueError(f"{name} must be in [{least}, {beyond}), got {value}")
+
+    @property
+    def name(self) -> str:
+        """In words, for tables: "PGD-200 ce, EOT 20, exact gradient"."""
+        noise = f"EOT {self.eot}" if self.noise == "fresh" else "fixed noise"
+        through = "" if self.through_vote else ", blind to the vote"
+        if self.gradient == "classifier":
+            return f"{type(self).__name__}-{self.steps} {self.loss}, bare classifier"
+        kind = f"{type(self).__name__}-{self.steps} {self.loss}"
+        return f"{kind}, {noise}, {self.gradient} gradient{through}"
+
+    @property
+    def weakness(self) -> str | None:
+        """Why this attack says little about robustness, or None for an honest one."""
+        return WEAK_GRADIENTS.get(self.gradient)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option, the name and the weakness, for JSON."""
+        kind = {"attack": type(self).__name__, "name": self.name, "weakness": self.weakness}
+        return kind | asdict(self)
+
+    def replace(self: AttackType, **changes: Any) -> AttackType:
+        """The same attack with other options."""
+        return replace(self, **changes)
+
+    @abstractmethod
+    def rule(self, ball: Ball) -> Rule:
+        """A new rule for one restart: (iterate, its evaluation) -> the next iterate, in order."""
+
+    def __call__(
+        self,
+        defended: Defended,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        sample_ids: Any = None,
+        progress: Callable[[Progress], None] | None = None,
+        memory_budget: int | None = None,
+    ) -> Tensor:
+        """The attacked images; takes and raises what `run` does."""
+        return self.run(
+            defended,
+            images,
+            labels,
+            sample_ids=sample_ids,
+            progress=progress,
+            memory_budget=memory_budget,
+        ).images
+
+    def run(
+        self,
+        defended: Defended,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        sample_ids: Any = None,
+        progress: Callable[[Progress], None] | None = None,
+        memory_budget: int | None = None,
+    ) -> AttackResult:
+        """Attack images.
+
+        Args:
+            defended: a `PurifiedClassifier` (not modified, and its `next_draw` stays), or any
+                module or callable from pixels to scores [B, K], which is attacked as it is.
+            images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
+            sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
+            progress: called after every iterate.
+            memory_budget: as for `coup_fast.eot_gradient`.
+
+        An image's result depends on the image, its label and sample id, the attack and the
+        defence; not on its batch or order, as far as that is true of the networks.
+
+        Raises TypeError or ValueError for bad input, and FloatingPointError for a loss or gradient
+        that is not finite, naming the image.
+        """
+        ids = _check(images, labels, sample_ids)
+        objective = Objective(
+            defended,
+            labels,
+            ids,
+            LOSSES[self.loss],
+            self.gradient,
+            self.eot,
+            self.through_vote,
+            memory_budget,
+        )
+        search = _Search(self, objective, Ball(images, self.norm, self.eps), progress)
+        if len(images) > 0:
+            for restart in range(self.restarts):
+                search.restart(restart)
+        return search.result()
+
+
+def _check(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
+    """Raises for what `Attack.run` does not take; the sample ids."""
+    validation.check_images(images)
+    if images.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"images must be float32 or float64 to be attacked, got {images.dtype}")
+    ids = validation.sample_ids_of(images, sample_ids)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != ids.shape:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise ValueError(f"labels must be int64 [{len(images)}], got {got}")
+    if labels.device != images.device:
+        raise ValueError(f"labels are on {labels.device}, images are on {images.device}")
+    validation.check_values(images)
+    if images.numel() and bool(((images < 0) | (images > 1)).any()):
+        raise ValueError("images leave [0, 1] by a rounding error; clamp them to [0, 1] first")
+    return ids
+
+
+class _Search:
+    """One run: the loop over iterates, and what it has found."""
+
+    def __init__(
+        self,
+        attack: Attack,
+        objective: Objective,
+        ball: Ball,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.attack, self.objective, self.ball, self.progress = attack, objective, ball, progress
+        self.images = ball.centre.clone()
+        self.loss = torch.full_like(objective.labels, -torch.inf, dtype=torch.float64)
+        self.fooled = torch.zeros_like(self.loss)
+        self.done = self.zero_gradients = self.gradient_runs = 0
+        # The last iterate is evaluated where it has rivals.
+        self.compares = attack.keep == "best" or attack.restarts > 1
+        self.total = attack.restarts * (attack.steps + self.compares)
+
+    def _draw(self, iterate: int) -> int:
+        if self.attack.noise == "fixed":
+            return 0
+        return FIRST_ATTACK_DRAW * (1 + self.attack.seed) + iterate * self.objective.draws_used
+
+    def restart(self, number: int) -> None:
+        """Run the loop once from a new start, and keep what is better than before."""
+        attack, ball = self.attack, self.ball
+        x = ball.centre
+        if attack.random_start:
+            x = ball.random(attack.seed, self.objective.sample_ids, FIRST_START_DRAW + number)
+        rule = attack.rule(ball)
+        for _ in range(attack.steps):
+            at_x = self.objective.gradient(x, self._draw(self.done))
+            self._count(at_x)
+            if attack.keep == "best":
+                self._keep_better(x, at_x)
+            x = ball.project(rule(x, at_x))
+        if not self.compares:
+            self.images, self.loss, self.fooled = x, at_x.loss, at_x.fooled
+            return
+        at_x = self.objective.value(x, self._draw(self.done))
+        self._report(at_x)
+        self._keep_better(x, at_x)
+
+    def _count(self, at_x: Evaluation) -> None:
+        self.gradient_runs += len(at_x.loss) * self.objective.draws_used
+        self.zero_gradients += int((at_x.gradient == 0).flatten(1).all(1).sum())
+        self._report(at_x)
+
+    def _report(self, at_x: Evaluation) -> None:
+        self.done += 1
+        if self.progress is not None:
+            loss, fooled = float(at_x.loss.mean()), float(at_x.fooled.mean())
+            self.progress(Progress(self.done, self.total, loss, fooled))
+
+    def _keep_better(self, x: Tensor, at_x: Evaluation) -> None:
+        more = at_x.fooled > self.fooled
+        better = more | ((at_x.fooled == self.fooled) & (at_x.loss > self.loss))
+        self.images = torch.where(better[:, None, None, None], x, self.images)
+        self.loss = torch.where(better, at_x.loss, self.loss)
+        self.fooled = torch.where(better, at_x.fooled, self.fooled)
+
+    def result(self) -> AttackResult:
+        """What was found, checked against the ball."""
+        if len(self.images):
+            self.ball.check(self.images)
+        return AttackResult(
+            self.images,
+            self.loss,
+            self.fooled,
+            self.zero_gradients,
+            self.gradient_runs,
+            self.objective.score_evaluations,
+            self.objective.classifier_evaluations,
+        )

@@ -1,0 +1,43 @@
+"""What an attack maximises: functions of scores and labels, one number per image.
+
+scores: [B, K]; labels: int64 [B]; result: [B]. Larger is worse for the defence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from coup_fast.eot import cross_entropy
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def margin(scores: Tensor, labels: Tensor) -> Tensor:
+    """The best wrong score minus the right one: positive where the image is misclassified.
+
+    Carlini & Wagner, arXiv 1608.04644, f6 without its floor. Does not saturate where the classifier
+    is sure of itself, as cross-entropy does.
+    """
+    right = scores.gather(1, labels[:, None])[:, 0]
+    is_label = torch.arange(scores.shape[1], device=scores.device) == labels[:, None]
+    return scores.masked_fill(is_label, -torch.inf).amax(1) - right
+
+
+def dlr(scores: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio: the margin over (largest - third largest score).
+
+    Croce & Hein, arXiv 2003.01690, section 4. Invariant to shift and scale of the scores. Raises
+    ValueError for fewer than three classes, where it is not defined.
+    """
+    if scores.shape[1] < 3:
+        raise ValueError(
+            f"the DLR loss needs at least 3 classes, got {scores.shape[1]}; use loss='margin'"
+        )
+    top = scores.topk(3, dim=1).values
+    return margin(scores, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}

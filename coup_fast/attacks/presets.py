@@ -1,0 +1,53 @@
+"""Attacks by name, with published settings where there are any; `preset(name, eps=…)`.
+
+| name | what | source of its numbers |
+|---|---|---|
+| pgd-linf | PGD-200, step 0.007, EOT 20, exact gradient | evaluations after Lee & Kim, ICCV 2023 |
+| pgd-l2 | PGD-200, normalised steps, EOT 20 | the same; step 2.5 · eps / steps is ours |
+| pgd40 | PGD-40, EOT 8: what one CPU can do | the demo's |
+| apgd-ce, apgd-dlr | APGD-100, EOT 20 | AutoAttack `rand`: Croce & Hein, ICML 2020 |
+| fixed-noise | PGD-200 under draw 0 throughout | Liu et al., arXiv 2404.14309 |
+| stopped | pgd-linf with the guidance held constant; weak | released COUP attack |
+| bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 |
+| classifier | PGD-40 on the bare classifier; weak | |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coup_fast import validation
+from coup_fast.attacks.apgd import APGD
+from coup_fast.attacks.attack import Attack
+from coup_fast.attacks.pgd import PGD
+
+PRESETS: dict[str, Attack] = {
+    "pgd-linf": PGD(),
+    "pgd-l2": PGD(norm="l2", eps=0.5, step_size=2.5 * 0.5 / 200),
+    "pgd40": PGD(steps=40, eot=8),
+    "apgd-ce": APGD(),
+    "apgd-dlr": APGD(loss="dlr"),
+    "fixed-noise": PGD(noise="fixed", eot=1),
+    "stopped": PGD(gradient="stopped"),
+    "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),
+    "classifier": PGD(gradient="classifier", steps=40, step_size=2 / 255, eot=1),
+}
+
+
+def preset(name: str, **changes: Any) -> Attack:
+    """The attack of that name with other options.
+
+    PGD's step keeps its proportion to eps, and for "pgd-l2" to eps / steps, unless it is given:
+    asking for half the radius halves the step.
+
+    Raises ValueError for an unknown name, listing those that exist; TypeError for an option that
+    the attack does not have.
+    """
+    validation.check_choice("attack", name, tuple(PRESETS))
+    attack = PRESETS[name]
+    if isinstance(attack, PGD) and "step_size" not in changes:
+        step_size = attack.step_size * changes.get("eps", attack.eps) / attack.eps
+        if name == "pgd-l2":
+            step_size *= attack.steps / changes.get("steps", attack.steps)
+        changes["step_size"] = step_size
+    return attack.replace(**changes)
