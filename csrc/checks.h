@@ -71,12 +71,12 @@ inline Tensor new_dense(const Tensor& like, ScalarType type) {
   std::vector<int64_t> strides(static_cast<size_t>(ndim));
   dense_strides(sizes.data(), ndim, channels_last, strides.data());
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto dtype =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from<ScalarType>(type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), dtype,
-                                                         device, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), dtype, device,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
