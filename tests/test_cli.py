@@ -314,6 +314,24 @@ def test_colour_alpha_and_size_take_their_options(
         assert image.size == (30, 40)
 
 
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "in.npy", digits(1))
+    (tmp_path / "out.npy").write_text("old")
+
+    def full(file: Any, array: np.ndarray) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    argv = ["purify", f"{tmp_path}/in.npy", f"{tmp_path}/out.npy", "--force", *QUICK]
+    assert main(argv) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "out.npy").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npy", "out.npy"]
+
+
 @pytest.mark.parametrize(
     ("name", "array", "words"),
     [

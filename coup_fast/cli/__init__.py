@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"coup-fast {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in `coup-fast info | head -1`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the last flush must not fail too
+        return 141
+    except OSError as error:  # a full disk, a folder without permission
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"coup-fast {args.command}: error: {where}{error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"coup-fast {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coup_fast.cli.common import CommandError, say
+from coup_fast.cli.common import CommandError, say, whole_file
 from coup_fast.cli.fitting import Fit
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class ImageFile:
         options: dict[str, Any] = {"exif": self.exif} if self.exif else {}
         if self.target.suffix.lower() in (".jpg", ".jpeg"):
             options |= {"quality": 95, "subsampling": 0}
-        image.save(self.target, **options)
+        with whole_file(self.target) as path:
+            image.save(path, **options)
         return clipped
 
 
@@ -73,10 +74,13 @@ def _open_image(path: Path) -> Image:
     if frames > 1:
         raise CommandError(f"{path} holds {frames} frames; give single pictures")
     if image.mode == "1":
+        say(f"{path} is black and white; it is read and written as grey")
         return image.convert("L")
     if image.mode in ("P", "PA"):
         transparent = image.mode == "PA" or "transparency" in image.info
-        return image.convert("RGBA" if transparent else "RGB")
+        mode = "RGBA" if transparent else "RGB"
+        say(f"{path} has a palette; it is read and written as {mode}")
+        return image.convert(mode)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         raise CommandError(
             f"{path} has pillow mode {image.mode}; 8-bit grey, RGB and RGBA are supported"
@@ -152,7 +156,8 @@ class ArrayFile:
         if self.layout == "nhwc":
             purified = purified.permute(0, 2, 3, 1)
         array = np.ascontiguousarray(purified.numpy().astype(self.dtype))
-        with target.open("wb") as file:  # numpy would append a suffix to a name it does not like
+        # An open file: numpy would append a suffix to a name that it does not like.
+        with whole_file(target) as path, path.open("wb") as file:
             if self.key is None:
                 np.save(file, array)
             else:
