@@ -48,6 +48,23 @@ def test_same_bits_in_several_launches(emulated, case: Case, monkeypatch) -> Non
     assert_same(emulated, case)
 
 
+def test_same_bits_above_two_to_the_twenty_elements(emulated) -> None:
+    """More segments than one launch sums, with clusters or without."""
+    for op in ("adaptive_step", "adaptive_step_backward"):
+        args = adaptive_arguments((1, 1, 1025, 1025))
+        args = args if op == "adaptive_step" else (args[1], *args)
+        assert_same(emulated, Case(op, "huge", lambda a=args: a))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 1, 141, 141)])
+def test_same_bits_with_little_shared_memory(emulated, shape, monkeypatch) -> None:
+    """64 KiB: what is not kept there is read again."""
+    monkeypatch.setenv("COUP_FAST_EMULATOR_SMALL", "1")
+    args = adaptive_arguments(shape)
+    assert_same(emulated, Case("adaptive_step", "small", lambda: args))
+    assert_same(emulated, Case("adaptive_step_backward", "small", lambda: (args[1], *args)))
+
+
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_order_of_threads_does_not_matter(emulated, seed: str, monkeypatch) -> None:
     monkeypatch.setenv("COUP_FAST_EMULATOR_SEED", seed)

@@ -43,6 +43,15 @@ class Device {
     return value;
   }
 
+  // The architecture whose code the device runs for a kernel, 10 major + minor: a device may be
+  // newer than all that the library was built for.
+  template <typename... Params>
+  int compiled_for(void (*kernel)(Params...)) const {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    return error == cudaSuccess ? attributes.ptxVersion : 0;  // the launch will report the error
+  }
+
   // Blocks of a grid-stride loop over `items`: enough to fill the device, no more than needed.
   unsigned grid_for(int64_t items) const {
     constexpr int64_t kBlocksPerMultiprocessor =

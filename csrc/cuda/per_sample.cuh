@@ -37,7 +37,7 @@ struct PerSample {
   int pixels;        // of a channel
   int segments;      // of a sample
   int blocks;        // of a sample
-  int stage_floats;  // of shared memory: a segment, or the whole of a smaller sample
+  int stage_floats;  // of shared memory: a segment or the whole of a smaller sample, if it fits
   int pass;          // kAllPasses, or the round to sum, or kRounds for the update
   bool cluster;      // the blocks of a sample are a cluster
   float* workspace;  // [batch, rounds, products, segments] where there are several passes
@@ -237,13 +237,17 @@ void launch_per_sample(const Device& device, const char* name, const Op& op, con
   job.numel = static_cast<int>(numel);
   job.pixels = static_cast<int>(pixels);
   job.segments = static_cast<int>(num_segments(numel));
-  const bool has_clusters = device.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const auto kernel = packed ? per_sample_kernel<Op, true> : per_sample_kernel<Op, false>;
+  const bool has_clusters = job.segments > 1 && device.compiled_for(kernel) >= 90;
   job.blocks = blocks_in_one_launch(job.segments, has_clusters);
   job.pass = kAllPasses;
   job.cluster = job.blocks > 1;
   const bool one_launch = job.blocks > 0;
   if (one_launch) {
-    job.stage_floats = std::min(quads_in(numel) * kQuad, static_cast<int>(kSegment));
+    const int most = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) /
+                         static_cast<int>(sizeof(Quad)) * kQuad -
+                     SharedLayout<Op>::kFixed;
+    job.stage_floats = std::min({quads_in(numel) * kQuad, static_cast<int>(kSegment), most});
   } else {
     job.blocks = std::min(job.segments, 1024);
   }
@@ -256,7 +260,6 @@ void launch_per_sample(const Device& device, const char* name, const Op& op, con
   shape.cluster = job.cluster ? static_cast<unsigned>(job.blocks) : 1;
   shape.shared_bytes =
       sizeof(float) * static_cast<size_t>(SharedLayout<Op>::kFixed + job.stage_floats);
-  const auto kernel = packed ? per_sample_kernel<Op, true> : per_sample_kernel<Op, false>;
   if (one_launch) return launch(device, name, shape, kernel, op, job);
 
   const int64_t sizes[] = {batch, Op::kRounds, Op::kProducts, job.segments};

@@ -106,6 +106,15 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+cudaError_t emulated_attributes(cudaFuncAttributes* attributes);
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return emulated_attributes(attributes);
+}
+
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);

@@ -23,7 +23,6 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
-constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxCluster = 8;
 
@@ -145,6 +144,11 @@ bool refused(const Launch& launch) {
 
 }  // namespace
 
+// Of compute capability 9.0, or of 7.5, the least of those torch supports.
+int max_shared_bytes() {
+  return (std::getenv("COUP_FAST_EMULATOR_SMALL") != nullptr ? 64 : 227) * 1024;
+}
+
 int run(const Launch& launch, const std::function<void()>& thread_body) {
   if (refused(launch)) return last_error = cudaErrorInvalidValue;
   const char* seed = std::getenv("COUP_FAST_EMULATOR_SEED");
@@ -205,18 +209,37 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+// The first digits of the compute capability: 9, unless the environment says otherwise.
+static int major_capability() {
   const char* capability = std::getenv("COUP_FAST_EMULATOR_CAPABILITY");
-  const int major = capability != nullptr ? std::atoi(capability) : 9;
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? 4
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? major
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::kMaxSharedBytes
-                                                                  : 0;
+  return capability != nullptr ? std::atoi(capability) : 9;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;  // so that grids are short and their loops turn more than once
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = major_capability();
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::max_shared_bytes();
+      break;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t emulated_attributes(cudaFuncAttributes* attributes) {
+  attributes->ptxVersion = 10 * major_capability();
   return cudaSuccess;
 }
 
 cudaError_t emulated_set_shared_bytes(const void* kernel, int bytes) {
-  if (bytes < 0 || bytes > emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > emulator::max_shared_bytes()) return cudaErrorInvalidValue;
   emulator::shared_limits[kernel] =
       std::max(bytes, static_cast<int>(emulator::kDefaultSharedBytes));
   return cudaSuccess;
