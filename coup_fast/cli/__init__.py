@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from coup_fast.cli.common import CommandError
 
-COMMANDS = ("info", "purify", "toy", "demo", "bench", "train")
+COMMANDS = ("info", "purify", "toy", "demo", "eval", "bench", "train")
 
 
 def build_parser() -> argparse.ArgumentParser:

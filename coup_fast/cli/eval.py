@@ -1,0 +1,142 @@
+"""Evaluate defences under adaptive attacks: all of them on the same images, in one table.
+
+What to evaluate is said by CONFIG, a TOML file (docs/evaluation.md has all its keys), or by
+options. Every finished batch is kept in DIR/state, so the same command goes on after a stop of any
+kind. Writes report.json, report.md, report.csv and plots into DIR. Several processes share the work
+and give the same numbers: torchrun --nproc-per-node=4 -m coup_fast eval CONFIG --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coup_fast.cli import common
+from coup_fast.cli.common import CommandError
+
+if TYPE_CHECKING:
+    from coup_fast.evaluation.summary import Report
+
+HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
+OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")
+_METHODS = ["coup", "diffpure", "adp"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `coup-fast eval`."""
+    add = parser.add_argument
+    add("config", nargs="?", type=Path, metavar="CONFIG", help="a TOML file")
+    add("--out", type=Path, default=Path("coup_fast_eval"), metavar="DIR", help="output folder")
+    add("--images", type=common.positive_int, help="how many images (default: 64)")
+    add("--draws", type=common.positive_int, help="fresh draws of each image (default: 10)")
+    add("--batch-size", type=common.positive_int, help="images at once (default: 16)")
+    add("--seed", type=common.non_negative_int, help="of the defences' noise (default: 0)")
+    add("--threads", type=common.positive_int, help="of a process (default: 1)")
+    add("--models", help='"mnist" (bundled) or MODULE:FUNCTION (default: mnist)')
+    add("--data", help="digits, mnist, cifar10, or a .npz file (default: digits)")
+    add("--timeout", type=float, default=1800.0, help="seconds to wait for a rank (default: 1800)")
+    add("--report-only", action="store_true", help="report what is finished, compute nothing")
+    common.add_device_argument(parser)
+    group = parser.add_argument_group("without CONFIG")
+    add = group.add_argument
+    add("--methods", nargs="+", metavar="METHOD", help=f"default: {' '.join(_METHODS)}")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of all these methods, as in --set num_steps=10; repeatable",
+    )
+    add("--attacks", nargs="+", metavar="PRESET", help="default: pgd40")
+    add("--eps", type=float, nargs="+", help="radius of the attacks, in pixels")
+    add("--steps", type=common.positive_int, help="steps of the attacks")
+    add("--eot", type=common.positive_int, nargs="+", help="draws of each of their gradients")
+    add("--no-controls", action="store_true", help="without the undefended and λ=0 rows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, write the files."""
+    common.require("cli", "tabulate", "matplotlib", "scipy", "safetensors")
+    from coup_fast.evaluation.config import from_dict
+    from coup_fast.evaluation.evaluate import evaluate
+    from coup_fast.evaluation.state import EvaluationError
+
+    device = common.choose_device(args.device)
+    sys.path.insert(0, "")  # --models and models = "module:function" may lie in this folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with common.plain_errors():
+        config = from_dict(_tables(args))
+    try:
+        with common.plain_errors():
+            report = evaluate(
+                config,
+                args.out,
+                device=device,
+                say=common.say,
+                timeout=args.timeout,
+                report_only=args.report_only,
+            )
+    except (EvaluationError, ImportError, FileNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    except KeyboardInterrupt:
+        kept = len(list((args.out / "state").glob("batch-*.json")))
+        again = common.command_line(args.argv)
+        common.say(f"stopped; {kept} finished batches are in {args.out}/state. To go on: {again}")
+        return 130
+    if report is not None:
+        _show(report, args, str(device))
+    return 0
+
+
+def _show(report: Report, args: argparse.Namespace, device: str) -> None:
+    if not report.images:
+        raise CommandError("no batch is finished in every row yet, so there is nothing to report")
+    paths = report.write(args.out, device, common.command_line(args.argv))
+    print(f"\n{report.heading()}\n\n{report.table()}\n")
+    print("\n".join(f"- {note}" for note in report.notes()))
+    print(f"\n{args.out}/: {'  '.join(path.name for path in paths)}")
+
+
+def _tables(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration as a TOML file would give it."""
+    from coup_fast.evaluation.config import read_toml
+
+    if args.config is not None:
+        for name in ("methods", "set", "attacks", "eps", "steps", "eot", "no_controls"):
+            if getattr(args, name):
+                option = name.replace("_", "-")
+                raise CommandError(f"--{option} and CONFIG exclude each other; say it in the file")
+        if not args.config.is_file():
+            raise CommandError(f"{args.config} is not a file")
+        tables = read_toml(args.config)
+    else:
+        tables = _from_options(args)
+    for name in OVERRIDES:
+        if getattr(args, name) is not None:
+            tables[name] = getattr(args, name)
+    data = {"name": args.data, "images": args.images}
+    tables["data"] = tables.get("data", {}) | {k: v for k, v in data.items() if v is not None}
+    return tables
+
+
+def _from_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Defences with the bundled models' settings (where they are used) and --set, and attacks."""
+    options = common.parse_settings(args.set)
+    settings: dict[str, Any] = {}
+    if args.models in (None, "mnist"):
+        from coup_fast.models.bundled import MNIST_SETTINGS
+
+        settings = MNIST_SETTINGS
+    known = settings.get("methods", {})
+    defences = [
+        {"method": method, "options": {**known.get(method, {}), **options}}
+        for method in args.methods or _METHODS
+    ]
+    eps = args.eps or ([settings["epsilon"]] if "epsilon" in settings else None)
+    chosen = {"eps": eps, "steps": args.steps, "eot": args.eot}
+    changes = {key: value for key, value in chosen.items() if value is not None}
+    attacks = [{"preset": name, **changes} for name in args.attacks or ["pgd40"]]
+    return {"defence": defences, "attack": attacks, "controls": not args.no_controls}

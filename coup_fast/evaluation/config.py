@@ -1,0 +1,260 @@
+"""What an evaluation consists of, from a dictionary or a TOML file; pure data, checked.
+
+docs/evaluation.md shows a file with all its keys. Anything that can change a number is here and
+becomes part of the identity of a run's state: the batch size too, because convolution libraries
+choose their order of summation by it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from coup_fast import methods, validation
+from coup_fast.attacks import WEAK_GRADIENTS, Attack, preset
+from coup_fast.purified_classifier import VOTES
+
+UNDEFENDED = "none"
+SWEPT_BY_ATTACKS = ("eps", "eot", "steps")
+SWEPT_BY_DEFENCES = ("t_star", "num_steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images: name is "digits" (the held-out MNIST digits), "mnist", "cifar10", or a .npz
+    file with `images` [N, C, H, W] (uint8, or floats in [0, 1]) and `labels` [N].
+
+    images: how many, the first of a permutation by `seed`. split: "report" or "validation" of the
+    digits, "test" or "train" of the others; folder: where the files of mnist and cifar10 are.
+    """
+
+    name: str = "digits"
+    images: int = 64
+    seed: int = 0
+    split: str = ""
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A purifier in front of the classifier; method "none" is the bare classifier.
+
+    options: of the `Purifier` and its method. num_draws, vote: of the `PurifiedClassifier`. base:
+    the name without the values that a sweep added to it.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_draws: int = 1
+    vote: str = "logits"
+    base: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the classifier's confidence steers the purification."""
+        if self.method == UNDEFENDED:
+            return False
+        scale = methods.options(self.method).get("guidance_scale", 0)
+        return bool(self.options.get("guidance_scale", scale) != 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the report: a defence under an attack, or on clean images."""
+
+    defence: Defence
+    attack: Attack | None
+
+    @property
+    def name(self) -> str:
+        """For progress and errors."""
+        what = "clean images" if self.attack is None else self.attack.name
+        return f"{self.defence.name}, {what}"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """All of an evaluation.
+
+    models: "mnist" (bundled), or "module:function", called with "vp" or (for ADP) "ncsn" and
+    returning (ScoreModel, classifier). rows: the work, in order. draws: fresh draws that each image
+    is classified under. batch_size: images at once. seed: of the defences' noise. threads: of a
+    process. memory_budget: bytes that an attack's gradients may take at once.
+    """
+
+    data: Data
+    models: str
+    rows: tuple[Row, ...]
+    draws: int = 10
+    batch_size: int = 16
+    seed: int = 0
+    threads: int = 1
+    memory_budget: int = 2**31
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON and for the identity of a state."""
+        rows = [
+            {
+                "defence": asdict(row.defence),
+                "attack": None if row.attack is None else row.attack.as_dict(),
+            }
+            for row in self.rows
+        ]
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return {**plain, "data": asdict(self.data), "rows": rows}
+
+    def batches(self) -> list[range]:
+        """Sample ids of each batch. The number of processes has no say in it."""
+        step, total = self.batch_size, self.data.images
+        return [range(i, min(i + step, total)) for i in range(0, total, step)]
+
+
+def _known(section: str, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """A copy of a section, all of whose keys exist."""
+    names = list(known)
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        raise ValueError(f"{section} has no {', '.join(map(repr, unknown))}; it takes {names}")
+    return dict(given)
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _expand(given: Mapping[str, Any], swept: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
+    """One dictionary for each value of swept keys that hold a list, and what to call it."""
+    found: list[tuple[dict[str, Any], str]] = [(dict(given), "")]
+    for key in swept:
+        if isinstance(given.get(key), list | tuple):
+            if not given[key]:
+                raise ValueError(f"{key} is an empty list")
+            symbol = {"t_star": "t*", "guidance_scale": "λ"}.get(key, key)
+            found = [
+                ({**one, key: value}, f"{name} {symbol}={value:g}")
+                for one, name in found
+                for value in given[key]
+            ]
+    return found
+
+
+def _defences(given: Mapping[str, Any]) -> list[Defence]:
+    """The defences of one [[defence]] table; several where an option is a list."""
+    keys = [f.name for f in fields(Defence) if f.name != "base"]
+    table = _known("[[defence]]", given, keys)
+    method = table.get("method")
+    if method == UNDEFENDED:
+        name = table.get("name", "undefended")
+        return [Defence(name, UNDEFENDED, base=name)]
+    known = methods.options(str(method))  # raises for an unknown method
+    options = table.get("options", {})
+    name = table.get("name", str(method))
+    num_draws = _count("num_draws", table.get("num_draws", 1))
+    vote = table.get("vote", "logits")
+    validation.check_choice("vote", vote, VOTES)
+    swept = [key for key in SWEPT_BY_DEFENCES if key in known]
+    return [
+        Defence(name + suffix, str(method), one, num_draws, vote, name)
+        for one, suffix in _expand(options, swept)
+    ]
+
+
+def _controls(defences: list[Defence]) -> list[Defence]:
+    """The undefended classifier first, and every guided defence's twin without guidance."""
+    result = list(defences)
+    if not any(d.method == UNDEFENDED for d in defences):
+        result.insert(0, Defence("undefended", UNDEFENDED, base="undefended"))
+    for defence in [d for d in defences if d.guided]:
+        options = {**defence.options, "guidance_scale": 0.0}
+        if any(d.method == defence.method and dict(d.options) == options for d in result):
+            continue
+        twin = Defence(
+            f"{defence.name} without guidance (λ=0)",
+            defence.method,
+            options,
+            defence.num_draws,
+            defence.vote,
+            f"{defence.base} without guidance (λ=0)",
+        )
+        result.insert(result.index(defence) + 1, twin)
+    return result
+
+
+def _applies(attack: Attack, defence: Defence) -> bool:
+    """Whether an attack says something about a defence that another one does not."""
+    if attack.gradient == "stopped":
+        return defence.guided
+    return defence.method != UNDEFENDED or attack.gradient not in WEAK_GRADIENTS
+
+
+def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
+    """Clean images for every defence, then every attack on every defence it applies to."""
+    rows = [Row(defence, None) for defence in defences]
+    for given in tables:
+        table = dict(given)
+        if "preset" not in table:
+            raise ValueError('an [[attack]] needs a preset, as in preset = "pgd40"')
+        name, targets = table.pop("preset"), table.pop("defences", None)
+        names = {d.name for d in defences} | {d.base for d in defences}
+        for target in targets or ():
+            validation.check_choice("defence of an attack", target, tuple(sorted(names)))
+        for options, _ in _expand(table, SWEPT_BY_ATTACKS):
+            attack = preset(name, **options)
+            for defence in defences:
+                wanted = targets is None or {defence.name, defence.base} & set(targets)
+                if wanted and (targets is not None or _applies(attack, defence)):
+                    deterministic = defence.method == UNDEFENDED
+                    row = Row(defence, attack.replace(eot=1) if deterministic else attack)
+                    if row not in rows:
+                        rows.append(row)
+    return tuple(rows)
+
+
+def from_dict(given: Mapping[str, Any]) -> EvalConfig:
+    """The configuration of a dictionary as a TOML file gives it.
+
+    Raises ValueError or TypeError, naming the key, what was given and what is possible.
+    """
+    plain = {f.name: f.default for f in fields(EvalConfig) if f.name not in ("data", "rows")}
+    known = [*plain, "data", "defence", "attack", "controls"]
+    table = _known("the configuration", given, known)
+    data = Data(**_known("[data]", table.get("data", {}), [f.name for f in fields(Data)]))
+    _count("images", data.images)
+    _count("seed of [data]", data.seed, 0)
+    defences = [d for one in table.get("defence", []) for d in _defences(one)]
+    if not defences:
+        raise ValueError("there is no [[defence]]; method = 'none' is the bare classifier")
+    if table.get("controls", True):
+        defences = _controls(defences)
+    names = [d.name for d in defences]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two defences are called {', '.join(twice)}; give each a name")
+    numbers = {
+        name: _count(name, table[name], 0 if name == "seed" else 1)
+        for name in ("draws", "batch_size", "seed", "threads", "memory_budget")
+        if name in table
+    }
+    models = table.get("models", "mnist")
+    return EvalConfig(data, models, _rows(defences, table.get("attack", [])), **numbers)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ValueError if it is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    return tables

@@ -1,0 +1,190 @@
+"""Plots of a report: all rows with their intervals, and accuracy against ε, EOT and t*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coup_fast import methods
+from coup_fast.evaluation.config import UNDEFENDED
+from coup_fast.evaluation.state import canonical
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from coup_fast.evaluation.metrics import Average
+    from coup_fast.evaluation.summary import Line, Report
+
+ENDINGS = (".png", ".svg")
+# The Okabe-Ito colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def _eps(line: Line) -> float | None:
+    return None if line.row.attack is None else line.row.attack.eps
+
+
+def _eot(line: Line) -> float | None:
+    attack, defence = line.row.attack, line.row.defence
+    return None if attack is None or defence.method == UNDEFENDED else float(attack.eot)
+
+
+def _t_star(line: Line) -> float | None:
+    defence = line.row.defence
+    if defence.method == UNDEFENDED:
+        return None
+    value = defence.options.get("t_star", methods.options(defence.method).get("t_star"))
+    return float(value) if isinstance(value, int | float) else None
+
+
+# file name, label of the axis, the value of a line
+AXES: tuple[tuple[str, str, Callable[[Line], float | None]], ...] = (
+    ("accuracy-eps", "radius ε of the attack (pixels)", _eps),
+    ("accuracy-eot", "EOT: draws for each gradient", _eot),
+    ("accuracy-t_star", "purification time t*", _t_star),
+)
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Every plot that the report has lines for, as PNG and SVG; returns the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "coup_fast"  # the same ids in every run
+    paths = _save(_overview(report), folder / "accuracy")
+    for name, label, value in AXES:
+        groups = series(report, name, value)
+        if groups:
+            paths += _save(_curves(report, groups, label), folder / name)
+    return paths
+
+
+def series(
+    report: Report, name: str, value: Callable[[Line], float | None]
+) -> dict[str, list[tuple[float, Line]]]:
+    """Lines that differ in this value alone, by label; those of one value are left out."""
+    groups: dict[str, list[tuple[float, Line]]] = {}
+    for line in report.lines:
+        at = value(line)
+        if line.attacked is not None and at is not None:
+            groups.setdefault(_without(line, name), []).append((at, line))
+    found: dict[str, list[tuple[float, Line]]] = {}
+    for points in groups.values():
+        if len({at for at, _ in points}) > 1:
+            points.sort(key=lambda point: point[0])
+            found[_label(points[0][1], name, found)] = points
+    return found
+
+
+def _without(line: Line, name: str) -> str:
+    """All of a line's settings but the one that is on the axis."""
+    attack = {} if line.row.attack is None else line.row.attack.as_dict()
+    options = dict(line.row.defence.options)
+    for key in ("name", "step_size") if name == "accuracy-eps" else ("name",):
+        attack.pop(key, None)  # the step goes with the radius
+    for settings, key in ((attack, "eps"), (attack, "eot"), (options, "t_star")):
+        if name == f"accuracy-{key}":
+            settings.pop(key, None)
+    defence = line.row.defence
+    base = defence.base if name == "accuracy-t_star" else defence.name
+    return canonical([base, defence.method, options, defence.num_draws, defence.vote, attack])
+
+
+def _label(line: Line, name: str, taken: Any) -> str:
+    defence = line.row.defence
+    base = defence.base if name == "accuracy-t_star" else defence.name
+    label = f"{base}: {line.attack_label}"
+    while label in taken:
+        label += "'"
+    return label
+
+
+def _figure(width: float, height: float) -> Figure:
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def _bars(numbers: list[Average]) -> list[list[float]]:
+    """Lengths of the error bars below and above, in percent."""
+    ends = [number.interval() for number in numbers]
+    low = [100 * max(n.rate - e[0], 0.0) for n, e in zip(numbers, ends, strict=True)]
+    high = [100 * max(e[1] - n.rate, 0.0) for n, e in zip(numbers, ends, strict=True)]
+    return [low, high]
+
+
+def _overview(report: Report) -> Figure:
+    """Clean, average and worst accuracy of every line, one above the other."""
+    lines = report.lines
+    figure = _figure(9, 1.4 + 0.5 * len(lines))
+    axis = figure.subplots()
+    k = report.config.draws
+    shown: tuple[tuple[str, str, str], ...] = (
+        ("clean", "o", f"clean, average of {k}"),
+        ("average", "s", f"attacked, average of {k}"),
+        ("worst", "v", f"attacked, worst of {k}"),
+    )
+    for j, (name, marker, label) in enumerate(shown):
+        places, numbers = [], []
+        for i, line in enumerate(lines):
+            part = line.clean if name == "clean" else line.attacked
+            if part is not None:
+                numbers.append(part.worst if name == "worst" else part.average)
+                places.append(i + 0.22 * (j - 1))
+        values = [100 * number.rate for number in numbers]
+        axis.errorbar(
+            values,
+            places,
+            xerr=_bars(numbers),  # type: ignore[arg-type]
+            fmt=marker,
+            color=COLOURS[j],
+            markersize=5,
+            capsize=2,
+            linewidth=1,
+            label=label,
+        )
+    axis.set_yticks(range(len(lines)))
+    axis.set_yticklabels([f"{x.row.defence.name}\n{x.attack_label}" for x in lines], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel(f"accuracy on {report.images} images, % (95 % Wilson intervals)")
+    axis.grid(axis="x", linewidth=0.4)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _curves(report: Report, groups: dict[str, list[tuple[float, Line]]], label: str) -> Figure:
+    """Average accuracy under attack, one curve per group; weak attacks dashed."""
+    figure = _figure(7.5, 4.5 + 0.16 * len(groups))
+    axis = figure.subplots()
+    for i, (name, points) in enumerate(groups.items()):
+        numbers = [line.attacked.average for _, line in points if line.attacked is not None]
+        axis.errorbar(
+            [at for at, _ in points],
+            [100 * number.rate for number in numbers],
+            yerr=_bars(numbers),
+            fmt="o--" if points[0][1].weakness else "o-",
+            color=COLOURS[i % len(COLOURS)],
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+            label=name,
+        )
+    axis.set_xlabel(label)
+    axis.set_ylabel(f"accuracy under attack, %\n(average of {report.config.draws} draws)")
+    axis.set_ylim(-2, 102)
+    axis.grid(linewidth=0.4)
+    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    paths = [path.with_name(path.name + ending) for ending in ENDINGS]
+    for target in paths:
+        plain = {"Date": None} if target.suffix == ".svg" else None
+        figure.savefig(target, dpi=160, metadata=plain)
+    plt.close(figure)
+    return paths

@@ -1,0 +1,107 @@
+"""Images and models of an evaluation, and fingerprints of them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast.evaluation.config import Data
+from coup_fast.purifier import Classifier
+from coup_fast.score_model import ScoreModel
+
+# "vp", or "ncsn" for ADP -> the score model and the classifier that is defended.
+ModelLoader = Callable[[str], tuple[ScoreModel, Classifier]]
+
+
+def load_images(data: Data) -> tuple[Tensor, Tensor]:
+    """images [N, C, H, W] float32 in [0, 1] and labels [N] int64, N = data.images.
+
+    Raises ValueError if there are too few or they are not images, FileNotFoundError, ImportError.
+    """
+    if data.name == "digits":
+        from coup_fast.data import demo_digits
+
+        return demo_digits(data.images, data.seed, data.split or "report")
+    if data.name in ("mnist", "cifar10"):
+        from coup_fast.data import load_cifar10, load_mnist
+
+        load = load_mnist if data.name == "mnist" else load_cifar10
+        images, labels = load(data.folder or ".", data.split or "test")
+    elif data.name.endswith(".npz"):
+        images, labels = _load_npz(Path(data.name))
+    else:
+        raise ValueError(f"data {data.name!r} is none of digits, mnist, cifar10 or a .npz file")
+    if data.images > len(images):
+        raise ValueError(f"{data.name} has {len(images)} images, {data.images} were asked for")
+    generator = torch.Generator().manual_seed(data.seed)
+    chosen = torch.randperm(len(images), generator=generator)[: data.images]
+    images, labels = images[chosen], labels[chosen]
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float(), labels.long()
+
+
+def _load_npz(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        if not {"images", "labels"} <= set(file.files):
+            raise ValueError(f"{path} needs the arrays images and labels; it has {file.files}")
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        shapes = f"{list(images.shape)} and {list(labels.shape)}"
+        raise ValueError(f"{path}: images must be [N, C, H, W] and labels [N], got {shapes}")
+    return images, labels
+
+
+def model_loader(name: str, device: torch.device) -> ModelLoader:
+    """The loader that a configuration's `models` names, giving models on `device`.
+
+    Raises ValueError for a name that is none, ImportError if its module cannot be imported.
+    """
+    if ":" not in name:
+        from coup_fast.models.bundled import load_bundled
+
+        return lambda score: load_bundled(name, score=score, device=device)
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ValueError(f"models {name!r}: {module} has no function {function!r}")
+
+    def load(score: str) -> tuple[ScoreModel, Classifier]:
+        score_model, classifier = found(score)
+        if isinstance(classifier, nn.Module):
+            classifier = classifier.to(device)
+        return score_model.to(device), classifier
+
+    return load
+
+
+def score_for(method: str) -> str:
+    """Which network a method runs on: ADP on an NCSN, the others on a diffusion model."""
+    return "ncsn" if method == "adp" else "vp"
+
+
+def tensor_digest(*tensors: Tensor) -> str:
+    """SHA-256 of dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{plain.dtype} {list(plain.shape)} ".encode())
+        total.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def model_digest(model: Any) -> str:
+    """SHA-256 of a module's class, parameters and buffers; for a plain callable, its name."""
+    if not isinstance(model, nn.Module):
+        return str(getattr(model, "__qualname__", type(model).__qualname__))
+    state = model.state_dict()
+    names = sorted(name for name in state if isinstance(state[name], Tensor))
+    about = hashlib.sha256(" ".join([type(model).__qualname__, *names]).encode())
+    about.update(tensor_digest(*(state[name] for name in names)).encode())
+    return about.hexdigest()

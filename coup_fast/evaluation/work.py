@@ -1,0 +1,196 @@
+"""One unit of an evaluation: a batch of images, clean or attacked, classified under every draw.
+
+A unit's result is a function of the configuration, the images and the models: not of other units,
+their order, or the process that computes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import coup_fast
+from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
+from coup_fast.evaluation.sources import ModelLoader, model_digest, score_for, tensor_digest
+from coup_fast.evaluation.state import EvaluationError, Unit
+from coup_fast.frozen import frozen_parameters
+from coup_fast.plan import AdaptivePlan
+from coup_fast.purified_classifier import PurifiedClassifier
+from coup_fast.purifier import Classifier, Purifier
+from coup_fast.score_model import in_dtype_of, module_of
+
+
+class _NotFinite(Exception):
+    """Raised by the hooks that look for the first NaN; says whose output it was."""
+
+
+class Worker:
+    """Models, images and defences of an evaluation, on one device.
+
+    images: [N, C, H, W] float32 in [0, 1]; labels: int64 [N]. The defences are built here, so that
+    a wrong option is reported before anything is computed (ValueError or TypeError).
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        images: Tensor,
+        labels: Tensor,
+        load: ModelLoader,
+        device: torch.device,
+    ) -> None:
+        self.config, self.images, self.labels, self.device = config, images, labels, device
+        self.batches = config.batches()
+        self._networks: dict[str, tuple[coup_fast.ScoreModel, Classifier]] = {}
+        self.defences: dict[str, PurifiedClassifier | Classifier] = {}
+        for row in config.rows:
+            if row.defence.name not in self.defences:
+                self.defences[row.defence.name] = self._build(row.defence, load)
+
+    def _build(self, defence: Defence, load: ModelLoader) -> PurifiedClassifier | Classifier:
+        score = score_for(defence.method)
+        if score not in self._networks:
+            self._networks[score] = load(score)
+        score_model, classifier = self._networks[score]
+        if defence.method == UNDEFENDED:
+            return classifier
+        purifier = Purifier(
+            score_model,
+            classifier,
+            method=defence.method,
+            seed=self.config.seed,
+            **defence.options,
+        )
+        return PurifiedClassifier(purifier, classifier, defence.num_draws, defence.vote)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a number, as JSON data."""
+        networks = {
+            score: {"score_model": model_digest(model), "classifier": model_digest(classifier)}
+            for score, (model, classifier) in self._networks.items()
+        }
+        plans = {
+            name: _plan_facts(model)
+            for name, model in self.defences.items()
+            if isinstance(model, PurifiedClassifier)
+        }
+        return {
+            "config": self.config.as_dict(),
+            "images": tensor_digest(self.images, self.labels),
+            "networks": networks,
+            "plans": plans,
+            "versions": {"coup_fast": coup_fast.__version__, "torch": torch.__version__},
+            "device": self.device.type,
+            "compiled": coup_fast.build_info()["extension"]["loaded"],
+        }
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """The result of a unit, as JSON data. Raises EvaluationError, naming a network, for NaN."""
+        row = self.config.rows[unit[1]]
+        try:
+            return self._run(unit, row)
+        except FloatingPointError as error:
+            raise EvaluationError(self._whose_fault(unit, row, error)) from error
+
+    def _run(self, unit: Unit, row: Row) -> dict[str, Any]:
+        ids = self.batches[unit[0]]
+        rows = slice(ids.start, ids.stop)
+        images, labels = self.images[rows].to(self.device), self.labels[rows].to(self.device)
+        sample_ids = torch.arange(ids.start, ids.stop, device=self.device)
+        model = self.defences[row.defence.name]
+        result: dict[str, Any] = {"sample_ids": list(ids), "labels": labels.tolist()}
+        if row.attack is not None:
+            found = row.attack.run(
+                model,
+                images,
+                labels,
+                sample_ids=sample_ids,
+                memory_budget=self.config.memory_budget,
+            )
+            images = found.images
+            result["attack"] = {
+                "loss": found.loss.tolist(),
+                "fooled": found.fooled.tolist(),
+                "zero_gradients": found.zero_gradients,
+                "gradient_runs": found.gradient_runs,
+                "score_evaluations": found.score_evaluations,
+                "classifier_evaluations": found.classifier_evaluations,
+            }
+        result["predictions"] = self._predict(model, images, sample_ids).tolist()
+        return result
+
+    @torch.no_grad()
+    def _predict(
+        self, model: PurifiedClassifier | Classifier, images: Tensor, ids: Tensor
+    ) -> Tensor:
+        """Predicted classes under every draw, int64 [B, draws]; [B, 1] without a defence."""
+        if isinstance(model, PurifiedClassifier):
+            scores = [model(images, ids, k * model.num_draws) for k in range(self.config.draws)]
+        else:
+            with frozen_parameters(model):
+                scores = [model(in_dtype_of(model, images))]
+        stacked = torch.stack(scores)
+        if not bool(stacked.isfinite().all()):
+            raise FloatingPointError("the classifier's scores are not finite")
+        return stacked.argmax(2).T.cpu()
+
+    def _whose_fault(self, unit: Unit, row: Row, error: FloatingPointError) -> str:
+        """Compute the unit again and stop at the first network that returns inf or NaN."""
+        ids = self.batches[unit[0]]
+        where = f"{row.name}, sample ids {ids.start} to {ids.stop - 1}"
+        try:
+            with self._watched(self.defences[row.defence.name]):
+                self._run(unit, row)
+        except _NotFinite as found:
+            return f"{found}: {where}. The finished batches are kept. ({error})"
+        except FloatingPointError:
+            pass
+        return f"{error}: {where}. The finished batches are kept."
+
+    @contextmanager
+    def _watched(self, model: PurifiedClassifier | Classifier) -> Iterator[None]:
+        networks: dict[str, Any] = {"classifier": model}
+        if isinstance(model, PurifiedClassifier):
+            networks = {
+                "score model": model.purifier.score_model.network,
+                "classifier": model.classifier,
+            }
+        hooks = []
+        for name, network in networks.items():
+            module = module_of(network)
+            if module is not None:
+                hooks.append(module.register_forward_hook(_watch(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _watch(name: str) -> Any:
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            kind = f"{name} ({type(module).__name__})"
+            if not bool(inputs[0].isfinite().all()):
+                raise _NotFinite(f"the {kind} was called with an image that is not finite")
+            raise _NotFinite(f"the {kind} returned NaN or inf")
+
+    return look
+
+
+def _plan_facts(model: PurifiedClassifier) -> dict[str, Any]:
+    """What a method's options came to, and a digest of every coefficient."""
+    plan = model.purifier.plan
+    tables = [plan.start, plan.coeffs]
+    if not isinstance(plan, AdaptivePlan):
+        tables.append(plan.times)
+    return {
+        "steps": plan.num_steps,
+        "network_calls": plan.num_network_calls,
+        "coefficients": hashlib.sha256(b"".join(t.tobytes() for t in tables)).hexdigest(),
+    }
