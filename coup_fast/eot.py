@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.short_chain import first_steps
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+# What was measured, per defence: an attack asks for a gradient at every iterate.
+_measured: WeakKeyDictionary[PurifiedClassifier, dict[Any, MemoryModel]] = WeakKeyDictionary()
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
@@ -98,8 +102,10 @@ def eot_gradient(
         loss: (scores [b, K], labels [b]) -> [b], each of its row alone; the attack's, to be
             maximised or minimised by the caller.
         draws: >= 1, counted from `draw` (and `next_draw`, with fresh_draws).
-        memory_budget: bytes for the runs of one micro-batch, tensors kept in host memory apart;
-            default: 80 % of the free memory of a GPU, 25 % of the machine's free memory on a CPU.
+        memory_budget: bytes for the runs of one micro-batch, the result and states kept in host
+            memory apart; default: 80 % of the free memory of a GPU, 25 % of the machine's free
+            memory on a CPU. What a run takes is measured once per defence and kind of image
+            (`MemoryModel`).
         micro_batch: runs at a time, instead of measuring; a run is one image under one draw.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
@@ -124,7 +130,7 @@ def eot_gradient(
     runs = draws * len(images)
     memory = None
     if micro_batch is None and runs > 0:
-        memory = memory_model(model, images[:1], labels[:1], loss)
+        memory = _memory_of(model, images[:1], labels[:1], loss)
         budget = _default_budget(images.device) if memory_budget is None else memory_budget
         micro_batch = min(memory.runs_within(budget), runs)
     micro_batch = micro_batch or 1
@@ -182,6 +188,20 @@ def _micro_batch(
             )
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient, values.detach(), scores.detach()
+
+
+def _memory_of(model: PurifiedClassifier, image: Tensor, labels: Tensor, loss: Loss) -> MemoryModel:
+    """`memory_model`, measured once for each defence, its settings and the kind of image."""
+    clean = model.purifier
+    key = (
+        *(image.shape, image.dtype, image.device, id(clean.plan)),
+        *(clean.gradient, clean.states, clean.backend, clean.guidance_gradient),
+        *(model.num_draws, model.vote),
+    )
+    known = _measured.setdefault(model, {})
+    if key not in known:
+        known[key] = memory_model(model, image, labels, loss)
+    return known[key]
 
 
 def memory_model(

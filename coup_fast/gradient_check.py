@@ -205,6 +205,8 @@ class _Objective:
             leaf = self.images.clone().requires_grad_()
             scores = combine_votes(logits(leaf), self.model.vote)
             (gradient,) = torch.autograd.grad(self.loss(scores, self.labels).sum(), leaf)
+        if gradient.is_cuda:
+            torch.cuda.synchronize(gradient.device)
         return gradient, time.perf_counter() - started
 
     def on_path(self, purify: Callable[[Tensor], Tensor]) -> Timed:

@@ -321,3 +321,12 @@ def test_sqrt_computes_each_state_at_most_once_more() -> None:
         model = ScoreModel(counting, "eps")
         gradient(Purifier(model, method="diffpure", num_steps=steps, states=states), images())
         assert calls == 2 * steps + extra
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["coup", "gdmp", "adp"])
+def test_on_cuda_with_states_on_the_device_in_the_host_and_sqrt(method: str) -> None:
+    u = images().cuda()
+    want = gradient(purifier(method, gradient="autograd").cuda(), u)[1]
+    for states in ("device", "host", "sqrt"):
+        assert error(gradient(purifier(method, states=states).cuda(), u)[1], want) <= 1e-4
