@@ -15,6 +15,7 @@ from coup_fast.noise import step_keys, uniform, words
 from coup_fast.reference import normal
 
 NORMS = ("linf", "l2")
+_LAST_DIGITS = 4e-16  # of the difference of two pixels in float64
 
 
 def ordered_sum(values: Tensor) -> Tensor:
@@ -99,10 +100,10 @@ class Ball:
         return self.project(self.centre + direction * _as_factors(distance, direction))
 
     def check(self, images: Tensor) -> None:
-        """Raises RuntimeError if an image is outside; measured in float64, with no tolerance."""
+        """Raises RuntimeError if an image is outside; measured in float64, to its last digit."""
         step = (images.double() - self.centre.double()).flatten(1)
         size = step.abs().amax(1) if self.norm == "linf" else l2_norms(step)
-        inside = (size <= self.eps) & (images >= 0).flatten(1).all(1)
+        inside = (size <= self.eps + _LAST_DIGITS) & (images >= 0).flatten(1).all(1)
         inside &= (images <= 1).flatten(1).all(1)
         if not bool(inside.all()):
             worst = int((~inside).nonzero()[0])
