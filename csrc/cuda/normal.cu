@@ -1,6 +1,8 @@
-// normal on CUDA: the normals of math/normal.h, one Philox block a thread and turn. Writes 4 bytes
-// an element and reads 16 a sample: bound by memory where the device writes 4 bytes in less time
-// than a quarter block's arithmetic (about 100 instructions an element for words and Box-Muller).
+// normal on CUDA: the normals of math/normal.h, one Philox block a thread and turn. It writes 4
+// bytes an element and reads 16 a sample, so the floor is a fill at the device's write bandwidth. A
+// block takes several hundred instructions for its four elements (ten rounds, two logarithms, two
+// sines and cosines), so on devices of several TB/s the floor is more likely the rate of
+// instructions.
 #include "checks.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/step_quads.cuh"

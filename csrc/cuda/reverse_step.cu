@@ -3,16 +3,10 @@
 // Without a guidance norm every element stands alone: per_quad.cuh. With one, per_sample.cuh sums
 // <G, G> first, and in backward <G, a> as well, keeping G in shared memory in between.
 // Bytes of a forward call an element, float32: x read, x' written, 8, and 4 for each of m, G, r
-// that the row uses (2 in 16 bits); noise costs none. Backward reads grad, and of the inputs only
-// what masks, variance or norm depend on, and writes a gradient for each input. The floor is those
-// bytes over the device's copy bandwidth; in place twice over the same x costs no other bytes.
-#include <string>
-#include <tuple>
-
-#include "checks.h"
-#include "cuda/per_quad.cuh"
-#include "cuda/per_sample.cuh"
-#include "cuda/step_quads.cuh"
+// that the row uses (2 in 16 bits); generated noise costs none, and in place the bytes are the
+// same. Backward reads grad, and of the inputs only what masks, variance or norm depend on, and
+// writes a gradient for each input. The floor is those bytes over the device's copy bandwidth, or
+// the arithmetic of the noise (see normal.cu), whichever takes longer.
 #include "reverse_step.h"
 
 namespace coup_fast::cuda {
