@@ -1,19 +1,26 @@
-"""Proportions, tables, reports and the measured defence, against known values."""
+"""Proportions, tables, reports, measured defences and whole evaluations, against known values."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
 
+import eval_models
 import pytest
 import tiny
 import torch
 
 from coup_fast import PurifiedClassifier, Purifier
 from coup_fast.evaluation import Proportion, accuracy, environment, render_table, write_json
+from coup_fast.evaluation.config import from_dict, read_toml
 from coup_fast.evaluation.defence import measure_defence, operator_share, score
+from coup_fast.evaluation.evaluate import evaluate
+from coup_fast.evaluation.metrics import Average, numbers
 from coup_fast.evaluation.pictures import GridRow, chosen_steps, image_grid
+from coup_fast.evaluation.plots import AXES, series
+from coup_fast.evaluation.summary import Report
 
 
 def wilson(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -140,3 +147,159 @@ def test_image_grid_is_written(tmp_path: Path) -> None:
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > 400
         assert image.height > 300
+
+
+def test_average_intervals_are_wilsons() -> None:
+    average = Average(570, 3, 200)
+    assert average.rate == pytest.approx(0.95)
+    assert average.interval() == pytest.approx(wilson(190, 200), abs=1e-12)
+    assert average.percent() == Proportion(190, 200).percent()
+    assert Average(0, 3, 0).interval() == (0.0, 1.0)
+
+
+def test_numbers_of_three_draws() -> None:
+    predictions = [[1, 1, 1], [2, 0, 2], [0, 2, 1], [3, 1, 3]]
+    found = numbers(predictions, [1, 2, 0, 1])
+    assert found.one_draw == Proportion(3, 4)
+    assert found.average == Average(3 + 2 + 1 + 1, 3, 4)
+    assert found.worst == Proportion(1, 4)
+    assert found.majority == Proportion(3, 4)  # [0, 2, 1] is a tie, which the lowest class wins
+
+
+def test_controls_are_added_and_sweeps_expanded() -> None:
+    tables = eval_models.tables(
+        defence=[
+            {"method": "coup", "options": {"num_steps": 2, "t_star": [0.05, 0.1]}},
+            {"method": "diffpure", "name": "DiffPure", "options": {"num_steps": 2}},
+        ],
+        attack=[
+            {"preset": "pgd40", "eps": [0.1, 0.2], "eot": [1, 2]},
+            {"preset": "stopped", "eps": 0.1},
+            {"preset": "classifier", "eps": 0.1},
+        ],
+    )
+    config = from_dict(tables)
+    clean = [row.defence.name for row in config.rows if row.attack is None]
+    assert clean == [
+        "undefended",
+        "coup t*=0.05",
+        "coup t*=0.05 without guidance (λ=0)",
+        "coup t*=0.1",
+        "coup t*=0.1 without guidance (λ=0)",
+        "DiffPure",
+    ]
+    attacks = {name: [] for name in clean}
+    for row in config.rows:
+        if row.attack is not None:
+            attacks[row.defence.name].append((row.attack.gradient, row.attack.eps, row.attack.eot))
+    honest = [("exact", eps, eot) for eps in (0.1, 0.2) for eot in (1, 2)]
+    assert attacks["undefended"] == [("exact", 0.1, 1), ("exact", 0.2, 1)]
+    assert attacks["DiffPure"] == [*honest, ("classifier", 0.1, 1)]
+    assert attacks["coup t*=0.1"] == [*honest, ("stopped", 0.1, 20), ("classifier", 0.1, 1)]
+    assert attacks["coup t*=0.1 without guidance (λ=0)"] == attacks["DiffPure"]
+    without = from_dict(tables | {"controls": False})
+    assert {row.defence.base for row in without.rows} == {"coup", "DiffPure"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epsilons": 1}, "has no 'epsilons'"),
+        ({"data": {"image": 3}}, r"\[data\] has no 'image'"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"defence": []}, "no \\[\\[defence\\]\\]"),
+        ({"defence": [{"method": "coop"}]}, "unknown method 'coop'"),
+        ({"defence": [{"method": "coup", "vote": "all"}]}, "vote"),
+        ({"defence": [{"method": "coup"}, {"method": "coup"}]}, "two defences are called coup"),
+        ({"attack": [{"eps": 0.1}]}, "needs a preset"),
+        ({"attack": [{"preset": "pgd"}]}, "pgd40"),
+        ({"attack": [{"preset": "pgd40", "defences": ["adp"]}]}, "adp"),
+        ({"attack": [{"preset": "pgd40", "eps": []}]}, "empty list"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(eval_models.tables(**changes))
+
+
+def test_toml_says_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "eval.toml"
+    path.write_text(eval_models.TOML.format(images=6))
+    config = from_dict(read_toml(path))
+    assert config == from_dict(eval_models.tables(attack=eval_models.tables()["attack"][:1]))
+    path.write_text("draws = ")
+    with pytest.raises(ValueError, match=r"eval\.toml is not TOML"):
+        read_toml(path)
+
+
+def run(tables: dict, out: Path, count: int = 6) -> Report:
+    images, labels = eval_models.images(count)
+    report = evaluate(from_dict(tables), out, models=eval_models.load, data=(images, labels))
+    assert report is not None
+    return report
+
+
+def test_an_evaluation_counts_what_the_attack_returns(tmp_path: Path) -> None:
+    report = run(eval_models.tables(), tmp_path)
+    images, labels = eval_models.images(6)
+    line = next(line for line in report.lines if line.row.defence.name == "COUP")
+    score_model, classifier = eval_models.load("vp")
+    purifier = Purifier(score_model, classifier, method="coup", num_steps=2)
+    defended = PurifiedClassifier(purifier, classifier)
+    for part, pixels in (
+        (line.clean, images),
+        (line.attacked, line.row.attack(defended, images, labels)),
+    ):
+        with torch.no_grad():
+            draws = [defended(pixels, draw=k).argmax(1) for k in range(3)]
+        assert part == numbers(torch.stack(draws, 1).tolist(), labels.tolist())
+    assert line.weakness is None
+    assert [x.weakness is None for x in report.lines] == [True, True, False, True]
+    assert report.complete
+
+
+def test_numbers_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    csvs = {run(eval_models.tables(batch_size=b), tmp_path / str(b)).csv() for b in (1, 2, 4, 6)}
+    assert len(csvs) == 1
+
+
+def test_a_report_in_all_forms(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    attack = {"preset": "pgd40", "steps": 1, "eps": [0.1, 0.2], "eot": [1, 2]}
+    options = {"num_steps": 2, "t_star": [0.05, 0.1]}
+    tables = eval_models.tables(
+        2, draws=2, defence=[{"method": "coup", "options": options}], attack=[attack]
+    )
+    report = run(tables, tmp_path, 2)
+    names = {path.name for path in report.write(tmp_path, "cpu", "coup-fast eval")}
+    plots = ("accuracy", "accuracy-eps", "accuracy-eot", "accuracy-t_star")
+    assert names == {"report.json", "report.md", "report.csv"} | {
+        name + ending for name in plots for ending in (".png", ".svg")
+    }
+    assert all((tmp_path / name).stat().st_size > 500 for name in names)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["run"]["command"] == "coup-fast eval"
+    assert {"versions", "device", "commit"} <= data["run"]["environment"].keys()
+    for row in data["rows"]:
+        assert {"gradient", "eot", "norm", "eps", "seed"} <= row["attack"].keys()
+        assert row["images"] == 2
+        assert set(row["attacked"]) == {"one_draw", "average", "worst", "majority"}
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert len(rows) == len(data["rows"]) == len(report.lines)
+    assert float(rows[0]["clean_one_draw"]) == data["rows"][0]["clean"]["one_draw"]["rate"]
+    assert "| coup t\\*=0.05" in report.table("markdown").replace("*", "\\*")
+    assert "2 images are few" in (tmp_path / "report.md").read_text()
+
+
+def test_curves_hold_rows_that_differ_in_one_value(tmp_path: Path) -> None:
+    attack = [{"preset": "pgd40", "steps": 1, "eps": [0.1, 0.2], "eot": 1}]
+    attack += [{"preset": "stopped", "steps": 1, "eps": 0.1, "eot": 1}]
+    report = run(eval_models.tables(2, draws=1, attack=attack, controls=False), tmp_path, 2)
+    found = {name: series(report, name, value) for name, _, value in AXES}
+    assert not found["accuracy-eot"]
+    assert not found["accuracy-t_star"]
+    (points,) = found["accuracy-eps"].values()
+    assert [(at, line.row.attack.gradient) for at, line in points] == [
+        (0.1, "exact"),
+        (0.2, "exact"),
+    ]
