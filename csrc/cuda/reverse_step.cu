@@ -7,6 +7,13 @@
 // same. Backward reads grad, and of the inputs only what masks, variance or norm depend on, and
 // writes a gradient for each input. The floor is those bytes over the device's copy bandwidth, or
 // the arithmetic of the noise (see normal.cu), whichever takes longer.
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+#include "cuda/per_quad.cuh"
+#include "cuda/per_sample.cuh"
+#include "cuda/step_quads.cuh"
 #include "reverse_step.h"
 
 namespace coup_fast::cuda {
