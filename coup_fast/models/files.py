@@ -40,6 +40,7 @@ def save_network(
     description = {"network": type(network).__name__, "arguments": network.config, **facts}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"coup_fast": json.dumps(description)})
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
     partial.replace(path)
 
 

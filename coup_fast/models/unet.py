@@ -156,7 +156,7 @@ class UNet(nn.Module):
             if t is None:
                 raise ValueError("this network is conditioned on time: call network(x, t).")
             time = F.silu(self.time_mlp(time_embedding(t, self.time_features).to(x.dtype)))
-        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        h = self.stem(torch.pixel_unshuffle(x, self.patch))
         skips = [h]
         for level, row in enumerate(self.down):
             for block in row:  # type: ignore[attr-defined]
@@ -171,9 +171,8 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 h = self.upsample[level](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = torch.cat([h, skips.pop()], dim=1)
-        out: Tensor = self.head(F.silu(self.norm(h)))
-        unfolded: Tensor = F.pixel_shuffle(out, self.patch)
-        return unfolded
+        folded: Tensor = self.head(F.silu(self.norm(h)))
+        return torch.pixel_shuffle(folded, self.patch)
 
 
 class EnergyUNet(nn.Module):
@@ -198,7 +197,7 @@ class EnergyUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, C, H, W] float; t: [B] float in network units. Returns [B]."""
-        energy = (x * self.body(x, t)).flatten(1).sum(dim=1)
+        energy: Tensor = (x * self.body(x, t)).flatten(1).sum(dim=1)
         if self.gain is not None:
             embedded = time_embedding(t, self.body.time_features).to(x.dtype)
             energy = energy * self.gain(embedded)[:, 0].exp()
