@@ -1,0 +1,77 @@
+"""`coup-fast train` from arguments to weights files, on a handful of random images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import coup_fast.data
+from coup_fast.cli import main
+from coup_fast.models import load_network
+from coup_fast.training import runs
+
+
+@pytest.fixture
+def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_data(dataset: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+        rng = torch.Generator().manual_seed(0)
+        side = (1, 28, 28) if dataset == "mnist" else (3, 32, 32)
+        images = torch.randint(0, 256, (12, *side), generator=rng).to(torch.uint8)
+        return images, torch.arange(12) % 10
+
+    monkeypatch.setattr(runs, "load_data", load_data)
+    monkeypatch.setattr(
+        coup_fast.data, "demo_digits", lambda n, split: (torch.zeros(4, 1, 28, 28), None)
+    )
+
+
+SMALL = ["--data", "unused", "--steps", "3", "--batch-size", "4", "--no-progress"]
+
+
+@pytest.mark.usefixtures("small_data")
+@pytest.mark.parametrize(
+    ("arguments", "kind", "network"),
+    [
+        (["score", "--channels", "4", "8"], "eps", "UNet"),
+        (["ncsn", "--channels", "4", "8", "--half"], "ncsn", "UNet"),
+        (["score", "--energy", "--channels", "4"], "score", "EnergyUNet"),
+        (["ncsn", "--energy", "--channels", "4"], "ncsn", "EnergyUNet"),
+        (["classifier"], "classifier", "Classifier"),
+        (["score", "--dataset", "cifar10", "--channels", "4", "4"], "eps", "UNet"),
+        (["classifier", "--dataset", "cifar10"], "classifier", "Classifier"),
+    ],
+)
+def test_each_task_writes_a_network_that_can_be_loaded(
+    arguments: list[str], kind: str, network: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out.safetensors"
+    assert main(["train", *arguments, *SMALL, "--out", str(out)]) == 0
+    loaded, facts = load_network(out)
+    assert type(loaded).__name__ == network
+    assert facts["kind"] == kind
+    assert facts["training"]["steps"] == 3
+    printed = capsys.readouterr().out
+    assert "12 images" in printed
+    assert ("test accuracy" in printed) == (kind == "classifier")
+    before = out.read_bytes()
+    assert main(["train", *arguments, *SMALL, "--out", str(out)]) == 0  # from its checkpoint
+    assert out.read_bytes() == before
+
+
+@pytest.mark.usefixtures("small_data")
+def test_wrong_requests_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--out", str(tmp_path / "out.safetensors")]
+    assert main(["train", "classifier", "--energy", *SMALL, *out]) == 2
+    assert "--energy is for score and ncsn" in capsys.readouterr().err
+    assert main(["train", "classifier", *SMALL, *out]) == 0
+    assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
+    assert "belongs to another run: seed (0, now 1)" in capsys.readouterr().err
+    monkeypatch.undo()
+    nowhere = ["--data", str(tmp_path / "nowhere"), "--no-progress"]
+    assert main(["train", "classifier", *nowhere, *out]) == 2
+    assert "no train-images-idx3-ubyte" in capsys.readouterr().err
