@@ -62,26 +62,38 @@ inline std::string device_of(const Tensor& tensor) {
   return type + std::to_string(tensor.get_device_index());
 }
 
-// An uninitialised tensor of the shape of `like`: contiguous, or channels_last where like is that.
-inline Tensor new_dense(const Tensor& like, ScalarType type) {
-  const int64_t ndim = like.dim();
-  const auto sizes = like.sizes();
-  const bool channels_last =
-      !like.is_contiguous() && is_channels_last(sizes.data(), like.strides().data(), ndim);
-  std::vector<int64_t> strides(static_cast<size_t>(ndim));
-  dense_strides(sizes.data(), ndim, channels_last, strides.data());
+// An uninitialised tensor on the device of `like`. Straight through the C shim: a call through the
+// dispatcher costs more than a small kernel.
+inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                          const std::vector<int64_t>& strides, ScalarType type) {
   int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto dtype =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from<ScalarType>(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), dtype, device,
-                                                  like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+// A contiguous one of these sizes.
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  dense_strides(sizes.data(), static_cast<int64_t>(sizes.size()), false, strides.data());
+  return new_strided(like, sizes, strides, type);
+}
+
+// One of the shape of `like`: contiguous, or channels_last where like is that.
+inline Tensor new_dense(const Tensor& like, ScalarType type) {
+  const int64_t ndim = like.dim();
+  const auto given = like.sizes();
+  const std::vector<int64_t> sizes(given.begin(), given.end());
+  const bool channels_last =
+      !like.is_contiguous() && is_channels_last(sizes.data(), like.strides().data(), ndim);
+  std::vector<int64_t> strides(sizes.size());
+  dense_strides(sizes.data(), ndim, channels_last, strides.data());
+  return new_strided(like, sizes, strides, type);
 }
 
 // The output of normal(keys, shape), one sample for each row of keys.

@@ -237,7 +237,7 @@ def test_empty_tensors(shape) -> None:
         ({"x": torch.zeros(2, 3, 4, 4).double()}, r"x must be float32 .* got float64"),
         (
             {"model_out": torch.zeros(2, 4, 4, 4)},
-            r"model_out must have the shape of x, \[2, 3, 4, 4\].*twice.* got float32 \[2, 4, 4, 4\]",
+            r"model_out must have the shape of x, \[2, 3, 4, 4\].*twice.* got float32 \[2, 4, ",
         ),
         ({"model_out": torch.zeros(2, 3, 4, 4).double()}, "model_out must be float32, float16 or"),
         ({"guidance": torch.zeros(2, 3, 4)}, r"guidance must have the shape of x"),

@@ -46,12 +46,16 @@ COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
 }
 COUP_FAST_FN Vec sqrt(Vec a) { return (Vec)_mm512_sqrt_ps((__m512)a); }
 COUP_FAST_FN Vec from_unsigned(VecU a) { return (Vec)_mm512_cvtepu32_ps((__m512i)a); }
-COUP_FAST_FN void multiply(VecU a, VecU b, VecU& high, VecU& low) {
-  const __m512i x = (__m512i)a, y = (__m512i)b;
-  const __m512i even = _mm512_mul_epu32(x, y);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), _mm512_srli_epi64(y, 32));
-  high = (VecU)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-  low = (VecU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
+  return (Vec)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)bits), (__m512)a);
+}
+using Half = __m512i;
+COUP_FAST_FN Half set_half(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
+COUP_FAST_FN Half multiply(Half a, Half b) { return _mm512_mul_epu32(a, b); }
+COUP_FAST_FN Half shift_right(Half a) { return _mm512_srli_epi64(a, 32); }
+COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm512_xor_si512(a, b); }
+COUP_FAST_FN VecU merge(Half even, Half odd) {
+  return (VecU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
 }
 COUP_FAST_FN void interleave(const Vec* z, float* out) {
   const __m512 a = _mm512_unpacklo_ps((__m512)z[0], (__m512)z[1]);
@@ -82,12 +86,16 @@ COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding
   const __m256 low = _mm256_cvtepi32_ps((__m256i)(a & 0xffffu));
   return (Vec)_mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
 }
-COUP_FAST_FN void multiply(VecU a, VecU b, VecU& high, VecU& low) {
-  const __m256i x = (__m256i)a, y = (__m256i)b;
-  const __m256i even = _mm256_mul_epu32(x, y);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(y, 32));
-  high = (VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
+  return (Vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)bits);
+}
+using Half = __m256i;
+COUP_FAST_FN Half set_half(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+COUP_FAST_FN Half multiply(Half a, Half b) { return _mm256_mul_epu32(a, b); }
+COUP_FAST_FN Half shift_right(Half a) { return _mm256_srli_epi64(a, 32); }
+COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm256_xor_si256(a, b); }
+COUP_FAST_FN VecU merge(Half even, Half odd) {
+  return (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 }
 COUP_FAST_FN void interleave(const Vec* z, float* out) {
   const __m256 a = _mm256_unpacklo_ps((__m256)z[0], (__m256)z[1]);
@@ -137,12 +145,14 @@ COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
       fma_pair(x, y, z), fma_pair(_mm_movehl_ps(x, x), _mm_movehl_ps(y, y), _mm_movehl_ps(z, z)));
 }
 COUP_FAST_FN Vec sqrt(Vec a) { return (Vec)_mm_sqrt_ps((__m128)a); }
-COUP_FAST_FN void multiply(VecU a, VecU b, VecU& high, VecU& low) {
-  const __m128i x = (__m128i)a, y = (__m128i)b, right = _mm_set1_epi64x(0xffffffff);
-  const __m128i even = _mm_mul_epu32(x, y);
-  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), _mm_srli_epi64(y, 32));
-  high = (VecU)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(right, odd));
-  low = (VecU)_mm_or_si128(_mm_and_si128(right, even), _mm_slli_epi64(odd, 32));
+using Half = __m128i;
+COUP_FAST_FN Half set_half(uint32_t value) { return _mm_set1_epi32(static_cast<int>(value)); }
+COUP_FAST_FN Half multiply(Half a, Half b) { return _mm_mul_epu32(a, b); }
+COUP_FAST_FN Half shift_right(Half a) { return _mm_srli_epi64(a, 32); }
+COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm_xor_si128(a, b); }
+COUP_FAST_FN VecU merge(Half even, Half odd) {
+  const __m128i right = _mm_set1_epi64x(0xffffffff);
+  return (VecU)_mm_or_si128(_mm_and_si128(right, even), _mm_slli_epi64(odd, 32));
 }
 #else
 COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
@@ -155,14 +165,14 @@ COUP_FAST_FN Vec sqrt(Vec a) {
   for (int i = 0; i < kWidth; ++i) result[i] = __builtin_sqrtf(a[i]);
   return result;
 }
-COUP_FAST_FN void multiply(VecU a, VecU b, VecU& high, VecU& low) {
-  for (int i = 0; i < kWidth; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a[i]) * b[i];
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
-}
+typedef uint64_t Half __attribute__((vector_size(16)));
+COUP_FAST_FN Half set_half(uint32_t value) { return Half{value, value}; }
+COUP_FAST_FN Half multiply(Half a, Half b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+COUP_FAST_FN Half shift_right(Half a) { return a >> 32; }
+COUP_FAST_FN Half exclusive_or(Half a, Half b) { return a ^ b; }
+COUP_FAST_FN VecU merge(Half even, Half odd) { return (VecU)((even & 0xffffffffu) | odd << 32); }
 #endif
+COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) { return (VecI)bits < 0 ? a : b; }
 COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding, in the sum
   const Vec high = __builtin_convertvector((VecI)(a >> 16), Vec);
   const Vec low = __builtin_convertvector((VecI)(a & 0xffffu), Vec);
@@ -186,12 +196,27 @@ COUP_FAST_FN Vec widen_bfloat16(const uint16_t* data) {
 
 #endif
 
+// A vector of words in 64-bit containers: lane 2j of the vector is lane j of even, lane 2j + 1 of
+// odd.
+struct Wide {
+  Half even, odd;
+};
+COUP_FAST_FN Wide operator^(const Wide& a, const Wide& b) {
+  return Wide{exclusive_or(a.even, b.even), exclusive_or(a.odd, b.odd)};
+}
+
 // interleave() writes the 4 kWidth normals of a group of blocks in logical order with unpacks
 // inside 128-bit parts only, if lane 4 part + k holds block (kWidth / 4) k + part of the group.
-COUP_FAST_FN VecU block_of_lane() {
-  VecU result;
-  for (int i = 0; i < kWidth; ++i) result[i] = (kWidth / 4) * (i % 4) + i / 4;
-  return result;
+// This is the group's counters, their low words in the lower halves of the containers and their
+// high words in the upper ones.
+COUP_FAST_FN Wide counters_of_group(uint64_t first) {
+  typedef uint64_t Counters __attribute__((vector_size(4 * kVectorWidth)));
+  Counters even, odd;
+  for (int j = 0; j < kWidth / 2; ++j) {
+    even[j] = (kWidth / 4) * (2 * j % 4) + 2 * j / 4;
+    odd[j] = (kWidth / 4) * ((2 * j + 1) % 4) + (2 * j + 1) / 4;
+  }
+  return Wide{(Half)(even + first), (Half)(odd + first)};
 }
 
 COUP_FAST_FN Vec load(const float* data) {
@@ -226,9 +251,21 @@ struct Lanes<COUP_FAST_ISA::Vec> {
   COUP_FAST_FN F select(I condition, F a, F b) { return condition ? a : b; }
   COUP_FAST_FN F from_int(U value) { return __builtin_convertvector((I)value, F); }
   COUP_FAST_FN F from_unsigned(U value) { return COUP_FAST_ISA::from_unsigned(value); }
-  COUP_FAST_FN void multiply(U a, U b, U& high, U& low) {
-    COUP_FAST_ISA::multiply(a, b, high, low);
+  COUP_FAST_FN F select_by_sign(U bits, F a, F b) {
+    return COUP_FAST_ISA::select_by_sign(bits, a, b);
   }
+
+  using W = COUP_FAST_ISA::Wide;
+  COUP_FAST_FN W set_word(uint32_t value) {
+    return W{COUP_FAST_ISA::set_half(value), COUP_FAST_ISA::set_half(value)};
+  }
+  COUP_FAST_FN W product(const W& a, const W& b) {
+    return W{COUP_FAST_ISA::multiply(a.even, b.even), COUP_FAST_ISA::multiply(a.odd, b.odd)};
+  }
+  COUP_FAST_FN W upper_half(const W& a) {
+    return W{COUP_FAST_ISA::shift_right(a.even), COUP_FAST_ISA::shift_right(a.odd)};
+  }
+  COUP_FAST_FN U narrow(const W& a) { return COUP_FAST_ISA::merge(a.even, a.odd); }
 };
 
 }  // namespace coup_fast

@@ -28,24 +28,76 @@ Inputs read_inputs(const ReverseStep& params, const StepTerms& terms, const Tile
   const bool reads_x = terms.x || (terms.x0 && terms.x0_x);
   const bool reads_m = terms.m || (terms.x0 && terms.x0_m);
   Inputs in{};
+  if (noisy && params.z.data == nullptr) {
+    // Memory works while the processor makes noise.
+    if (reads_x) access.prefetch(params.x);
+    if (reads_m) access.prefetch(params.m);
+    if (terms.g) access.prefetch(params.g);
+    if (terms.r) access.prefetch(params.r);
+    in.z = noise_of(params.keys, tile, buffers.z);
+  } else if (noisy) {
+    in.z = access.read(params.z, buffers.z);
+  }
   if (reads_x) in.x = access.read(params.x, buffers.x);
   if (reads_m) in.m = access.read(params.m, buffers.m);
   if (terms.learned) in.s = access.read(params.s, buffers.s);
   if (terms.g) in.g = access.read(params.g, buffers.g);
   if (terms.r) in.r = access.read(params.r, buffers.r);
-  if (noisy) {
-    in.z = params.z.data != nullptr ? access.read(params.z, buffers.z)
-                                    : noise_of(params.keys, tile, buffers.z);
-  }
   return in;
 }
 
 }  // namespace
 
+// One pass over a tile with the terms known to the compiler: x0 and x, or x and m, and of G, r and
+// z those that are named. Bounds are applied even where they are infinite, which changes nothing.
+template <bool kX0, bool kG, bool kR, bool kZ>
+static void pass(const StepRow& row, const StepTerms&, float scale, const Inputs& in, float* out,
+                 int count) {
+  for_vectors(count, [=, &row](auto at) __attribute__((always_inline)) {
+    constexpr StepTerms kTerms{kX0, kX0, kX0, true, !kX0, kG, kR, kZ, true, true, false};
+    const Vec zero = {};
+    const StepValues<Vec> values{at.load(in.x),
+                                 at.load(in.m),
+                                 zero,
+                                 kG ? at.load(in.g) : zero,
+                                 kR ? at.load(in.r) : zero,
+                                 kZ ? at.load(in.z) : zero};
+    at.store(out, step_value<Vec>(row, kTerms, scale, values));
+  });
+}
+
+// The same for any terms, asked about at every vector.
+static void any_pass(const StepRow& row, const StepTerms& terms, float scale, const Inputs& in,
+                     float* out, int count) {
+  for_vectors(count, [=, &row, &terms](auto at) __attribute__((always_inline)) {
+    at.store(out, step_value<Vec>(row, terms, scale, in.load(terms, at)));
+  });
+}
+
+using Pass = decltype(&any_pass);
+
+template <bool kX0>
+static Pass pass_for(const StepTerms& terms) {
+  static constexpr Pass kPasses[] = {
+      &pass<kX0, false, false, false>, &pass<kX0, false, false, true>,
+      &pass<kX0, false, true, false>,  &pass<kX0, false, true, true>,
+      &pass<kX0, true, false, false>,  &pass<kX0, true, false, true>,
+      &pass<kX0, true, true, false>,   &pass<kX0, true, true, true>};
+  return kPasses[(terms.g ? 4 : 0) + (terms.r ? 2 : 0) + (terms.z ? 1 : 0)];
+}
+
+static Pass pass_for(const StepTerms& terms) {
+  if (terms.learned || !terms.x) return &any_pass;
+  if (terms.x0 && terms.x0_x && terms.x0_m && !terms.m) return pass_for<true>(terms);
+  if (!terms.x0 && terms.m) return pass_for<false>(terms);
+  return &any_pass;
+}
+
 void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t begin,
                         int64_t end) {
   const StepRow row = step_row(params.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(params));
+  const Pass pass = pass_for(terms);
   const Tiling tiling(params.channels, params.pixels, params.x);
   Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
@@ -54,9 +106,7 @@ void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t 
     const Inputs in = read_inputs(params, terms, access, tile, terms.z, buffers);
     const float scale = scales != nullptr ? scales[tile.sample] : row.c;
     float* out = access.begin_write(params.out, buffers.out);
-    for_vectors(tile.count, [=, &row, &terms](auto at) __attribute__((always_inline)) {
-      at.store(out, step_value<Vec>(row, terms, scale, in.load(terms, at)));
-    });
+    pass(row, terms, scale, in, out, tile.count);
     access.finish_write(params.out, buffers.out);
   }
 }

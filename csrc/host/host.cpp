@@ -34,8 +34,8 @@ Array<uint32_t> philox_words(const Array<uint32_t>& counters, const Array<uint32
   Array<uint32_t> out({count, py::ssize_t{4}});
   for (py::ssize_t i = 0; i < count; ++i) {
     const uint32_t* c = counters.data(i, 0);
-    const Words<float> words =
-        philox<float>({{c[0], c[1], c[2], c[3]}}, *keys.data(i, 0), *keys.data(i, 1));
+    const uint64_t key = *keys.data(i, 0) | uint64_t{*keys.data(i, 1)} << 32;
+    const Words<float> words = philox<float>(c[0], c[1], c[2], c[3], philox_keys<float>(key));
     for (int k = 0; k < kBlock; ++k) *out.mutable_data(i, k) = words.word[k];
   }
   return out;

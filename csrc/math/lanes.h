@@ -59,18 +59,24 @@ struct Lanes<float> {
 
   COUP_FAST_FN float select(bool condition, float a, float b) { return condition ? a : b; }
 
+  // a where the highest bit is set, b where not
+  COUP_FAST_FN float select_by_sign(U bits, float a, float b) { return bits >> 31 ? a : b; }
+
   // an integer of magnitude below 2^24 as float, exactly; the bits are two's complement
   COUP_FAST_FN float from_int(U value) { return static_cast<float>(static_cast<int32_t>(value)); }
 
   // an unsigned integer as float, rounded to nearest even
   COUP_FAST_FN float from_unsigned(U value) { return static_cast<float>(value); }
 
-  // the 64-bit product of two words
-  COUP_FAST_FN void multiply(U a, U b, U& high, U& low) {
-    const uint64_t product = static_cast<uint64_t>(a) * b;
-    high = static_cast<U>(product >> 32);
-    low = static_cast<U>(product);
+  // Words in 64-bit containers, whose upper halves hold anything: what the product of two words
+  // leaves without further ado.
+  using W = uint64_t;
+  COUP_FAST_FN W set_word(uint32_t value) { return value; }
+  COUP_FAST_FN W product(W a, W b) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(a)) * static_cast<uint32_t>(b);
   }
+  COUP_FAST_FN W upper_half(W value) { return value >> 32; }
+  COUP_FAST_FN U narrow(W value) { return static_cast<U>(value); }
 };
 
 }  // namespace coup_fast

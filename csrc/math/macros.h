@@ -10,3 +10,12 @@
 #else
 #define COUP_FAST_FN static inline __attribute__((always_inline))
 #endif
+
+// Unrolls the loop of ten rounds that follows, by the pragma that the compiler knows.
+#if defined(__CUDA_ARCH__)
+#define COUP_FAST_UNROLL_10 _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define COUP_FAST_UNROLL_10 _Pragma("GCC unroll 10")
+#else
+#define COUP_FAST_UNROLL_10
+#endif

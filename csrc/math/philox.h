@@ -27,40 +27,51 @@ struct Words {
   typename Lanes<F>::U word[kBlock];
 };
 
-// A lane is one block: its counter is counter.word (lowest word first), its key (key0, key1).
+// The keys of all rounds, for those who compute many blocks under one key.
 template <class F>
-COUP_FAST_FN Words<F> philox(Words<F> counter, uint32_t key0, uint32_t key1) {
-  using L = Lanes<F>;
-  using U = typename L::U;
-  const U multiplier0 = L::set_bits(kPhiloxMultiplier0);
-  const U multiplier1 = L::set_bits(kPhiloxMultiplier1);
-  U a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#elif defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
-#pragma GCC unroll 10
-#endif
+struct PhiloxKeys {
+  typename Lanes<F>::W key0[kPhiloxRounds], key1[kPhiloxRounds];
+};
+
+template <class F>
+COUP_FAST_FN PhiloxKeys<F> philox_keys(uint64_t key) {
+  PhiloxKeys<F> keys;
+  COUP_FAST_UNROLL_10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    U high0, low0, high1, low1;
-    L::multiply(a, multiplier0, high0, low0);
-    L::multiply(c, multiplier1, high1, low1);
-    a = high1 ^ b ^ L::set_bits(key0);
-    b = low1;
-    c = high0 ^ d ^ L::set_bits(key1);
-    d = low0;
-    key0 += kPhiloxKeyIncrement0;
-    key1 += kPhiloxKeyIncrement1;
+    const uint32_t number = static_cast<uint32_t>(round);
+    keys.key0[round] =
+        Lanes<F>::set_word(static_cast<uint32_t>(key) + number * kPhiloxKeyIncrement0);
+    keys.key1[round] =
+        Lanes<F>::set_word(static_cast<uint32_t>(key >> 32) + number * kPhiloxKeyIncrement1);
   }
-  return Words<F>{{a, b, c, d}};
+  return keys;
+}
+
+// A lane is one block: a to d are the words of its counter, lowest first.
+template <class F>
+COUP_FAST_FN Words<F> philox(typename Lanes<F>::W a, typename Lanes<F>::W b, typename Lanes<F>::W c,
+                             typename Lanes<F>::W d, const PhiloxKeys<F>& keys) {
+  using L = Lanes<F>;
+  using W = typename L::W;
+  const W multiplier0 = L::set_word(kPhiloxMultiplier0);
+  const W multiplier1 = L::set_word(kPhiloxMultiplier1);
+  COUP_FAST_UNROLL_10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const W product0 = L::product(a, multiplier0);
+    const W product1 = L::product(c, multiplier1);
+    a = L::upper_half(product1) ^ (b ^ keys.key0[round]);
+    c = L::upper_half(product0) ^ (d ^ keys.key1[round]);
+    b = product1;
+    d = product0;
+  }
+  return Words<F>{{L::narrow(a), L::narrow(b), L::narrow(c), L::narrow(d)}};
 }
 
 // Block number `block` of a sample, scalar.
 COUP_FAST_FN Words<float> philox_block(NoiseKey noise, uint64_t block, uint64_t subsequence = 0) {
   const uint64_t counter = noise.offset + block;
-  return philox<float>(
-      {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32),
-        static_cast<uint32_t>(subsequence), static_cast<uint32_t>(subsequence >> 32)}},
-      static_cast<uint32_t>(noise.key), static_cast<uint32_t>(noise.key >> 32));
+  return philox<float>(counter, counter >> 32, subsequence, subsequence >> 32,
+                       philox_keys<float>(noise.key));
 }
 
 }  // namespace coup_fast
