@@ -1,12 +1,13 @@
 """Memory, time and error of gradients through a run, by every way there is to take them.
 
-    python benchmarks/gradient_memory.py --rss --plot docs/figures/gradient_memory.png
+    python benchmarks/gradient_memory.py --plot docs/figures/gradient_memory.png
+    python benchmarks/gradient_memory.py --parts adjoint --models digits
 
 Memory is the most bytes of tensors alive at once above those alive before (`LiveBytes`; the
-allocator's count on CUDA), of forward and backward together; `--rss` adds what the operating system
-says about processes of their own. Time is CPU time of one thread, the least of several runs, and
-stands beside the time of the network and classifier calls alone: N forward, N with their graph, N
-backward.
+allocator's count on CUDA), of forward and backward together; `resident` is what the operating
+system says about processes of their own. Time is CPU time of one thread, the least of several runs,
+and stands beside the time of the network and classifier calls alone: N forward, N with their graph,
+N backward.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from coup_fast.guidance import confidence_gradient
 from coup_fast.live_bytes import peak_bytes
 
 METHODS = ("diffpure", "coup")
+PARTS = ("memory", "resident", "time", "adjoint")
 Run = Callable[[], Tensor]
 
 
@@ -232,14 +234,15 @@ def plot(path: Path, report: dict[str, Any]) -> None:
 def show(report: dict[str, Any]) -> None:
     from tabulate import tabulate
 
-    state = report["state_bytes"]
-    print(f"\npeak memory in MB by N; one state is {state / 1e6:.3f} MB")
-    names = ["method", "way", *map(str, report["steps"]), "growth per step / state"]
-    table = [
-        [r["method"], r["way"], *(f"{b / 1e6:.2f}" for b in r["peak_bytes"]), r["growth_in_states"]]
-        for r in report["memory"]
-    ]
-    print(tabulate(table, names, floatfmt=".3f"))
+    if report.get("memory"):
+        state = report["state_bytes"]
+        print(f"\npeak memory in MB by N; one state is {state / 1e6:.3f} MB")
+        names = ["method", "way", *map(str, report["steps"]), "growth per step / state"]
+        table = [
+            [r["method"], r["way"], *(b / 1e6 for b in r["peak_bytes"]), r["growth_in_states"]]
+            for r in report["memory"]
+        ]
+        print(tabulate(table, names, floatfmt=".3f"))
     for key in ("resident", "time", "adjoint"):
         if report.get(key):
             print(f"\n{key}, N = {report['steps'][-1]}")
@@ -247,13 +250,13 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = gradient_models.parser(__doc__, batch=4)
+    parser = gradient_models.parser(__doc__, batch=4, models="random")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 100])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rss", action="store_true", help="resident sizes too (slow)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["memory", "time"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "N"), help="used by --rss")
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "N"), help="used by resident")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = gradient_models.MODELS[arguments.models](arguments.batch)
@@ -268,11 +271,14 @@ def main() -> None:
         "images": list(models[2].shape),
         "steps": steps,
         "state_bytes": models[2].numel() * 4,
-        "memory": memory_table(models, steps),
-        "resident": resident_sizes(arguments, steps) if arguments.rss else [],
-        "time": time_table(models, longest, arguments.repeats),
-        "adjoint": adjoint_table(models, longest, arguments.repeats),
     }
+    for part in arguments.parts:
+        report[part] = {
+            "memory": lambda: memory_table(models, steps),
+            "resident": lambda: resident_sizes(arguments, steps),
+            "time": lambda: time_table(models, longest, arguments.repeats),
+            "adjoint": lambda: adjoint_table(models, longest, arguments.repeats),
+        }[part]()
     show(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
