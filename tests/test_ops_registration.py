@@ -160,10 +160,10 @@ def test_new_rows_and_keys_do_not_recompile() -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients_through_a_compiled_function(norm: str) -> None:
     call = step((2, 3, 4, 4), guidance_norm=norm)
-    x = call.x.requires_grad_()
+    x, args = call.x.requires_grad_(), call.args[1:]
 
     def loss(x):
-        return ops.reverse_step(x, *call.args[1:]).square().sum()
+        return ops.reverse_step(x, *args).square().sum()
 
     (expected,) = torch.autograd.grad(loss(x), x)
     (actual,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
