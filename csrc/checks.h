@@ -67,13 +67,13 @@ inline std::string device_of(const Tensor& tensor) {
 inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                           const std::vector<int64_t>& strides, ScalarType type) {
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto dtype =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from<ScalarType>(type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

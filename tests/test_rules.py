@@ -115,3 +115,10 @@ def test_the_version_is_stated_once() -> None:
     files = project_files({".py", ".toml", ".cfg", ".txt", ".cmake"})
     found = [str(p.relative_to(ROOT)) for p in files if stated.search(p.read_text())]
     assert found == ["coup_fast/_version.py"]
+
+
+def test_nothing_newer_than_the_headers_of_torch_2_11_is_used() -> None:
+    """TORCH_TARGET_VERSION hides newer functions, but not this macro of torch 2.13."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")
+    sources = project_files(CODE - {".py"})
+    assert not [str(p.relative_to(ROOT)) for p in sources if newer.search(p.read_text())]
