@@ -29,7 +29,7 @@ help:
 demo: build
 	$(BIN)/coup-fast demo
 
-test: $(STAMPS)/extra-test build
+test: $(STAMPS)/extra-test $(STAMPS)/torchattacks build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 bench: $(STAMPS)/extra-bench build
@@ -90,6 +90,11 @@ $(STAMPS)/torch: $(STAMPS)/torch-asked $(CONSTRAINTS)
 
 $(STAMPS)/tools: $(CONSTRAINTS) | $(STAMPS)/venv
 	$(PIP_INSTALL) ruff mypy clang-format
+	@touch $@
+
+# Its metadata asks for torchvision, which it does not use.
+$(STAMPS)/torchattacks: $(STAMPS)/torch
+	$(PIP_INSTALL) --no-deps torchattacks
 	@touch $@
 
 $(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py
