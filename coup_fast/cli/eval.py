@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +67,10 @@ def run(args: argparse.Namespace) -> int:
     from coup_fast.evaluation.state import EvaluationError
 
     device = common.choose_device(args.device)
-    sys.path.insert(0, "")  # --models and models = "module:function" may lie in this folder
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with common.plain_errors():
         config = from_dict(_tables(args))
     try:
-        with common.plain_errors():
+        with common.plain_errors(), _stoppable():
             report = evaluate(
                 config,
                 args.out,
@@ -89,6 +89,21 @@ def run(args: argparse.Namespace) -> int:
     if report is not None:
         _show(report, args, str(device))
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, by which torchrun and batch systems stop a process, is taken as Ctrl-C.
+
+    The working folder is searched for modules, since `models = "module:function"` may lie there.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(report: Report, args: argparse.Namespace, device: str) -> None:

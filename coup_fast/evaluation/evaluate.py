@@ -68,7 +68,7 @@ def evaluate(
         identity = worker.identity()
         state: State | None = None
         try:
-            state, done = _open(ranks, Path(out) / "state", identity)
+            state, done = _open(ranks, Path(out) / "state", identity, report_only)
             if not report_only:
                 _run_all(worker, ranks, state, done, say)
             return None if state is None else Report(config, identity, dict(state.done))
@@ -77,7 +77,9 @@ def evaluate(
                 state.close()
 
 
-def _open(ranks: World, folder: Path, identity: dict[str, Any]) -> tuple[State | None, set[Unit]]:
+def _open(
+    ranks: World, folder: Path, identity: dict[str, Any], read_only: bool
+) -> tuple[State | None, set[Unit]]:
     """Rank 0 opens the state; all learn which units are finished, or why it cannot be used."""
     own = digest(json.loads(json.dumps(identity)))
     identities = ranks.gather(own)
@@ -92,7 +94,7 @@ def _open(ranks: World, folder: Path, identity: dict[str, Any]) -> tuple[State |
                     f"rank {', '.join(different)} has another configuration, data, models or "
                     "versions than rank 0; all must be alike"
                 )
-            state = State(folder, identity)
+            state = State(folder, identity, read_only)
             verdict["done"] = sorted(state.done)
         except EvaluationError as found:
             error, verdict["error"] = found, str(found)

@@ -103,25 +103,36 @@ def _read(path: Path) -> dict[str, Any]:
 class State:
     """The finished batches of one evaluation, in `folder`; opened by one process at a time.
 
-    identity: everything that can change a number, as JSON data.
+    identity: everything that can change a number, as JSON data. read_only: change nothing, also
+    while another process adds to it.
 
     Raises StateError if the folder holds another evaluation, a damaged file or one of another
     format, or is in use by another process.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], read_only: bool = False) -> None:
         self.folder = folder
         identity = json.loads(canonical(identity))  # as it will be read again
         self.identity = digest(identity)
         self._lock: IO[str] | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._check_identity(identity)
-        except OSError as error:
-            raise StateError(f"{folder} cannot be used: {error.strerror or error}.") from error
         self.done: dict[Unit, dict[str, Any]] = {}
-        for path in sorted(folder.glob("batch-*.json")):
+        try:
+            self._open(identity, read_only)
+        except OSError as error:
+            self.close()
+            raise StateError(f"{folder} cannot be used: {error.strerror or error}.") from error
+        except StateError:
+            self.close()
+            raise
+
+    def _open(self, identity: dict[str, Any], read_only: bool) -> None:
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            for left_over in self.folder.glob(".new-*.tmp"):  # of a process that was killed
+                left_over.unlink(missing_ok=True)
+        self._check_identity(identity, read_only)
+        for path in sorted(self.folder.glob("batch-*.json")):
             self._load(path)
 
     def _take_lock(self) -> None:
@@ -142,10 +153,8 @@ class State:
             self._lock.close()
             self._lock = None
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
+    def _check_identity(self, identity: dict[str, Any], read_only: bool) -> None:
         path = self.folder / "identity.json"
-        for left_over in self.folder.glob(".new-*.tmp"):  # of a process that was killed
-            left_over.unlink(missing_ok=True)
         if path.exists():
             begun = _read(path)["identity"]
             changed = differences(begun, identity)
@@ -161,7 +170,8 @@ class State:
                 f"{self.folder} holds results but no identity.json, so nobody knows of what; "
                 "choose another folder."
             )
-        self._save(path, {"identity": identity})
+        if not read_only:
+            self._save(path, {"identity": identity})
 
     def _load(self, path: Path) -> None:
         match = _UNIT_FILE.fullmatch(path.name)
