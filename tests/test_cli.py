@@ -257,6 +257,19 @@ def test_npy_batches_keep_shape_and_dtype(
     assert "purified 3 images with coup (2 steps, seed 5, draw 2" in message
 
 
+def test_bundled_settings_are_a_start_for_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from coup_fast.models import bundled
+
+    monkeypatch.setattr(bundled, "MNIST_SETTINGS", {"methods": {"coup": {"t_star": 0.003}}})
+    np.save(tmp_path / "in.npy", digits(1))
+    for options, steps in (([], 3), (["--set", "num_steps=1"], 1)):
+        argv = ["purify", f"{tmp_path}/in.npy", f"{tmp_path}/out.npy", "--force", *options]
+        assert main([*argv, "--bundled-settings"]) == 0
+        assert f"with coup ({steps} step" in capsys.readouterr().err
+
+
 def test_npz_carries_the_other_arrays(tmp_path: Path) -> None:
     images = (255 * digits(2)).astype(np.uint8)
     np.savez(tmp_path / "in.npz", x=images, y=np.array([3, 4]))

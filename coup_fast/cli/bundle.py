@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coup_fast.cli.common import CommandError
 
@@ -19,6 +19,14 @@ IMAGE_SHAPES = {"mnist": (1, 28, 28)}
 def score_for(method: str) -> str:
     """Which score network a method runs on: ADP on an NCSN, the others on the VP network."""
     return "ncsn" if method == "adp" else "vp"
+
+
+def settings_for(method: str) -> dict[str, Any]:
+    """The options chosen for a method on the bundled models; none where there are none."""
+    from coup_fast.models.bundled import MNIST_SETTINGS
+
+    options: dict[str, Any] = MNIST_SETTINGS["methods"].get(method, {})
+    return options
 
 
 def load(name: str, score: str, device: torch.device) -> tuple[ScoreModel, nn.Module]:

@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="an option of the method, as in --set t_star=0.1; repeatable",
     )
+    add(
+        "--bundled-settings",
+        action="store_true",
+        help="start from the settings chosen for the bundled models, as the demo does, instead of "
+        "the published defaults (CIFAR-10); --set goes on top",
+    )
     add("--layout", choices=["auto", "nchw", "nhwc"], default="auto", help="of a batch's axes")
     add("--key", help="which array of a .npz file holds the images (the others are copied)")
     add("--resize", action="store_true", help="resize to the network's size and back (bilinear)")
@@ -126,7 +132,8 @@ def _prepare(args: argparse.Namespace) -> _Job:
     from coup_fast import Purifier
 
     device = common.choose_device(args.device)
-    options = common.parse_settings(args.set)
+    options = bundle.settings_for(args.method) if args.bundled_settings else {}
+    options = options | common.parse_settings(args.set)
     models = bundle.load(args.bundled, bundle.score_for(args.method), device)
     with common.plain_errors():
         purifier = Purifier(*models, method=args.method, seed=args.seed, **options)
