@@ -37,6 +37,7 @@ struct Block {
   Barrier barrier;
   std::vector<Barrier> warp_barriers;
   std::vector<uint32_t> exchange;  // one word a thread, for shuffles
+  unsigned exited;                 // threads that have ended
 };
 
 struct Fiber {
@@ -117,6 +118,7 @@ void run_fibers(size_t count, std::mt19937& random) {
       progress = true;
       enter(fiber);
       left -= fiber.done;
+      blocks[fiber.block].exited += fiber.done;
     }
     if (!progress) fail("deadlock: a barrier that not every thread reaches");
   }
@@ -129,6 +131,7 @@ void prepare(Block& block, unsigned threads, size_t shared_bytes) {
   block.warp_barriers.assign((threads + kWarp - 1) / kWarp, {kWarp, 0, 0});
   if (threads % kWarp != 0) block.warp_barriers.back().members = threads % kWarp;
   block.exchange.assign(threads, 0);
+  block.exited = 0;
 }
 
 bool refused(const Launch& launch) {
@@ -183,7 +186,10 @@ unsigned lane() { return current->thread.x % kWarp; }
 
 void* shared_memory(int rank) {
   if (rank >= static_cast<int>(blocks_in_cluster)) fail("no such block in the cluster");
-  char* start = blocks[rank < 0 ? current->block : static_cast<unsigned>(rank)].shared.data();
+  const unsigned owner = rank < 0 ? current->block : static_cast<unsigned>(rank);
+  // What a device would read then is anything.
+  if (owner != current->block && blocks[owner].exited > 0) fail("a block's memory after its end");
+  char* start = blocks[owner].shared.data();
   return start + (16 - reinterpret_cast<uintptr_t>(start) % 16) % 16;
 }
 
