@@ -1,11 +1,27 @@
-"""Numbers about a defence and the ways to print them: proportions, tables, reports.
+"""Numbers about a defence and the ways to get and print them; `evaluate` does all of it.
 
-Nothing here knows a purification method or an attack. scipy and tabulate (the `cli` extra) are
-imported by the functions that need them.
+scipy, tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
 """
 
+from coup_fast.evaluation.config import EvalConfig, from_dict, read_toml
+from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.intervals import Proportion, accuracy
 from coup_fast.evaluation.report import environment, write_json
+from coup_fast.evaluation.state import EvaluationError, StateError
+from coup_fast.evaluation.summary import Report
 from coup_fast.evaluation.tables import render_table
 
-__all__ = ["Proportion", "accuracy", "environment", "render_table", "write_json"]
+__all__ = [
+    "EvalConfig",
+    "EvaluationError",
+    "Proportion",
+    "Report",
+    "StateError",
+    "accuracy",
+    "environment",
+    "evaluate",
+    "from_dict",
+    "read_toml",
+    "render_table",
+    "write_json",
+]
