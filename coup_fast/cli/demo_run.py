@@ -62,6 +62,14 @@ class Demo:
             f"epsilon {s.epsilon:g}, {s.attack_steps} steps. Brackets: 95 % Wilson intervals."
         )
 
+    def _settings_in_words(self) -> str:
+        words = []
+        for name, defended in self.defences.items():
+            options = defended.purifier.options.items()
+            chosen = ", ".join(f"{key}={value}" for key, value in options)
+            words.append(f"{NAMES.get(name, name)} {chosen or 'as published'}")
+        return "; ".join(words)
+
     @property
     def notes(self) -> str:
         """What has to be said beside the table."""
@@ -69,8 +77,8 @@ class Demo:
         where = f"{threads} CPU thread{'s' * (threads != 1)}"
         return (
             f"{WEAK}\n"
-            "Methods run with the settings of the bundled models, chosen on other digits, not with "
-            "the published defaults (CIFAR-10); report.json lists them.\n"
+            "Settings, chosen for the bundled models on other (validation) digits: "
+            f"{self._settings_in_words()}.\n"
             f"Images per second: purification and classification of both sets on "
             f"{where if self.device.type == 'cpu' else self.device}, all draws of an image "
             "together.\nTime in fused operators: a separate clocked run of "
