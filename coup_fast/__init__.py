@@ -15,17 +15,23 @@ from coup_fast._version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time a name is imported when it is used
     from coup_fast import methods, noise, ops, reference
+    from coup_fast.eot import eot_gradient
+    from coup_fast.gradient_check import check_gradient
     from coup_fast.models.bundled import load_bundled
     from coup_fast.purified_classifier import PurifiedClassifier
     from coup_fast.purifier import Purifier, purify
+    from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule
     from coup_fast.score_model import EnergyModel, ScoreModel
 
 # Public name -> module that defines it; a submodule stands for itself.
 _EXPORTS: dict[str, str] = {
+    "DiscreteSchedule": "coup_fast.schedules",
+    "EDMSchedule": "coup_fast.schedules",
     "EnergyModel": "coup_fast.score_model",
     "PurifiedClassifier": "coup_fast.purified_classifier",
     "Purifier": "coup_fast.purifier",
     "ScoreModel": "coup_fast.score_model",
+    "VPSchedule": "coup_fast.schedules",
     "check_gradient": "coup_fast.gradient_check",
     "eot_gradient": "coup_fast.eot",
     "load_bundled": "coup_fast.models.bundled",
@@ -37,12 +43,17 @@ _EXPORTS: dict[str, str] = {
 }
 
 __all__ = [
+    "DiscreteSchedule",
+    "EDMSchedule",
     "EnergyModel",
     "PurifiedClassifier",
     "Purifier",
     "ScoreModel",
+    "VPSchedule",
     "__version__",
     "build_info",
+    "check_gradient",
+    "eot_gradient",
     "load_bundled",
     "methods",
     "noise",
