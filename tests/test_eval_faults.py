@@ -323,3 +323,19 @@ def test_the_command_says_what_is_wrong_in_one_sentence(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_options_say_what_a_file_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlxtend")
+    monkeypatch.chdir(tmp_path)
+    short = ["--images", "2", "--draws", "1", "--steps", "1", "--eot", "1", "--eps", "0.1"]
+    chosen = ["--methods", "diffpure", "--set", "num_steps=2", "--out", "out"]
+    assert main(["eval", *short, *chosen]) == 0
+    table = capsys.readouterr().out
+    assert "PGD-1 ce, EOT 1, exact gradient, ℓ∞ 0.1" in table
+    report = json.loads(Path("out/report.json").read_text())
+    assert [row["defence"]["name"] for row in report["rows"]] == ["undefended", "diffpure"]
+    assert report["rows"][1]["defence"]["options"] == {"t_star": 0.1, "num_steps": 2}
+    assert report["run"]["command"].startswith("coup-fast eval --images 2")
