@@ -85,7 +85,8 @@ class Group(World):
                 f"within {self.timeout.total_seconds():g} s of the others (--timeout). {later}"
             )
         if self.rank != 0:
-            return f"rank {self.rank} lost contact with rank 0, whose error says why. {later}"
+            ended = "which died or ended with an error of its own"
+            return f"rank {self.rank} lost contact with rank 0, {ended}. {later}"
         return f"rank 0 lost contact with another rank ({text.splitlines()[0]}). {later}"
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coup_fast import methods
 from coup_fast.evaluation.config import UNDEFENDED
 from coup_fast.evaluation.state import canonical
+from coup_fast.evaluation.summary import radius
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,9 +93,14 @@ def _without(line: Line, name: str) -> str:
 
 
 def _label(line: Line, name: str, taken: Any) -> str:
-    defence = line.row.defence
+    """Defence and attack without the value that is on the axis."""
+    defence, attack = line.row.defence, line.row.attack
     base = defence.base if name == "accuracy-t_star" else defence.name
     label = f"{base}: {line.attack_label}"
+    if attack is not None and name == "accuracy-eps":
+        label = label.removesuffix(f", {radius(attack)}")
+    if attack is not None and name == "accuracy-eot":
+        label = label.replace(f", EOT {attack.eot}", "")
     while label in taken:
         label += "'"
     return label
@@ -158,10 +164,13 @@ def _curves(report: Report, groups: dict[str, list[tuple[float, Line]]], label: 
     """Average accuracy under attack, one curve per group; weak attacks dashed."""
     figure = _figure(7.5, 4.5 + 0.16 * len(groups))
     axis = figure.subplots()
+    places = [at for points in groups.values() for at, _ in points]
+    apart = 0.006 * (max(places) - min(places))  # so that bars do not hide each other
     for i, (name, points) in enumerate(groups.items()):
+        aside = (i - (len(groups) - 1) / 2) * apart
         numbers = [line.attacked.average for _, line in points if line.attacked is not None]
         axis.errorbar(
-            [at for at, _ in points],
+            [at + aside for at, _ in points],
             [100 * number.rate for number in numbers],
             yerr=_bars(numbers),
             fmt="o--" if points[0][1].weakness else "o-",

@@ -274,7 +274,7 @@ class Report:
 
     def write(self, folder: Path, device: str = "cpu", command: str = "") -> list[Path]:
         """report.json, report.md, report.csv and the plots in `folder`; returns their paths."""
-        from coup_fast.evaluation.plots import draw
+        from coup_fast.evaluation.plots import draw  # it imports this module
 
         run = self.run_facts(device, command)
         paths = [folder / name for name in ("report.json", "report.md", "report.csv")]
