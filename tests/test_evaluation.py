@@ -254,7 +254,21 @@ def test_an_evaluation_counts_what_the_attack_returns(tmp_path: Path) -> None:
             draws = [defended(pixels, draw=k).argmax(1) for k in range(3)]
         assert part == numbers(torch.stack(draws, 1).tolist(), labels.tolist())
     assert line.weakness is None
-    assert [x.weakness is None for x in report.lines] == [True, True, False, True]
+    assert [x.weakness is None for x in report.lines] == [True, True, False, True, True]
+    both, labels = [], labels.tolist()
+    for attack in (
+        line.row.attack,
+        line.row.attack.replace(gradient="stopped", step_size=0.0223125),
+    ):
+        pixels = attack(defended, images, torch.tensor(labels))
+        with torch.no_grad():
+            both.append(torch.stack([defended(pixels, draw=k).argmax(1) for k in range(3)], 1))
+    right = [(found == torch.tensor(labels)[:, None]).sum(1) for found in both]
+    least = torch.minimum(*right)
+    union = report.lines[3].attacked
+    assert report.lines[3].union == tuple(x.attack_label for x in report.lines[1:3])
+    assert union.average == Average(int(least.sum()), 3, 6)
+    assert union.worst == Proportion(int((least == 3).sum()), 6)
     assert report.complete
 
 
@@ -281,7 +295,10 @@ def test_a_report_in_all_forms(tmp_path: Path) -> None:
     assert data["run"]["command"] == "coup-fast eval"
     assert {"versions", "device", "commit"} <= data["run"]["environment"].keys()
     for row in data["rows"]:
-        assert {"gradient", "eot", "norm", "eps", "seed"} <= row["attack"].keys()
+        if row["attack"] is None:
+            assert len(row["worst_of"]) == 2
+        else:
+            assert {"gradient", "eot", "norm", "eps", "seed"} <= row["attack"].keys()
         assert row["images"] == 2
         assert set(row["attacked"]) == {"one_draw", "average", "worst", "majority"}
     rows = list(csv.DictReader((tmp_path / "report.csv").open()))

@@ -79,6 +79,17 @@ class Numbers:
         return {name: getattr(self, name).as_dict() for name in NUMBERS}
 
 
+def worst_of(attacks: Sequence[Sequence[Sequence[int]]], labels: Sequence[int]) -> list[list[int]]:
+    """Of several attacks' predictions, each image's under the attack that did it most harm.
+
+    Most harm: right under the fewest draws; of equals the first attack's.
+    """
+    found = []
+    for rows, label in zip(zip(*attacks, strict=True), labels, strict=True):
+        found.append(list(min(rows, key=lambda row: sum(guess == label for guess in row))))
+    return found
+
+
 NUMBERS = ("one_draw", "average", "worst", "majority")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from coup_fast.attacks import Attack
 from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
-from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers
+from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
 from coup_fast.evaluation.report import environment, write_json
 from coup_fast.evaluation.state import FORMAT, Unit
 from coup_fast.evaluation.tables import render_table
@@ -33,18 +33,25 @@ def radius(attack: Attack) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the configuration with its numbers; attacked is None for clean images alone."""
+    """A row of the configuration with its numbers; attacked is None for clean images alone.
+
+    union: what the row's numbers join, where each image counts under the attack worst for it.
+    """
 
     row: Row
     images: int
     clean: Numbers
     attacked: Numbers | None
     attack_run: dict[str, float | int] | None
+    union: tuple[str, ...] = ()
 
     @property
     def attack_label(self) -> str:
         """The attack in words, weak ones marked."""
         attack = self.row.attack
+        if self.union:
+            ball = self.union[0].rpartition(", ")[2]
+            return f"each image under the worst of these {len(self.union)}, {ball}"
         if attack is None:
             return "none"
         if self.row.defence.method == UNDEFENDED:
@@ -90,10 +97,14 @@ class Report:
         """Whether all images have been evaluated."""
         return self.images == self.config.data.images
 
-    def _numbers(self, row: int) -> Numbers:
+    def _predictions(self, row: int) -> tuple[list[list[int]], list[int]]:
+        """Classes [images, draws] and labels [images] of a row."""
         results = [self._units[batch, row]["result"] for batch in self.batches]
         predictions = [line for result in results for line in result["predictions"]]
-        return numbers(predictions, [label for result in results for label in result["labels"]])
+        return predictions, [label for result in results for label in result["labels"]]
+
+    def _numbers(self, row: int) -> Numbers:
+        return numbers(*self._predictions(row))
 
     @cached_property
     def lines(self) -> list[Line]:
@@ -113,7 +124,26 @@ class Report:
             elif name not in attacked:
                 found.append(Line(row, self.images, clean[name], None, None))
         order = list(clean)
+        found += self._unions(found)
         return sorted(found, key=lambda line: order.index(line.row.defence.name))
+
+    def _unions(self, lines: list[Line]) -> list[Line]:
+        """For each defence and ball that several attacks share, a line of all of them together."""
+        groups: dict[tuple[str, str], list[Line]] = {}
+        for line in lines:
+            if line.row.attack is not None:
+                key = (line.row.defence.name, radius(line.row.attack))
+                groups.setdefault(key, []).append(line)
+        unions = []
+        for group in groups.values():
+            if len(group) > 1:
+                rows = [self._predictions(self.config.rows.index(line.row)) for line in group]
+                labels = rows[0][1]
+                worst = numbers(worst_of([predictions for predictions, _ in rows], labels), labels)
+                names = tuple(line.attack_label for line in group)
+                clean = Row(group[0].row.defence, None)
+                unions.append(Line(clean, self.images, group[0].clean, worst, None, names))
+        return unions
 
     def _attack_run(self, row: int) -> dict[str, float | int]:
         """How the attack went on its own draws, summed over batches."""
@@ -182,6 +212,12 @@ class Report:
                 "functions named `grad` or `backward` cannot see that. “exact” differentiates "
                 "through it to second order."
             )
+        if any(line.union for line in self.lines):
+            notes.append(
+                "The worst of several attacks on each image, weak ones included, is the least that "
+                "the defence can be said to withstand here. An attack with the right gradient can "
+                "still be the worse one, where the loss is too curved for its steps."
+            )
         if self.images < 512:
             notes.append(f"{self.images} images are few: mind the intervals.")
         return notes
@@ -199,6 +235,7 @@ class Report:
                     "guided": line.row.defence.guided,
                     "attack_label": line.attack_label,
                     "weakness": line.weakness,
+                    "worst_of": list(line.union),
                     "images": line.images,
                     "draws": 1 if line.row.defence.method == UNDEFENDED else self.config.draws,
                     "clean": line.clean.as_dict(),
@@ -229,7 +266,7 @@ class Report:
             defence, attack = line.row.defence, line.row.attack
             cells: list[object] = [defence.name, defence.method]
             if attack is None:
-                cells += [""] * 7
+                cells += ["worst of all" if line.union else ""] + [""] * 6
             else:
                 cells += [type(attack).__name__, attack.gradient, line.weakness or "", attack.norm]
                 cells += [attack.eps, attack.steps, attack.eot]
