@@ -214,9 +214,9 @@ class Report:
             )
         if any(line.union for line in self.lines):
             notes.append(
-                "The worst of several attacks on each image, weak ones included, is the least that "
-                "the defence can be said to withstand here. An attack with the right gradient can "
-                "still be the worse one, where the loss is too curved for its steps."
+                "Accuracy under an attack is an upper bound of robustness. The closest one here is "
+                "that under the worst attack on each image, weak ones included: where the loss is "
+                "too curved for its steps, an attack with the right gradient can be the worse one."
             )
         if self.images < 512:
             notes.append(f"{self.images} images are few: mind the intervals.")
