@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,7 +80,14 @@ def faulty_run(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-m", "coup_fast", "eval", "eval.toml", "--out", "out"]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        # Jobs that a shell starts in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
