@@ -208,9 +208,9 @@ class Report:
                 )
         if any(line.row.defence.guided for line in self.lines):
             notes.append(
-                "Guided defences use the classifier's gradient inside; AutoAttack's check for "
-                "functions named `grad` or `backward` cannot see that. “exact” differentiates "
-                "through it to second order."
+                "Guided defences use the classifier's gradient inside. AutoAttack's check for "
+                "dynamic defences looks for functions named `grad` or `backward` and misses the "
+                "same gradient computed in C++. “exact” differentiates through it to second order."
             )
         if any(line.union for line in self.lines):
             notes.append(
