@@ -1,14 +1,11 @@
-// reverse_step, its in-place twin and its backward on the CPU: checks, outputs, threads, and the
-// order of the passes. The kernels are in tiles_reverse_step.cpp.
-#include "reverse_step.h"
-
+// reverse_step, its in-place twin and its backward on the CPU: threads and the order of the passes.
+// The kernels are in tiles_reverse_step.cpp.
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/parallel.h"
 #include "cpu/tiles.h"
+#include "reverse_step_call.h"
 
 namespace coup_fast {
 namespace {
@@ -53,31 +50,6 @@ void run(const ReverseStep& params) {
            [&](int64_t begin, int64_t end) { kernel(params, scale_of, begin, end); });
 }
 
-Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                    const MaybeTensor& keys, const MaybeTensor& guidance,
-                    const MaybeTensor& reference, const MaybeTensor& noise,
-                    const std::string& guidance_norm) {
-  Arguments arguments("reverse_step", "x", x);
-  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                           noise, guidance_norm);
-  Tensor out = new_dense(x, ScalarType::Float);
-  params.out = arguments.output(out);
-  if (!arguments.empty()) run(params);
-  return out;
-}
-
-void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                   const MaybeTensor& keys, const MaybeTensor& guidance,
-                   const MaybeTensor& reference, const MaybeTensor& noise,
-                   const std::string& guidance_norm) {
-  Arguments arguments("reverse_step_", "x", x);
-  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                           noise, guidance_norm);
-  arguments.require_dense_state();
-  params.out = params.x;
-  if (!arguments.empty()) run(params);
-}
-
 // c_i and <G, a> / <G, G> of each sample, in two rounds: a may need c_i.
 std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) {
   const ReverseStep& forward = params.forward;
@@ -98,26 +70,7 @@ std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) 
   return samples;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reverse_step_backward(
-    const Tensor& grad, const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-    const MaybeTensor& keys, const MaybeTensor& guidance, const MaybeTensor& reference,
-    const MaybeTensor& noise, const std::string& guidance_norm) {
-  Arguments arguments("reverse_step_backward", "x", x);
-  ReverseStepBackward params{};
-  params.forward = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                       noise, guidance_norm);
-  params.grad = arguments.same_shape("grad", grad);
-  const auto like = [&](const MaybeTensor& input) {
-    return input ? new_dense(*input, input->scalar_type()) : new_empty(x, {0}, ScalarType::Float);
-  };
-  const auto grads = std::make_tuple(like(x), like(model_out), like(guidance), like(reference));
-  params.grad_x = arguments.output(std::get<0>(grads));
-  if (model_out) params.grad_m = arguments.output(std::get<1>(grads));
-  if (params.forward.s.data != nullptr) params.grad_s = arguments.last_half(params.grad_m);
-  if (guidance) params.grad_g = arguments.output(std::get<2>(grads));
-  if (reference) params.grad_r = arguments.output(std::get<3>(grads));
-  if (arguments.empty()) return grads;
-
+void run_backward(const ReverseStepBackward& params) {
   std::vector<GuidanceSample> samples;
   if (needs_norm(params.forward)) samples = guidance_samples(params);
   const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
@@ -125,7 +78,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reverse_step_backward(
   parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels),
            kTileElements,
            [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });
-  return grads;
+}
+
+Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                    const MaybeTensor& keys, const MaybeTensor& guidance,
+                    const MaybeTensor& reference, const MaybeTensor& noise,
+                    const std::string& guidance_norm) {
+  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
+                           run);
+}
+
+void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                   const MaybeTensor& keys, const MaybeTensor& guidance,
+                   const MaybeTensor& reference, const MaybeTensor& noise,
+                   const std::string& guidance_norm) {
+  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
+                             run);
+}
+
+FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
+                                  const Tensor& coeffs, const MaybeTensor& keys,
+                                  const MaybeTensor& guidance, const MaybeTensor& reference,
+                                  const MaybeTensor& noise, const std::string& guidance_norm) {
+  return reverse_step_backward_call(grad, x, model_out, coeffs, keys, guidance, reference, noise,
+                                    guidance_norm, run_backward);
 }
 
 }  // namespace

@@ -8,13 +8,11 @@
 // writes a gradient for each input. The floor is those bytes over the device's copy bandwidth, or
 // the arithmetic of the noise (see normal.cu), whichever takes longer.
 #include <string>
-#include <tuple>
 
-#include "checks.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/per_sample.cuh"
 #include "cuda/step_quads.cuh"
-#include "reverse_step.h"
+#include "reverse_step_call.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -182,47 +180,25 @@ Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor&
                     const MaybeTensor& keys, const MaybeTensor& guidance,
                     const MaybeTensor& reference, const MaybeTensor& noise,
                     const std::string& guidance_norm) {
-  Arguments arguments("reverse_step", "x", x);
-  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                           noise, guidance_norm);
-  const Tensor out = new_dense(x, ScalarType::Float);
-  params.out = arguments.output(out);
-  if (!arguments.empty()) run(Device(x), x, params);
-  return out;
+  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
+                           [&](const ReverseStep& params) { run(Device(x), x, params); });
 }
 
 void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
                    const MaybeTensor& keys, const MaybeTensor& guidance,
                    const MaybeTensor& reference, const MaybeTensor& noise,
                    const std::string& guidance_norm) {
-  Arguments arguments("reverse_step_", "x", x);
-  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                           noise, guidance_norm);
-  arguments.require_dense_state();
-  params.out = params.x;
-  if (!arguments.empty()) run(Device(x), x, params);
+  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
+                             [&](const ReverseStep& params) { run(Device(x), x, params); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reverse_step_backward(
-    const Tensor& grad, const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-    const MaybeTensor& keys, const MaybeTensor& guidance, const MaybeTensor& reference,
-    const MaybeTensor& noise, const std::string& guidance_norm) {
-  Arguments arguments("reverse_step_backward", "x", x);
-  ReverseStepBackward params{};
-  params.forward = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
-                                       noise, guidance_norm);
-  params.grad = arguments.same_shape("grad", grad);
-  const auto like = [&](const MaybeTensor& input) {
-    return input ? new_dense(*input, input->scalar_type()) : new_empty(x, {0}, ScalarType::Float);
-  };
-  const auto grads = std::make_tuple(like(x), like(model_out), like(guidance), like(reference));
-  params.grad_x = arguments.output(std::get<0>(grads));
-  if (model_out) params.grad_m = arguments.output(std::get<1>(grads));
-  if (params.forward.s.data != nullptr) params.grad_s = arguments.last_half(params.grad_m);
-  if (guidance) params.grad_g = arguments.output(std::get<2>(grads));
-  if (reference) params.grad_r = arguments.output(std::get<3>(grads));
-  if (!arguments.empty()) run_backward(Device(x), x, params);
-  return grads;
+FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
+                                  const Tensor& coeffs, const MaybeTensor& keys,
+                                  const MaybeTensor& guidance, const MaybeTensor& reference,
+                                  const MaybeTensor& noise, const std::string& guidance_norm) {
+  return reverse_step_backward_call(
+      grad, x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
+      [&](const ReverseStepBackward& params) { run_backward(Device(x), x, params); });
 }
 
 }  // namespace

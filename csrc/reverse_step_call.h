@@ -1,0 +1,66 @@
+// reverse_step, its in-place twin and its backward from tensors to parameters, once for CPU and
+// CUDA: checks the arguments, makes the outputs, calls run(params). Knows no kernel.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+#include "reverse_step.h"
+
+namespace coup_fast {
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Run>
+Tensor reverse_step_call(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                         const MaybeTensor& keys, const MaybeTensor& guidance,
+                         const MaybeTensor& reference, const MaybeTensor& noise,
+                         const std::string& guidance_norm, const Run& run) {
+  Arguments arguments("reverse_step", "x", x);
+  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                           noise, guidance_norm);
+  const Tensor out = new_dense(x, ScalarType::Float);
+  params.out = arguments.output(out);
+  if (!arguments.empty()) run(params);
+  return out;
+}
+
+template <class Run>
+void reverse_step_in_place_call(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                                const MaybeTensor& keys, const MaybeTensor& guidance,
+                                const MaybeTensor& reference, const MaybeTensor& noise,
+                                const std::string& guidance_norm, const Run& run) {
+  Arguments arguments("reverse_step_", "x", x);
+  ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                           noise, guidance_norm);
+  arguments.require_dense_state();
+  params.out = params.x;
+  if (!arguments.empty()) run(params);
+}
+
+template <class Run>
+FourTensors reverse_step_backward_call(const Tensor& grad, const Tensor& x,
+                                       const MaybeTensor& model_out, const Tensor& coeffs,
+                                       const MaybeTensor& keys, const MaybeTensor& guidance,
+                                       const MaybeTensor& reference, const MaybeTensor& noise,
+                                       const std::string& guidance_norm, const Run& run) {
+  Arguments arguments("reverse_step_backward", "x", x);
+  ReverseStepBackward params{};
+  params.forward = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
+                                       noise, guidance_norm);
+  params.grad = arguments.same_shape("grad", grad);
+  const auto like = [&](const MaybeTensor& input) {
+    return input ? new_dense(*input, input->scalar_type()) : new_empty(x, {0}, ScalarType::Float);
+  };
+  const auto grads = std::make_tuple(like(x), like(model_out), like(guidance), like(reference));
+  params.grad_x = arguments.output(std::get<0>(grads));
+  if (model_out) params.grad_m = arguments.output(std::get<1>(grads));
+  if (params.forward.s.data != nullptr) params.grad_s = arguments.last_half(params.grad_m);
+  if (guidance) params.grad_g = arguments.output(std::get<2>(grads));
+  if (reference) params.grad_r = arguments.output(std::get<3>(grads));
+  if (!arguments.empty()) run(params);
+  return grads;
+}
+
+}  // namespace coup_fast
