@@ -46,7 +46,13 @@ struct Lanes<float> {
   }
 
   // a * b + c where the product is exact: fused or not, the bits are the same
-  COUP_FAST_FN float mad(float a, float b, float c) { return a * b + c; }
+  COUP_FAST_FN float mad(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
 
   // correctly rounded
   COUP_FAST_FN float sqrt(float value) {
@@ -73,7 +79,14 @@ struct Lanes<float> {
   using W = uint64_t;
   COUP_FAST_FN W set_word(uint32_t value) { return value; }
   COUP_FAST_FN W product(W a, W b) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(a)) * static_cast<uint32_t>(b);
+    const uint32_t low_a = static_cast<uint32_t>(a), low_b = static_cast<uint32_t>(b);
+#if defined(__CUDA_ARCH__)  // one instruction; the compiler's 64-bit product adds zeros to its top
+    uint64_t result;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(low_a), "r"(low_b));
+    return result;
+#else
+    return static_cast<uint64_t>(low_a) * low_b;
+#endif
   }
   COUP_FAST_FN W upper_half(W value) { return value >> 32; }
   COUP_FAST_FN U narrow(W value) { return static_cast<U>(value); }
