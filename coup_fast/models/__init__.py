@@ -1,8 +1,9 @@
-"""Networks: a small U-Net and classifier, their files, and the bundled weights."""
+"""Networks: our own and their files, the bundled weights, and loaders of published networks."""
 
 from coup_fast.models.bundled import MNIST_SETTINGS, describe_bundled, load_bundled
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.files import load_network, save_network
+from coup_fast.models.score_sde import load_score_sde
 from coup_fast.models.unet import EnergyUNet, UNet
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "describe_bundled",
     "load_bundled",
     "load_network",
+    "load_score_sde",
     "save_network",
 ]
