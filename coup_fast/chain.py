@@ -38,6 +38,11 @@ class Noise:
         keys = None if self.keys is None else self.keys[index]
         return keys, None if self.tensors is None else self.tensors[index]
 
+    def of(self, images: slice) -> Noise:
+        """The noise of these images of the batch."""
+        keys = None if self.keys is None else self.keys[:, images]
+        return Noise(keys, None if self.tensors is None else self.tensors[:, images])
+
 
 @dataclass(frozen=True)
 class Tables:

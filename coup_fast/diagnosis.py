@@ -13,16 +13,17 @@ def _bad_rows(x: Tensor) -> list[int]:
     return (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 
-def diagnose(chain: AnyChain, images: Tensor) -> str | None:
+def diagnose(chain: AnyChain, images: Tensor, first: int = 0) -> str | None:
     """Run the chain again, waiting at every step, and say where it left the finite numbers.
 
+    first: the position of images[0] in the caller's batch.
     None if it does not (all outputs finite, or models that do not repeat themselves).
     """
     state, reference = chain.start(images), chain.reference(images)
     batch, steps = images.shape[0], chain.num_steps
 
     def report(what: str, x: Tensor, when: str) -> str | None:
-        rows = _bad_rows(x)
+        rows = [first + row for row in _bad_rows(x)]
         if not rows:
             return None
         which = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")

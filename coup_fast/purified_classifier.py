@@ -44,7 +44,8 @@ class PurifiedClassifier(nn.Module):
     Args:
         purifier: the `Purifier`.
         classifier: module or callable, pixels -> logits [B, K].
-        num_draws: independently purified copies of each image, run as one batch.
+        num_draws: independently purified copies of each image, run as one batch, or in parts of
+            the purifier's `max_batch`.
         vote: "logits", "softmax" or "majority"; see `combine_votes`.
         fresh_draws: False: a call is a function of its arguments, so the same call twice gives the
             same scores (a fixed-noise defence, to an attack). True: every call uses the next
@@ -75,10 +76,7 @@ class PurifiedClassifier(nn.Module):
             raise TypeError(
                 f"classifier must be a module or a callable, got {type(classifier).__name__}"
             )
-        if isinstance(num_draws, bool) or not isinstance(num_draws, int):
-            raise TypeError(f"num_draws must be an int, got {type(num_draws).__name__}")
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+        validation.check_count("num_draws", num_draws)
         validation.check_choice("vote", vote, VOTES)
         self.purifier = purifier
         self.classifier = classifier
@@ -126,11 +124,16 @@ class PurifiedClassifier(nn.Module):
             purified = self.purifier(
                 copies, sample_ids.repeat(count), draws.expand(count, batch).flatten()
             )
-            logits = self.classifier(in_dtype_of(self.classifier, purified))
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count * batch:
+            parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
+            logits = [self._classify(part) for part in parts]
+        return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
+
+    def _classify(self, purified: Tensor) -> Tensor:
+        logits = self.classifier(in_dtype_of(self.classifier, purified))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(purified):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the classifier must return logits [{count * batch}, K]; got {got}")
-        return logits.reshape(count, batch, logits.shape[1])
+            raise ValueError(f"the classifier must return logits [{len(purified)}, K]; got {got}")
+        return logits
 
     def _first_draw(self, draw: int) -> int:
         if isinstance(draw, bool) or not isinstance(draw, int):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import methods, validation
-from coup_fast.backends import BACKENDS, choose_ops
+from coup_fast.backends import choose_ops
 from coup_fast.chain import (
     AdaptiveChain,
     AnyChain,
@@ -22,23 +22,13 @@ from coup_fast.chain import (
 )
 from coup_fast.diagnosis import diagnose
 from coup_fast.frozen import frozen_parameters
-from coup_fast.gradients import GRADIENTS, STATES, exact_run, straight_through
-from coup_fast.guidance import GUIDANCE_GRADIENTS
+from coup_fast.gradients import exact_run, straight_through
 from coup_fast.noise import step_keys
+from coup_fast.options import PURIFIER_OPTIONS, take_options
 from coup_fast.plan import AdaptivePlan, Plan
 from coup_fast.score_model import ScoreModel
 
 Classifier = Callable[[Tensor], Tensor]
-
-# Options of the purifier itself; all others go to the method.
-PURIFIER_OPTIONS = (
-    "backend",
-    "gradient",
-    "states",
-    "verify_states",
-    "guidance_gradient",
-    "check_values",
-)
 
 
 class Purifier(nn.Module):
@@ -66,7 +56,11 @@ class Purifier(nn.Module):
             guidance_gradient: "full" differentiates through the guidance to second order;
                 "stopped" treats it as a constant, as the released COUP attack does;
             check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
-                NaN after it. Each look waits for the device once; False never waits.
+                NaN after it. Each look waits for the device once; False never waits;
+            max_batch: images at a time; a larger batch is run in parts, one after the other, and
+                so is its gradient. None: all at once. Each image keeps its noise, so results are
+                those of the whole batch, bit for bit if the networks' own do not depend on the
+                batch (the convolutions of libraries may, in their last bits).
 
     Both models are used as they are: parameters are not differentiated, train/eval mode and
     requires_grad flags are left as found. Where the images require grad, the result is
@@ -79,6 +73,14 @@ class Purifier(nn.Module):
     Raises ValueError for an unknown method or option (listing those that exist), or a guided method
     without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
+
+    backend: str
+    gradient: str
+    states: str
+    verify_states: bool
+    guidance_gradient: str
+    check_values: bool
+    max_batch: int | None
 
     def __init__(
         self,
@@ -103,19 +105,8 @@ class Purifier(nn.Module):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        own = {name: options.pop(name) for name in PURIFIER_OPTIONS if name in options}
-        self.backend: str = own.get("backend", "auto")
-        self.gradient: str = own.get("gradient", "exact")
-        self.states: str = own.get("states", "device")
-        self.verify_states: bool = own.get("verify_states", False)
-        self.guidance_gradient: str = own.get("guidance_gradient", "full")
-        self.check_values: bool = own.get("check_values", True)
-        validation.check_choice("backend", self.backend, BACKENDS)
-        validation.check_choice("gradient", self.gradient, GRADIENTS)
-        validation.check_choice("states", self.states, STATES)
-        validation.check_choice("verify_states", self.verify_states, (True, False))
-        validation.check_choice("guidance_gradient", self.guidance_gradient, GUIDANCE_GRADIENTS)
-        validation.check_choice("check_values", self.check_values, (True, False))
+        for name, value in take_options(options).items():
+            setattr(self, name, value)
         self.plan = _plan(method, score_model, options)
         self.score_model = score_model
         self.classifier = classifier
@@ -163,16 +154,35 @@ class Purifier(nn.Module):
         With `gradient="exact"` and images that require grad, ValueError for models in a training
         mode that the exact gradient cannot repeat, and what else `exact_run` lists.
         """
-        chain = self.chain(images, sample_ids, draw, noise)
+        run_noise = self._checked(images, sample_ids, draw, noise)
         if images.numel() == 0:
             return images.clone()
         with self._frozen():
-            state = self._run(chain, images)
-            if self.check_values and bool(chain.suspect(state)):
-                with torch.no_grad():
-                    message = diagnose(chain, images)
-                if message is not None:
-                    raise FloatingPointError(message)
+            parts = [
+                self._purified(part, run_noise.of(rows), rows.start)
+                for rows, part in self._parts(images)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _parts(self, images: Tensor) -> list[tuple[slice, Tensor]]:
+        """The batch in parts of at most `max_batch` images, with their place in it."""
+        size = self.max_batch or len(images)
+        if len(images) <= size:
+            return [(slice(0, len(images)), images)]
+        return [
+            (slice(first, first + size), images[first : first + size])
+            for first in range(0, len(images), size)
+        ]
+
+    def _purified(self, images: Tensor, noise: Noise, first: int) -> Tensor:
+        """The result for images that start at position `first` of the batch."""
+        chain = self._chain(images, noise)
+        state = self._run(chain, images)
+        if self.check_values and bool(chain.suspect(state)):
+            with torch.no_grad():
+                message = diagnose(chain, images, first)
+            if message is not None:
+                raise FloatingPointError(message)
         return state[0].to(images.dtype)
 
     def _run(self, chain: AnyChain, images: Tensor) -> State:
@@ -212,22 +222,30 @@ class Purifier(nn.Module):
         result. Takes what `forward` takes; nothing is differentiated or clamped. A method that
         works in diffusion space shows (x+1)/2.
         """
-        chain = self.chain(images, sample_ids, draw, noise)
-        return self._states(chain, images)
+        run_noise = self._checked(images, sample_ids, draw, noise)
+        return self._states(images, run_noise)
 
-    def _states(self, chain: AnyChain, images: Tensor) -> Iterator[tuple[int, Tensor]]:
-        state: tuple[Tensor, ...] = ()
-        reference: Tensor | None = None
-        for k in range(chain.num_steps + 1):
+    def _states(self, images: Tensor, noise: Noise) -> Iterator[tuple[int, Tensor]]:
+        parts = [(part, self._chain(part, noise.of(rows))) for rows, part in self._parts(images)]
+        states: list[State] = []
+        references: list[Tensor | None] = []
+        steps = self.plan.num_steps
+        for k in range(steps + 1):
             with self._frozen(), torch.no_grad():
                 if k == 0:
-                    state, reference = chain.start(images), chain.reference(images)
+                    states = [chain.start(part) for part, chain in parts]
+                    references = [chain.reference(part) for part, chain in parts]
                 else:
-                    state = chain.step(k - 1, state, reference)
-                in_pixels = isinstance(chain, AdaptiveChain) or k == chain.num_steps
-                pixels = state[0].clone() if in_pixels else 0.5 * state[0] + 0.5
-            yield k, pixels
-            if chain.finished(state):
+                    states = [
+                        chain.step(k - 1, state, reference)
+                        for (_, chain), state, reference in zip(
+                            parts, states, references, strict=True
+                        )
+                    ]
+                x = torch.cat([state[0] for state in states])
+                in_pixels = isinstance(self.plan, AdaptivePlan) or k == steps
+            yield k, x if in_pixels else 0.5 * x + 0.5
+            if all(chain.finished(s) for (_, chain), s in zip(parts, states, strict=True)):
                 return
 
     def chain(
@@ -238,8 +256,12 @@ class Purifier(nn.Module):
         noise: Tensor | None = None,
     ) -> AnyChain:
         """The run that `forward` performs with these arguments, checked and ready, not started."""
+        return self._chain(images, self._checked(images, sample_ids, draw, noise))
+
+    def _checked(self, images: Tensor, sample_ids: Any, draw: Any, noise: Tensor | None) -> Noise:
+        """The noise of a run with these arguments; raises what `forward` says of them."""
         validation.check_images(images)
-        ops = choose_ops(self.backend, images)
+        choose_ops(self.backend, images)
         validation.check_model("score model", self.score_model, images)
         if self._guided:
             validation.check_model("classifier", self.classifier, images)
@@ -254,11 +276,14 @@ class Purifier(nn.Module):
             run_noise = Noise(keys=keys)
         if self.check_values:
             validation.check_values(images)
-        tables = self._tables_for(images)
+        return run_noise
+
+    def _chain(self, images: Tensor, noise: Noise) -> AnyChain:
+        ops, tables = choose_ops(self.backend, images), self._tables_for(images)
         if isinstance(self.plan, AdaptivePlan):
-            return AdaptiveChain(self.plan, tables, run_noise, self.score_model, ops)
+            return AdaptiveChain(self.plan, tables, noise, self.score_model, ops)
         full = self.guidance_gradient == "full"
-        return Chain(self.plan, tables, run_noise, self.score_model, self.classifier, ops, full)
+        return Chain(self.plan, tables, noise, self.score_model, self.classifier, ops, full)
 
     def _tables_for(self, images: Tensor) -> Tables:
         dtype = torch.promote_types(images.dtype, torch.float32)
