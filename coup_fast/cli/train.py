@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--channels", type=positive_int, nargs="+", metavar="N", help="width of each U-Net level"
     )
     parser.add_argument("--energy", action="store_true", help="a scalar energy network")
+    parser.add_argument(
+        "--init", type=Path, metavar="FILE", help="a trained VP network that ncsn starts from"
+    )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
@@ -78,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             overrides={field: value for field, value in given.items() if value is not None},
             channels=args.channels,
             energy=args.energy,
+            init=args.init,
             device=args.device,
             half=args.half,
             progress=not args.no_progress,
@@ -92,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
 def _print(facts: dict[str, Any]) -> None:
     print(f"{facts['images']} images, {facts['seconds']} s, loss {facts['loss']:.4f}")
     report = facts["report"]
-    if "test_correct" in report:
-        print(f"test accuracy {report['test_correct']} of {report['test_images']}")
+    if "correct" in report:
+        print(f"{report['split']} accuracy {report['correct']} of {report['images']}")
         return
     name = "sigma" if facts["kind"] == "ncsn" else "t"
     print(f"squared error of the noise\n{name:>8} {'train':>8} {'held out':>8}")

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast.models.classifier import Classifier
+from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.unet import EnergyUNet, UNet
 
-_CLASSES = {"UNet": UNet, "EnergyUNet": EnergyUNet, "Classifier": Classifier}
+_CLASSES = {
+    "UNet": UNet,
+    "EnergyUNet": EnergyUNet,
+    "Classifier": Classifier,
+    "ConvNet": ConvNet,
+}
 
 
 def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -34,7 +40,7 @@ def save_network(
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {
-        name: tensor.detach().cpu().to(dtype).contiguous()
+        name: _to(tensor.detach().cpu(), dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
     description = {"network": type(network).__name__, "arguments": network.config, **facts}
@@ -58,8 +64,15 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise ValueError(
                 f"{path} does not say which network it holds; save it with save_network."
             )
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        tensors = {
+            name: _to(file.get_tensor(name), torch.float32)
+            for name in file.keys()  # noqa: SIM118
+        }
     description: dict[str, Any] = json.loads(metadata["coup_fast"])
     network = build_network(description["network"], description["arguments"])
     network.load_state_dict(tensors)
     return network.eval(), description
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -7,6 +7,7 @@ and classifier.py, the loop in trainer.py.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,14 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.models.files import build_network, save_network
-from coup_fast.training.classifier import classifier_loss, count_correct
+from coup_fast.models.conv_net import ConvNet
+from coup_fast.models.files import build_network, load_network, save_network
+from coup_fast.models.unet import UNet
+from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss
 from coup_fast.training.trainer import Objective, TrainConfig, Trainer, generator_for
+from coup_fast.training.transfer import ncsn_from_vp
 
 TASKS = ("score", "ncsn", "classifier")
 DATASETS = ("mnist", "cifar10")
-TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)  # where the held-out error of a VP model is reported
+TIMES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)  # where a VP model's error is reported
+INIT_TIME = 0.1  # whose denoiser an NCSN network starts from with `init`
 
 
 @dataclass(frozen=True)
@@ -31,29 +36,40 @@ class Recipe:
 
     config: TrainConfig
     arguments: dict[str, Any]  # of the network class
+    network: str = "UNet"
+    vp: VPNoise = field(default_factory=VPNoise)
     ncsn: NCSNNoise = field(default_factory=NCSNNoise)
 
 
 _MNIST_UNET = {"in_channels": 1, "channels": [32, 64], "patch": 2}
-_CIFAR_UNET = {"in_channels": 3, "channels": [64, 128, 128], "blocks": 2}
+_CIFAR_UNET = {"in_channels": 3, "channels": [64, 128, 128], "patch": 2}
+CIFAR_VALIDATION = 5000  # the last training images: never trained on, for choosing settings
 RECIPES = {
     # 1 instead of 50: the smallest level that hides a digit from a purifier that starts at 0.25.
     ("mnist", "ncsn"): Recipe(
         TrainConfig(4000, batch_size=64, learning_rate=2e-3),
         {**_MNIST_UNET, "time_conditioned": False},
-        NCSNNoise(sigma_max=1.0, sigma_min=0.01, num_levels=100),
+        ncsn=NCSNNoise(sigma_max=1.0, sigma_min=0.01, num_levels=100),
     ),
     ("mnist", "score"): Recipe(TrainConfig(5200, batch_size=64, learning_rate=2e-3), _MNIST_UNET),
     ("mnist", "classifier"): Recipe(
-        TrainConfig(4000, batch_size=128, learning_rate=2e-3), {"in_channels": 1, "size": 28}
+        TrainConfig(4000, batch_size=128, learning_rate=2e-3),
+        {"in_channels": 1, "size": 28},
+        network="Classifier",
     ),
-    # The published rate and averaging (ADP, NCSNv2).
+    # Sized for two CPU cores. Purification starts at t = 0.2 or below: no later time is trained.
+    ("cifar10", "score"): Recipe(
+        TrainConfig(9000, batch_size=32), _CIFAR_UNET, vp=VPNoise(t_focus=0.2, focus_share=1.0)
+    ),
     ("cifar10", "ncsn"): Recipe(
-        TrainConfig(200_000, learning_rate=1e-4), {**_CIFAR_UNET, "time_conditioned": False}
+        TrainConfig(6000, batch_size=32),
+        {**_CIFAR_UNET, "time_conditioned": False},
+        ncsn=NCSNNoise(sigma_max=0.5, sigma_min=0.01, num_levels=100),
     ),
-    ("cifar10", "score"): Recipe(TrainConfig(200_000, learning_rate=2e-4), _CIFAR_UNET),
     ("cifar10", "classifier"): Recipe(
-        TrainConfig(40_000), {"in_channels": 3, "size": 32, "width": 64, "hidden": 256}
+        TrainConfig(2500, learning_rate=4e-3, warmup=300, ema=0.99),
+        {"in_channels": 3, "widths": [64, 128, 256]},
+        network="ConvNet",
     ),
 }
 
@@ -61,12 +77,18 @@ RECIPES = {
 def load_data(dataset: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images [N, C, H, W] uint8 and labels [N] int64 for training or testing.
 
-    MNIST's training split comes without the 5,000 held-out digits of `demo_digits`.
+    MNIST's training split comes without the 5,000 held-out digits of `demo_digits`, CIFAR-10's
+    without its last 5,000 images, which are the split "validation".
     """
     if dataset == "cifar10":
         from coup_fast.data.cifar10 import load_cifar10
 
-        return load_cifar10(folder, split)
+        if split == "test":
+            return load_cifar10(folder, split)
+        images, labels = load_cifar10(folder, "train")
+        cut = len(images) - CIFAR_VALIDATION
+        part = slice(cut, None) if split == "validation" else slice(cut)
+        return images[part], labels[part]
     from coup_fast.data import held_out_mask, load_mnist
 
     images, labels = load_mnist(folder, split)
@@ -85,6 +107,7 @@ def train(
     overrides: dict[str, Any] | None = None,
     channels: list[int] | None = None,
     energy: bool = False,
+    init: Path | None = None,
     device: torch.device | str = "cpu",
     save_every: float = 60.0,
     half: bool = False,
@@ -99,6 +122,7 @@ def train(
         overrides: fields of `TrainConfig` that replace the recipe's.
         channels: U-Net widths in place of the recipe's.
         energy: train a scalar `EnergyUNet` by the same loss.
+        init: a trained VP network's file that an "ncsn" run starts from, see `ncsn_from_vp`.
         half: store float16 weights.
     """
     recipe = RECIPES[(dataset, task)]
@@ -106,14 +130,21 @@ def train(
     arguments = dict(recipe.arguments)
     if channels:
         arguments["channels"] = channels
-    name = "Classifier" if task == "classifier" else ("EnergyUNet" if energy else "UNet")
+    name = "EnergyUNet" if energy else recipe.network
     kind = {"score": "score" if energy else "eps", "ncsn": "ncsn", "classifier": "classifier"}[task]
     images, labels = load_data(dataset, folder, "train")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = build_network(name, arguments)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     facts: dict[str, Any] = {"kind": kind, "dataset": dataset, "images": len(images)}
+    if kind == "eps" and recipe.vp.focus_share == 1.0:
+        facts["t_max"] = recipe.vp.t_focus
+    if isinstance(network, ConvNet):
+        network.whiten_patches(images[:5000].float() / 255.0)
+    if init is not None:
+        network = _initialised(init, task, energy, arguments)
+        facts["init"] = hashlib.sha256(init.read_bytes()).hexdigest()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = Trainer(
         _callable_network(network, energy),
         _objective(task, kind, recipe, flip=dataset == "cifar10"),
@@ -137,6 +168,20 @@ def train(
     return facts
 
 
+def _initialised(init: Path, task: str, energy: bool, arguments: dict[str, Any]) -> nn.Module:
+    """The NCSN network that starts from the VP network in `init`; ValueError if it does not fit."""
+    trained, described = load_network(init)
+    start = {**arguments, "time_conditioned": True}
+    if task != "ncsn" or energy:
+        raise ValueError("init is for an ncsn network, and not for an energy.")
+    if not isinstance(trained, UNet) or described["kind"] != "eps":
+        raise ValueError(f"init: {init} holds a {described['kind']!r} network; 'eps' is needed.")
+    differing = {k: (trained.config[k], v) for k, v in start.items() if trained.config[k] != v}
+    if differing:
+        raise ValueError(f"init: {init} has another shape than this run: {differing}.")
+    return ncsn_from_vp(trained, VPNoise(), INIT_TIME)
+
+
 def _callable_network(network: nn.Module, energy: bool) -> nn.Module:
     if not energy:
         return network
@@ -147,12 +192,15 @@ def _callable_network(network: nn.Module, energy: bool) -> nn.Module:
 
 def _objective(task: str, kind: str, recipe: Recipe, flip: bool) -> Objective:
     if task == "classifier":
-        reach = 4 if flip else 2
-        return functools.partial(classifier_loss, reach=reach, flip=flip)
-    if task == "ncsn":
-        return lambda network, images, _, rng: ncsn_loss(network, images, rng, recipe.ncsn)
-    noise = VPNoise()
-    return lambda network, images, _, rng: vp_loss(network, images, rng, noise, kind)
+        return functools.partial(classifier_loss, flip=flip, smoothing=0.1 if flip else 0.0)
+
+    def score_loss(network: nn.Module, images: Tensor, _: Tensor, rng: torch.Generator) -> Tensor:
+        x = shifted(images, rng, reach=0, flip=True) if flip else images
+        if task == "ncsn":
+            return ncsn_loss(network, x, rng, recipe.ncsn)
+        return vp_loss(network, x, rng, recipe.vp, kind)
+
+    return score_loss
 
 
 def _report(
@@ -164,24 +212,30 @@ def _report(
     folder: Path,
     images: Tensor,
 ) -> dict[str, Any]:
-    """Accuracy on the test set, or the error per noise level on training and held-out images.
+    """Accuracy on unseen images, or the error per noise level on training and held-out images.
 
-    Held-out are 1,000 validation digits for MNIST and test images for CIFAR-10.
+    A classifier's unseen images are MNIST's test set or CIFAR-10's validation split; a score
+    network's held-out images are 1,000 of the validation split.
     """
     if task == "classifier":
-        test_images, test_labels = load_data(dataset, folder, "test")
-        right = count_correct(network, test_images, test_labels)
-        return {"test_correct": right, "test_images": len(test_images)}
+        split = "validation" if dataset == "cifar10" else "test"
+        unseen, labels = load_data(dataset, folder, split)
+        right = count_correct(network, unseen, labels)
+        return {"split": split, "correct": right, "images": len(unseen)}
     if dataset == "mnist":
         from coup_fast.data import demo_digits
 
         held_out = demo_digits(1000, split="validation")[0]
     else:
-        held_out = load_data(dataset, folder, "test")[0][:1000].float() / 255.0
+        held_out = load_data(dataset, folder, "validation")[0][:1000].float() / 255.0
     seen = images[: len(held_out)].float() / 255.0
-    levels = recipe.ncsn.levels()[:: max(1, recipe.ncsn.num_levels // 8)].tolist()
+    if task == "ncsn":
+        levels = recipe.ncsn.levels()[:: max(1, recipe.ncsn.num_levels // 8)].tolist()
+    else:
+        trained_to = recipe.vp.t_focus if recipe.vp.focus_share == 1.0 else 1.0
+        levels = [t for t in TIMES if t <= trained_to]
     return {
-        "level": [round(level, 4) for level in (levels if task == "ncsn" else TIMES)],
+        "level": [round(level, 4) for level in levels],
         "train": error_per_level(network, seen, kind, levels),
         "held_out": error_per_level(network, held_out, kind, levels),
     }
@@ -189,15 +243,16 @@ def _report(
 
 @torch.no_grad()
 def error_per_level(
-    network: nn.Module, images: Tensor, kind: str, sigmas: list[float], batch: int = 250
+    network: nn.Module, images: Tensor, kind: str, levels: list[float], batch: int = 250
 ) -> list[float]:
-    """Mean squared error of the noise at TIMES, or for kind "ncsn" at `sigmas`; fixed noise.
+    """Mean squared error of the noise at each level, with fixed noise.
 
-    images: [N, C, H, W] float32 in [0, 1].
+    images: [N, C, H, W] float32 in [0, 1]. levels: times t, or for kind "ncsn" standard deviations
+    in pixel space.
     """
     z = torch.randn(images.shape, generator=generator_for(0, "report", 0))
     noise, errors = VPNoise(), []
-    for level in sigmas if kind == "ncsn" else TIMES:
+    for level in levels:
         total = 0.0
         for x, normal in zip(torch.split(images, batch), torch.split(z, batch), strict=True):
             at = torch.full((len(x),), level, dtype=torch.float64)

@@ -75,7 +75,10 @@ def debiased_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
     def update(averages: Any, weights: Any, count: Tensor | int) -> None:
         share = (1.0 - decay) / (1.0 - decay ** (int(count) + 1))
         for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, share)
+            if average.is_floating_point():
+                average.lerp_(weight, share)
+            else:  # a counter of batches
+                average.copy_(weight)
 
     return update
 

@@ -1,0 +1,101 @@
+"""What CIFAR-10 adds to training: the fast classifier, an NCSN that starts from a VP network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coup_fast.models import UNet, load_network, save_network
+from coup_fast.models.conv_net import ConvNet
+from coup_fast.training import runs
+from coup_fast.training.dsm import VPNoise
+from coup_fast.training.trainer import TrainConfig, Trainer
+from coup_fast.training.transfer import ncsn_from_vp
+
+
+def random_unet(**arguments: object) -> UNet:
+    """A U-Net none of whose parameters is zero."""
+    torch.manual_seed(3)
+    network = UNet(3, [8, 8], **arguments)  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+@pytest.mark.parametrize("t", [0.05, 0.1])
+def test_ncsn_from_vp_is_the_vp_network_at_one_time(t: float) -> None:
+    network = random_unet(patch=2)
+    with torch.no_grad():  # one tap: the zeros around the image are the one thing that differs
+        taps = torch.zeros(3, 3)
+        taps[1, 1] = 1.0
+        network.stem.weight.mul_(taps)
+    pixels = torch.rand(2, 3, 16, 16)
+    noise = VPNoise()
+    signal = noise.alpha_bar(torch.tensor(t)).sqrt().float()
+    start = ncsn_from_vp(network, noise, t)
+    expected = -network(signal * (2 * pixels - 1), torch.full((2,), t * noise.time_scale))
+    torch.testing.assert_close(start(pixels), expected, rtol=1e-4, atol=1e-4)
+    other = ncsn_from_vp(network, noise, 2 * t)
+    assert (other(pixels) - expected).abs().max() > 1e-2
+
+
+def test_ncsn_from_vp_needs_a_network_that_knows_the_time() -> None:
+    with pytest.raises(ValueError, match="conditioned on time"):
+        ncsn_from_vp(random_unet(time_conditioned=False), VPNoise(), 0.1)
+
+
+def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "vp.safetensors"
+    save_network(file, random_unet(), {"kind": "eps"})
+    arguments = {"in_channels": 3, "channels": [8, 16], "time_conditioned": False}
+    with pytest.raises(ValueError, match=r"another shape.*channels"):
+        runs._initialised(file, "ncsn", False, arguments)
+    with pytest.raises(ValueError, match="for an ncsn network"):
+        runs._initialised(file, "score", False, arguments)
+    save_network(file, random_unet(), {"kind": "ncsn"})
+    with pytest.raises(ValueError, match="'ncsn' network; 'eps' is needed"):
+        runs._initialised(file, "ncsn", False, arguments)
+
+
+def test_patches_come_out_white() -> None:
+    torch.manual_seed(0)
+    images = nn.functional.interpolate(torch.rand(200, 3, 4, 4), scale_factor=8, mode="bilinear")
+    images += 0.1 * torch.rand_like(images)
+    network = ConvNet(widths=[8, 8])
+    network.whiten_patches(images, eps=0.0)
+    features = network.whiten(images).detach().transpose(0, 1).flatten(1)
+    half = len(features) // 2
+    torch.testing.assert_close(torch.cov(features[:half]), torch.eye(half), atol=1e-2, rtol=0)
+    torch.testing.assert_close(features.mean(1), torch.zeros(2 * half), atol=1e-2, rtol=0)
+    torch.testing.assert_close(features[half:], -features[:half])
+
+
+def classifier_run(steps: int) -> nn.Module:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (64,))
+    network = ConvNet(widths=[8, 8])
+    network.whiten_patches(images.float() / 255.0)
+    objective = runs._objective("classifier", "classifier", runs.RECIPES["mnist", "score"], True)
+    config = TrainConfig(steps, batch_size=16, warmup=1, ema=0.5, precision="float32")
+    return Trainer(network, objective, images, labels, config, progress=False).run()
+
+
+def test_the_classifier_trains_and_its_statistics_are_stored(tmp_path: Path) -> None:
+    network = classifier_run(steps=5)
+    counters = [b for name, b in network.named_buffers() if name.endswith("batches_tracked")]
+    assert counters
+    assert all(int(counter) == 5 for counter in counters)
+    file = tmp_path / "classifier.safetensors"
+    save_network(file, network, {"kind": "classifier"}, torch.float16)
+    loaded, _ = load_network(file)
+    images: Tensor = torch.rand(2, 3, 16, 16)
+    logits = loaded(images)
+    torch.testing.assert_close(logits, network(images), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(loaded(images[:1]), logits[:1])  # its batch does not matter
+    assert all(
+        b.dtype == torch.int64 for name, b in loaded.named_buffers() if "batches_tracked" in name
+    )
