@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+LONG = 0.02  # seconds of a call that needs no warming of caches and no repetition
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -27,12 +29,15 @@ class Timing:
         return self.upper_quartile - self.lower_quartile > 0.25 * self.median
 
 
-def _sample(function: Callable[[], object], calls: int, device: torch.device) -> float:
+def _sample(
+    function: Callable[[], object], calls: int, device: torch.device, warm: bool = True
+) -> float:
     """Seconds per call over `calls` calls; waits for the device before and after.
 
     An untimed call comes first: the other functions have had the caches in the meantime.
     """
-    function()
+    if warm:
+        function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -46,6 +51,8 @@ def _sample(function: Callable[[], object], calls: int, device: torch.device) ->
 def _calls_for(function: Callable[[], object], seconds: float, device: torch.device) -> int:
     """How many calls last about `seconds`; warms the function up on the way."""
     calls = 1
+    if min(_sample(function, 1, device, warm=False) for _ in range(2)) >= LONG:
+        return 1
     while True:
         # The fastest of three: an interrupted sample must not make all others too short.
         per_call = max(min(_sample(function, calls, device) for _ in range(3)), 1e-9)
@@ -74,7 +81,8 @@ def measure_in_turns(
             spent = sum(samples[name]) * calls[name]
             if spent > budget_seconds and len(samples[name]) >= 3:
                 continue
-            samples[name].append(_sample(function, calls[name], device))
+            warm = not samples[name] or samples[name][-1] * calls[name] < LONG
+            samples[name].append(_sample(function, calls[name], device, warm))
     return {name: _summary(values, calls[name]) for name, values in samples.items()}
 
 

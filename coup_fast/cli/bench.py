@@ -1,42 +1,70 @@
-"""Time the fused operators against their rivals in one run.
+"""Time the fused operators and whole purification loops against their rivals in one run.
 
-Rivals: the same formula written in eager PyTorch with torch's own normals, torch.compile of it, and
-the exact Philox noise in plain PyTorch (slow; it is there to show what exactness costs without a
-kernel). Correctness is checked first; times are medians of samples taken in turns; beside each
-stands the time of a plain copy that moves as many bytes.
+Operators: the same formula written in eager PyTorch with torch's own normals, torch.compile of it,
+and the exact Philox noise in plain PyTorch (slow; it shows what exactness costs without a kernel).
+Loops (`--loop`): a plain PyTorch loop, torchsde's solver as DiffPure and COUP call it, diffusers'
+DDPMScheduler, with the same models and weights. Correctness is checked first; times are medians of
+samples taken in turns; beside each stands what no variant can beat.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from coup_fast.cli import common
+
+if TYPE_CHECKING:
+    import torch
+
+    from coup_fast.benchmarking.catalogue import Family
+    from coup_fast.benchmarking.report import Row
 
 # Samples of each variant, seconds of a sample, seconds after which a slow variant has had enough.
 FULL = (101, 1e-3, 3.0)
 QUICK = (31, 3e-4, 0.3)
 
-HELP = "time the fused operators against eager PyTorch and torch.compile"
+HELP = "time the operators and whole loops against their rivals"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast bench`."""
-    parser.add_argument("--quick", action="store_true", help="fewer samples, 8 and 64 images only")
+    parser.add_argument("--loop", action="store_true", help="whole loops instead of operators")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="NAME", help="these cases; `--cases list` names them"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer samples, two sizes at most")
     parser.add_argument(
         "--batches",
         type=common.positive_int,
         nargs="+",
         metavar="N",
-        help="numbers of 3x32x32 images (default: 8 64 512)",
+        help="numbers of images (default: the case's own)",
     )
     parser.add_argument(
-        "--threads", type=common.positive_int, help="CPU threads (default: torch's)"
+        "--threads",
+        type=common.positive_int,
+        nargs="+",
+        metavar="N",
+        help="CPU threads; several are measured one after the other (default: torch's)",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     common.add_json_argument(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png or .svg)")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="write a plot (.png or .svg); where a loop's time goes beside it, FILE-components",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="also put the rows into FOLDER/DATE-DEVICE.json, replacing those of the same cases",
+    )
     common.add_device_argument(parser)
 
 
@@ -46,11 +74,21 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import coup_fast._extension as extension
-    from coup_fast.benchmarking import cases, report
+    from coup_fast.benchmarking import catalogue, plots, results, tables
     from coup_fast.evaluation.report import environment
 
+    if args.cases == ["list"]:
+        for family in catalogue.FAMILIES:
+            print(f"{family.name:16} {family.group}")
+        return 0
     common.check_plot(args.plot)
     common.check_outputs([common.json_file(args), args.plot], args.force)
+    if args.results is not None and not args.results.is_dir():
+        raise common.CommandError(f"--results {args.results} is not a folder")
+    with common.plain_errors():
+        families = [catalogue.family(name) for name in args.cases or ()]
+    group = "loops" if args.loop else "operators"
+    families = families or [f for f in catalogue.FAMILIES if f.group == group]
     device = common.choose_device(args.device)
     loaded = extension.cuda_available() if device.type == "cuda" else extension.available()
     if not loaded:
@@ -58,38 +96,60 @@ def run(args: argparse.Namespace) -> int:
             f"the {device.type} kernels are not loaded, there is nothing to time: "
             "see `coup-fast info`"
         )
-    threads = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    before = torch.get_num_threads()
+    rows: list[Row] = []
+    command = common.command_line(args.argv)
     try:
-        batches = args.batches or (cases.BATCHES[:2] if args.quick else cases.BATCHES)
-        budget = QUICK if args.quick else FULL
-        rows: list[report.Row] = []
-        chosen = cases.all_cases(device, batches)
-        with common.progress_bar(len(chosen), "bench", "case") as bar:
-            for case in chosen:
-                if args.no_compile:
-                    case = cases.without(case, "torch.compile")
-                try:
-                    rows += report.run_case(case, *budget)
-                except AssertionError as error:
-                    raise common.CommandError(f"{case.name}: not timed, {error}") from None
-                bar.update()
-        about = environment(str(device))
+        for threads in args.threads or [before]:
+            torch.set_num_threads(threads)
+            about = environment(str(device))
+            rows += _measure(args, families, device, about)
+            if args.results is not None:
+                mine = [row for row in rows if (row.stamp or {})["threads"] == threads]
+                if mine:
+                    common.say(f"wrote {results.merge(args.results, mine, command)}")
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    if not rows:
+        raise common.CommandError(f"none of these cases is measured on {device.type}")
     summary = (
-        f"{about['device_name']}, {about['threads']} thread{'s' * (about['threads'] != 1)}, "
+        f"{about['device_name']}, "
         f"coup_fast {about['versions']['coup_fast']} ({about['commit'] or 'installed'}), "
         f"torch {about['versions']['torch']}"
     )
-    stamp = {"commit": about["commit"], "device_name": about["device_name"]}
-    stamp |= {"versions": about["versions"], "threads": about["threads"]}
-    command = common.command_line(args.argv)
-    table = [row.as_dict() | stamp for row in rows]
-    data = {"command": command, "environment": about, "rows": table}
-    common.print_or_write(f"{summary}\n\n{report.tables(rows)}", data, args)
+    data = {"command": command, "environment": about, "rows": [row.as_dict() for row in rows]}
+    common.print_or_write(f"{summary}\n\n{tables.tables(rows)}", data, args)
     if args.plot is not None:
-        report.plot(rows, args.plot, summary)
-        common.say(f"wrote {args.plot}")
+        for path in plots.plot(rows, args.plot, summary):
+            common.say(f"wrote {path}")
     return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    families: Sequence[Family],
+    device: torch.device,
+    about: dict[str, Any],
+) -> list[Row]:
+    """The rows of these families at the present number of threads."""
+    from datetime import datetime, timezone
+
+    from coup_fast.benchmarking import case, report
+
+    budget = QUICK if args.quick else FULL
+    stamp = report.stamp_of(about, datetime.now(timezone.utc).date().isoformat())
+    todo = [(f, n) for f in families for n in f.sizes(device, args.batches)]
+    if args.quick and not args.batches:
+        todo = [(f, n) for f, n in todo if n in f.sizes(device)[:2]]
+    rows: list[Row] = []
+    with common.progress_bar(len(todo), "bench", "case") as bar:
+        for family, batch in todo:
+            chosen = family.make(batch, device)
+            if args.no_compile:
+                chosen = case.without(chosen, "torch.compile")
+            try:
+                rows += report.run_case(chosen, *budget, stamp, watched_runs=3)
+            except AssertionError as error:
+                raise common.CommandError(f"{chosen.name}: not timed, {error}") from None
+            bar.update()
+    return rows
