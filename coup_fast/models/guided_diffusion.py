@@ -1,0 +1,191 @@
+"""Checkpoints of guided diffusion and improved diffusion as score models.
+
+Dhariwal & Nichol 2021 (`256x256_diffusion_uncond.pt`, which DiffPure and GDMP run on ImageNet) and
+Nichol & Dhariwal 2021 (`cifar10_uncond_50M_500K.pt`). The configurations are the flags of the
+released scripts, under their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coup_fast.models.guided_diffusion_net import GuidedDiffusionUNet
+from coup_fast.models.state import as_state, build_with, read_state
+from coup_fast.schedules import DiscreteSchedule
+from coup_fast.score_model import ScoreModel
+
+# The defaults of guided-diffusion's scripts. The network, then the chain it was trained on.
+DEFAULTS: dict[str, Any] = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "channel_mult": "",
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "16,8",
+    "dropout": 0.0,
+    "class_cond": False,
+    "learn_sigma": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "use_fp16": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+}
+# Flags that say how a network is trained or sampled, not what it is; accepted and of no effect.
+WITHOUT_EFFECT = ("use_checkpoint", "use_kl", "rescale_learned_sigmas", "sigma_small")
+
+_IMPROVED = {"num_res_blocks": 3, "learn_sigma": True, "diffusion_steps": 4000}
+CONFIGS: dict[str, dict[str, Any]] = {
+    # 256x256_diffusion_uncond.pt: 552,814,086 parameters.
+    "imagenet256": {
+        "image_size": 256,
+        "num_channels": 256,
+        "attention_resolutions": "32,16,8",
+        "num_head_channels": 64,
+        "learn_sigma": True,
+        "resblock_updown": True,
+    },
+    # Improved diffusion's cifar10_uncond_50M_500K.pt: 52,546,438 parameters.
+    "cifar10": _IMPROVED
+    | {
+        "image_size": 32,
+        "dropout": 0.3,
+        "noise_schedule": "cosine",
+        "rescale_timesteps": True,
+    },
+    # Improved diffusion's imagenet64_uncond_100M_1500K.pt: 121,063,942 parameters.
+    "imagenet64": _IMPROVED | {"noise_schedule": "cosine", "rescale_timesteps": True},
+}
+_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+
+
+def guided_diffusion_flags(
+    config: str | Mapping[str, Any] | None = None, **flags: Any
+) -> dict[str, Any]:
+    """The complete flags of a configuration; see `load_guided_diffusion`.
+
+    Raises:
+        ValueError: an unknown configuration or flag, or one that is not supported.
+    """
+    if isinstance(config, str) and config not in CONFIGS:
+        raise ValueError(f"config must be one of {', '.join(CONFIGS)} or flags, got {config!r}")
+    given = {**(CONFIGS[config] if isinstance(config, str) else config or {}), **flags}
+    known = (*DEFAULTS, *WITHOUT_EFFECT, "timestep_respacing")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"guided diffusion has no flag {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    complete = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+    if complete["class_cond"]:
+        raise ValueError(
+            "class_cond=True: class-conditional networks need a label, which purification does "
+            "not have; use the unconditional checkpoint"
+        )
+    if complete["noise_schedule"] not in ("linear", "cosine"):
+        raise ValueError(
+            f"noise_schedule must be linear or cosine, got {complete['noise_schedule']!r}"
+        )
+    respacing = str(given.get("timestep_respacing", ""))
+    if respacing not in ("", str(complete["diffusion_steps"])):
+        raise ValueError(
+            f"timestep_respacing={respacing!r} says how to sample: give the method num_steps"
+        )
+    return complete
+
+
+def build_guided_diffusion(
+    config: str | Mapping[str, Any] | None = None, **flags: Any
+) -> GuidedDiffusionUNet:
+    """The network of a configuration, randomly initialised; errors as `guided_diffusion_flags`."""
+    chosen = guided_diffusion_flags(config, **flags)
+    size = int(chosen["image_size"])
+    mult = _numbers(chosen["channel_mult"]) or _CHANNEL_MULT.get(size)
+    if mult is None:
+        raise ValueError(
+            f"image_size {size} needs a channel_mult; there are defaults for "
+            f"{', '.join(map(str, _CHANNEL_MULT))}"
+        )
+    return GuidedDiffusionUNet(
+        out_channels=6 if chosen["learn_sigma"] else 3,
+        model_channels=chosen["num_channels"],
+        channel_mult=mult,
+        num_res_blocks=chosen["num_res_blocks"],
+        attention_levels={int(size // side) for side in _numbers(chosen["attention_resolutions"])},
+        num_heads=chosen["num_heads"],
+        num_head_channels=chosen["num_head_channels"],
+        num_heads_upsample=chosen["num_heads_upsample"],
+        scale_shift=chosen["use_scale_shift_norm"],
+        resblock_updown=chosen["resblock_updown"],
+        new_attention_order=chosen["use_new_attention_order"],
+        dropout=chosen["dropout"],
+    )
+
+
+def load_guided_diffusion(
+    path: str | Path,
+    config: str | Mapping[str, Any] | None = "imagenet256",
+    *,
+    torso: torch.dtype | None = None,
+    **flags: Any,
+) -> ScoreModel:
+    """A guided-diffusion or improved-diffusion checkpoint as a score model, in eval mode.
+
+    Args:
+        path: a state dict file of the released code, e.g. `256x256_diffusion_uncond.pt`.
+        config: "imagenet256" (Dhariwal & Nichol 2021, unconditional ImageNet 256), "cifar10" or
+            "imagenet64" (Nichol & Dhariwal 2021, unconditional, L_hybrid and L_vlb), a mapping of
+            the released scripts' flags (DiffPure's `model:` section), or None for flags alone.
+        torso: dtype of the convolutions inside; the rest is float32. Default: float16 if the flags
+            say `use_fp16`, else float32. The presets stay in float32; give `torch.float16` on a GPU
+            for the released setting.
+        **flags: more flags, or others than the configuration's.
+    Returns:
+        ScoreModel of kind "eps" ("x0" for `predict_xstart`) on a `DiscreteSchedule`. The network
+        takes [B, 3, H, W] in [-1, 1] and returns [B, 6, H, W] where the variance is learned: ask
+        methods for `variance="learned"` to use it; otherwise the variance channels are cut off.
+    Raises:
+        ValueError: the flags contradict each other or the file; its keys and shapes are listed.
+        FileNotFoundError: no such file.
+    """
+    chosen = guided_diffusion_flags(config, **flags)
+    if torso is None:
+        torso = torch.float16 if chosen["use_fp16"] else torch.float32
+    elif not torso.is_floating_point:
+        raise ValueError(f"torso must be a floating-point dtype, got {torso}")
+    state = as_state(read_state(path), str(path))
+    network = build_with(lambda: build_guided_diffusion(chosen), state, str(path), torch.float32)
+    steps = int(chosen["diffusion_steps"])
+    schedule = (
+        DiscreteSchedule.cosine(steps)
+        if chosen["noise_schedule"] == "cosine"
+        else DiscreteSchedule.linear(0.1 / steps, 20 / steps, steps)
+    )
+    return ScoreModel(
+        network.convert_torso(torso),
+        "x0" if chosen["predict_xstart"] else "eps",
+        schedule,
+        time_scale=1000.0 if chosen["rescale_timesteps"] else float(steps),
+    ).eval()
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """(32, 16, 8) of "32,16,8" or of a sequence of numbers; () of ""."""
+    if isinstance(values, str):
+        return tuple(float(value) for value in values.split(",") if value.strip())
+    return tuple(float(value) for value in values)
