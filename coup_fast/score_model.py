@@ -89,6 +89,8 @@ class ScoreModel(nn.Module):
         schedule: the forward process it was trained for; default `VPSchedule()`.
         time_scale: t in [0, 1] times this is what the network is called with. The published
             continuous-time VP networks take 999 t.
+        t_max: the largest t the network was trained for, in (0, 1]; a plan that calls it at a later
+            one is refused. None: all of [0, 1].
 
     A module network is a submodule (its parameters move and save with this one); it is never
     modified. Its input is cast to the dtype of its parameters, which concerns the network alone:
@@ -105,6 +107,7 @@ class ScoreModel(nn.Module):
         kind: str = "eps",
         schedule: Schedule | None = None,
         time_scale: float = 999.0,
+        t_max: float | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -117,6 +120,8 @@ class ScoreModel(nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if not 0.0 < float(time_scale) < float("inf"):
             raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
+        if t_max is not None and not 0.0 < float(t_max) <= 1.0:
+            raise ValueError(f"t_max must be in (0, 1], got {t_max}")
         if schedule is None:
             from coup_fast.schedules import VPSchedule
 
@@ -125,6 +130,7 @@ class ScoreModel(nn.Module):
         self.kind = kind
         self.schedule = schedule
         self.time_scale = float(time_scale)
+        self.t_max = None if t_max is None else float(t_max)
 
     @property
     def in_channels(self) -> int | None:

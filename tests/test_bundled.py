@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coup_fast.data import demo_digits
 from coup_fast.models import bundled
-from coup_fast.models.bundled import MNIST_SETTINGS, describe_bundled, load_bundled
+from coup_fast.models.bundled import bundled_settings, describe_bundled, load_bundled
 from coup_fast.purifier import Purifier
 from coup_fast.training.classifier import count_correct
 from coup_fast.training.runs import error_per_level
@@ -26,8 +26,8 @@ def test_load_bundled_gives_modules_ready_for_use() -> None:
     x = torch.zeros(2, 1, 28, 28)
     assert score_model(x, torch.tensor([0.1, 0.5])).shape == x.shape
     assert classifier(x).shape == (2, 10)
-    with pytest.raises(ValueError, match="no bundled model 'cifar10'"):
-        load_bundled("cifar10")
+    with pytest.raises(ValueError, match="no bundled model 'imagenet'"):
+        load_bundled("imagenet")
     with pytest.raises(ValueError, match="'vp' or 'ncsn'"):
         load_bundled("mnist", score="edm")
 
@@ -66,7 +66,7 @@ NCSN_BOUND = {1.0: 0.035, 0.25: 0.071, 0.1: 0.114, 0.03: 0.174}
 def test_the_score_models_denoise_held_out_digits() -> None:
     images, _ = demo_digits(200)
     network = load_bundled()[0].network
-    errors = error_per_level(network, images, "eps", [])
+    errors = error_per_level(network, images, "eps", list(EPS_BOUND))
     for (t, bound), error in zip(EPS_BOUND.items(), errors, strict=True):
         assert error < bound, t
     network = load_bundled(score="ncsn")[0].network
@@ -77,7 +77,7 @@ def test_the_score_models_denoise_held_out_digits() -> None:
 
 def attacked(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """l-infinity PGD on the classifier alone, from the images, with the demo's bound."""
-    epsilon, steps = MNIST_SETTINGS["epsilon"], MNIST_SETTINGS["attack_steps"]
+    epsilon, steps = bundled_settings()["epsilon"], bundled_settings()["attack_steps"]
     x = images.clone()
     for _ in range(steps):
         x.requires_grad_(True)
@@ -94,7 +94,7 @@ def test_the_chosen_settings_clean_attacked_digits(method: str) -> None:
     score_model, classifier = load_bundled(score="ncsn" if method == "adp" else "vp")
     bad = attacked(classifier, images, labels)
     assert count_correct(classifier, bad, labels) <= 3
-    options = dict(MNIST_SETTINGS["methods"][method])
+    options = dict(bundled_settings()["methods"][method])
     if method != "adp":  # a fifth of the steps is enough for a test
         options.update(num_steps=20, solver="exponential")
     purifier = Purifier(score_model, classifier, method=method, **options)

@@ -119,7 +119,8 @@ def test_bundled_settings_are_a_start_for_set(
 ) -> None:
     from coup_fast.models import bundled
 
-    monkeypatch.setattr(bundled, "MNIST_SETTINGS", {"methods": {"coup": {"t_star": 0.003}}})
+    chosen = {"mnist": {"methods": {"coup": {"t_star": 0.003}}}}
+    monkeypatch.setattr(bundled, "_SETTINGS", chosen)
     np.save(tmp_path / "in.npy", digits(1))
     for options, steps in (([], 3), (["--set", "num_steps=1"], 1)):
         argv = ["purify", f"{tmp_path}/in.npy", f"{tmp_path}/out.npy", "--force", *options]

@@ -18,7 +18,7 @@ IMAGES = 16
 @pytest.fixture(scope="module")
 def short_settings() -> Any:
     """The demo's own attack, with chains short enough for a test."""
-    settings = demo_run.load_settings()
+    settings = demo_run.load_settings("mnist")
     short = demo_run.Settings(
         settings.epsilon,
         settings.attack_steps,
@@ -30,7 +30,7 @@ def short_settings() -> Any:
         {"adp": 2},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_run, "load_settings", lambda: short)
+        patch.setattr(demo_run, "load_settings", lambda dataset: short)
         yield settings
 
 
@@ -82,9 +82,9 @@ def test_attack_beats_the_bare_classifier(demo: tuple[Path, dict[str, Any]]) -> 
 
 def test_pictures_and_words(demo: tuple[Path, dict[str, Any]]) -> None:
     out, _ = demo
-    names = ["digits.png", "report.json", "report.md", "trajectory.png"]
+    names = ["images.png", "report.json", "report.md", "trajectory.png"]
     assert sorted(path.name for path in out.iterdir()) == names
-    for name in ("digits.png", "trajectory.png"):
+    for name in ("images.png", "trajectory.png"):
         with Image.open(out / name) as image:
             image.load()
             assert image.width > 800

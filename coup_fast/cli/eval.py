@@ -141,10 +141,10 @@ def _from_options(args: argparse.Namespace) -> dict[str, Any]:
     """Defences with the bundled models' settings (where they are used) and --set, and attacks."""
     options = common.parse_settings(args.set)
     settings: dict[str, Any] = {}
-    if args.models in (None, "mnist"):
-        from coup_fast.models.bundled import MNIST_SETTINGS
+    from coup_fast.models.bundled import BUNDLED, bundled_settings
 
-        settings = MNIST_SETTINGS
+    if (args.models or "mnist") in BUNDLED:
+        settings = bundled_settings(args.models or "mnist")
     known = settings.get("methods", {})
     defences = [
         {"method": method, "options": {**known.get(method, {}), **options}}

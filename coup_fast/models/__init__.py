@@ -1,16 +1,19 @@
 """Networks: our own and their files, the bundled weights, and loaders of published networks."""
 
-from coup_fast.models.bundled import MNIST_SETTINGS, describe_bundled, load_bundled
+from coup_fast.models.bundled import BUNDLED, bundled_settings, describe_bundled, load_bundled
 from coup_fast.models.classifier import Classifier
+from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.files import load_network, save_network
 from coup_fast.models.score_sde import load_score_sde
 from coup_fast.models.unet import EnergyUNet, UNet
 
 __all__ = [
-    "MNIST_SETTINGS",
+    "BUNDLED",
     "Classifier",
+    "ConvNet",
     "EnergyUNet",
     "UNet",
+    "bundled_settings",
     "describe_bundled",
     "load_bundled",
     "load_network",
