@@ -1,0 +1,292 @@
+"""The purification methods as a scheduler of diffusers.
+
+    scheduler = CoupScheduler.from_config(pipeline.scheduler.config, method="coup")
+
+It steps through the rows of the method's plan with the same operators as the `Purifier`: for equal
+network outputs and keys, equal bits. (A network whose weights require grad can differ from itself
+in the last bits; the purifier calls it with them frozen: `unet.requires_grad_(False)`.) States are
+in [-1, 1], as everywhere in diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from coup_fast import methods
+from coup_fast.backends import choose_ops
+from coup_fast.chain import Tables, tables_of
+from coup_fast.guidance import confidence_gradient
+from coup_fast.noise import step_keys
+from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
+from coup_fast.schedules import DiscreteSchedule, VPSchedule
+
+_KINDS = {"epsilon": "eps", "sample": "x0", "score": "score"}
+
+
+def discrete_schedule(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    trained_betas: Any = None,
+) -> DiscreteSchedule:
+    """β of a diffusers scheduler's configuration. Raises ValueError for an unknown schedule."""
+    if trained_betas is not None:
+        return DiscreteSchedule(tuple(trained_betas))
+    if beta_schedule == "linear":
+        return DiscreteSchedule.linear(beta_start, beta_end, num_train_timesteps)
+    if beta_schedule == "scaled_linear":
+        roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps)
+        return DiscreteSchedule(tuple(roots**2))
+    if beta_schedule == "squaredcos_cap_v2":
+        return DiscreteSchedule.cosine(num_train_timesteps)
+    raise ValueError(
+        "beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, or trained_betas given; "
+        f"got {beta_schedule!r}"
+    )
+
+
+class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as diffusers' own are
+    """A scheduler that purifies: COUP, DiffPure and every other method but ADP.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type:
+            what the network was trained on, as in diffusers' own schedulers ("epsilon", "sample",
+            or "score").
+        time_scale: None: the network is told the index, as diffusers' are. A number: it was
+            trained on continuous time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
+        method: a name in `coup_fast.methods.METHODS`.
+        options: the method's options (`t_star`, `guidance_scale`, ...).
+
+    Raises ValueError for an unknown method or option, a prediction type or noise schedule that
+    cannot be used, and for ADP, whose steps call the network twice.
+    """
+
+    order = 1
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        time_scale: float | None = None,
+        method: str = "coup",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if prediction_type not in _KINDS:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(_KINDS)}, got {prediction_type!r}"
+            )
+        schedule = discrete_schedule(
+            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas
+        )
+        self.schedule = schedule if time_scale is None else schedule.continuous()
+        self.init_noise_sigma = 1.0
+        self.set_timesteps()
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Start a run: of num_inference_steps steps, or as many as the options (or papers) say.
+
+        `timesteps` then holds the network's time at each call, float32 or (for networks that are
+        told the index) int64 [N] on `device`.
+        """
+        if self._facts.method == "adp":
+            raise ValueError(
+                "adp calls the network twice a step and chooses its step from both answers, which "
+                "no scheduler can; use coup_fast.Purifier"
+            )
+        options = dict(self._facts.options or {})
+        if num_inference_steps is not None:
+            options.pop("step_size", None)
+            options["num_steps"] = num_inference_steps
+        kind = _KINDS[self._facts.prediction_type]
+        plan = methods.plan(self._facts.method, self.schedule, kind, **options)
+        assert isinstance(plan, Plan)
+        coeffs = plan.coeffs.copy()
+        coeffs[-1, [OUT_SCALE, OUT_BIAS]] = 1.0, 0.0  # diffusers stays in [-1, 1]
+        self.plan = replace(plan, coeffs=coeffs)
+        self._rows = np.flatnonzero(np.isfinite(plan.times)).tolist()
+        self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
+        times = torch.as_tensor(plan.times[self._rows], dtype=torch.float64)
+        if self._facts.time_scale is None:
+            indices = (times * self._facts.num_train_timesteps).round().long()
+            self.timesteps = indices.to(device)
+        else:
+            self.timesteps = (times * self._facts.time_scale).float().to(device)
+        self.num_inference_steps = len(self._rows)
+        self.step_index = 0
+
+    @property
+    def _facts(self) -> Any:
+        """The configuration; its entries are attributes, which its type does not say."""
+        return self.config
+
+    @property
+    def guided(self) -> bool:
+        """Whether the coming step reads `guidance`."""
+        return bool(self.plan.guided[self._row()])
+
+    def noise_keys(
+        self, images: Tensor, seed: int = 0, sample_ids: Any = None, draw: int = 0
+    ) -> Tensor:
+        """Keys of all the noise of a run, int64 [M, B, 2], for `start` and `step`.
+
+        The noise is that of `Purifier(seed=seed)(images, sample_ids, draw)`.
+        """
+        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        numel = images[0].numel() if len(images) else 0
+        return step_keys(seed, ids.to(images.device), draw, self.plan.num_noise, numel)
+
+    def start(
+        self,
+        images: Tensor,
+        generator: Any = None,
+        keys: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The state from which the loop starts, [-1, 1] and diffused where the method does that.
+
+        images: pixels [B, C, H, W] in [0, 1]. generator, keys, noise: as in `step`.
+        """
+        ops = choose_ops("auto", images)
+        index = 0 if self.plan.start_noisy else None
+        source = self._noise(images, index, generator, keys, noise)
+        return ops.perturb(images, self._tables_for(images).start, *source)
+
+    def confidence_gradient(
+        self, classifier: Callable[[Tensor], Tensor], sample: Tensor
+    ) -> Tensor | None:
+        """COUP's guidance at a state: ∇ₓ log max p of the classifier; None if the step takes none.
+
+        classifier: pixels [B, C, H, W] in [0, 1] -> logits [B, K].
+        """
+        if not self.guided:
+            return None
+        return confidence_gradient(classifier, sample.float(), choose_ops("auto", sample))
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input: the state as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        guidance: Tensor | None = None,
+        reference: Tensor | None = None,
+        generator: Any = None,
+        keys: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state after this step.
+
+        Args:
+            model_output: [B, C, H, W], or [B, 2C, H, W] with variance channels.
+            timestep: `timesteps[step_index]`; steps are taken in order.
+            sample: the state. float32; other dtypes are rounded after every step.
+            guidance: [B, C, H, W], see `confidence_gradient`; needed where `guided`.
+            reference: the attacked image in [-1, 1], for the methods that look back at it.
+            generator: torch generator (or a list of one for each sample), or
+            keys: of `noise_keys`, or
+            noise: [B, C, H, W]; default: torch's global generator.
+
+        Raises ValueError for a timestep out of turn, or missing guidance or reference.
+        """
+        row = self._row()
+        expected = self.timesteps[self.step_index]
+        if expected.device.type == "cpu" and float(timestep) != float(expected):
+            raise ValueError(
+                f"step {self.step_index} of this run is at timestep {expected.item()}, got "
+                f"{float(timestep):g}; call set_timesteps to start anew"
+            )
+        if self.guided and guidance is None:
+            raise ValueError(
+                f"this step of {self.plan.method} is guided: pass "
+                "guidance=scheduler.confidence_gradient(classifier, sample), or set the option "
+                "guidance_scale=0"
+            )
+        if self.plan.uses_reference and reference is None:
+            raise ValueError(
+                f"{self.plan.method} looks back at the attacked image: pass reference="
+            )
+        ops = choose_ops("auto", sample)
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        tables = self._tables_for(x)
+        out: Tensor | None = model_output
+        if not self.plan.learned_variance:
+            out = model_output[:, : sample.shape[1]]
+        following = [*self._rows, self.plan.num_steps][self.step_index + 1]
+        for k in range(row, following):  # the rows after the first call no network
+            source = self._noise(x, tables.noise_index[k], generator, keys, noise)
+            read = reference if k == row else None
+            x = ops.reverse_step(
+                x, out, tables.rows[k], source[0], guidance, read, source[1],
+                self.plan.guidance_norm,
+            )  # fmt: skip
+            out = guidance = noise = None
+        self.step_index += 1
+        result = x.to(sample.dtype)
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Forward diffusion √ᾱ x + √(1-ᾱ) z at the network times `timesteps` [B]."""
+        times = timesteps.detach().cpu().double().numpy()
+        if isinstance(self.schedule, VPSchedule):
+            times = times / self._facts.time_scale
+        level = torch.as_tensor(self.schedule.alpha_bar(times)).to(original_samples)
+        level = level.reshape(-1, *[1] * (original_samples.ndim - 1))
+        return level.sqrt() * original_samples + (1 - level).sqrt() * noise
+
+    def __len__(self) -> int:
+        """Steps of the forward process."""
+        return int(self._facts.num_train_timesteps)
+
+    def _row(self) -> int:
+        """The plan's row of the coming step."""
+        if self.step_index >= len(self._rows):
+            raise ValueError("the run is over; call set_timesteps to start anew")
+        row: int = self._rows[self.step_index]
+        return row
+
+    def _noise(
+        self,
+        x: Tensor,
+        index: int | None,
+        generator: Any,
+        keys: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(keys, noise) as the operators take them for noise tensor `index` of the run."""
+        if index is None:
+            return None, None
+        if sum(given is not None for given in (generator, keys, noise)) > 1:
+            raise ValueError("give one of generator, keys and noise")
+        if keys is not None:
+            return keys[index], None
+        if noise is None:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return None, noise
+
+    def _tables_for(self, x: Tensor) -> Tables:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = tables_of(self.plan, *key)
+        return self._tables[key]
