@@ -16,7 +16,7 @@ def scatter(*shape: int, salt: int = 0) -> Tensor:
 def fill(module: nn.Module) -> nn.Module:
     """`module` in eval mode, every parameter set by formula, none zero, about unit gain a layer."""
     with torch.no_grad():
-        for salt, (name, parameter) in enumerate(module.named_parameters()):
+        for salt, (name, parameter) in enumerate(sorted(module.named_parameters())):
             values = scatter(*parameter.shape, salt=salt)
             if parameter.ndim > 1:
                 parameter.copy_(values * (3.0 / parameter[0].numel()) ** 0.5)

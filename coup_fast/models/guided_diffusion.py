@@ -142,6 +142,7 @@ def load_guided_diffusion(
     config: str | Mapping[str, Any] | None = "imagenet256",
     *,
     torso: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     **flags: Any,
 ) -> ScoreModel:
     """A guided-diffusion or improved-diffusion checkpoint as a score model, in eval mode.
@@ -154,6 +155,7 @@ def load_guided_diffusion(
         torso: dtype of the convolutions inside; the rest is float32. Default: float16 if the flags
             say `use_fp16`, else float32. The presets stay in float32; give `torch.float16` on a GPU
             for the released setting.
+        device: where the network goes.
         **flags: more flags, or others than the configuration's.
     Returns:
         ScoreModel of kind "eps" ("x0" for `predict_xstart`) on a `DiscreteSchedule`. The network
@@ -176,12 +178,13 @@ def load_guided_diffusion(
         if chosen["noise_schedule"] == "cosine"
         else DiscreteSchedule.linear(0.1 / steps, 20 / steps, steps)
     )
-    return ScoreModel(
+    model = ScoreModel(
         network.convert_torso(torso),
         "x0" if chosen["predict_xstart"] else "eps",
         schedule,
         time_scale=1000.0 if chosen["rescale_timesteps"] else float(steps),
-    ).eval()
+    )
+    return model.eval().to(device)
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -1,0 +1,135 @@
+"""Checkpoints of NCSNv2, the network that ADP purifies with, as score models.
+
+Song & Ermon 2020 (ermongroup/ncsnv2), as used by Yoon, Hwang, Lee 2021 (ADP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast.models.at_vp_times import AtVPTimes
+from coup_fast.models.ncsnv2_net import ACTIVATIONS, NCSNv2
+from coup_fast.models.state import State, as_state, build_with, describe, read_state, strip_prefix
+from coup_fast.schedules import VPSchedule
+from coup_fast.score_model import ScoreModel
+
+
+class NoiseOfPixels(nn.Module):
+    """An NCSNv2 network as a noise network: -h(pixels), at y = x₀ + r z in [-1, 1] coordinates.
+
+    h = σ·score and score = -z/σ, so h estimates -z; it is not told r.
+    """
+
+    def __init__(self, network: NCSNv2) -> None:
+        super().__init__()
+        self.network = network
+        self.in_channels = network.in_channels
+
+    def forward(self, y: Tensor, r: Tensor) -> Tensor:
+        """y: [B, C, H, W]; r: [B], not used. Returns the estimate of z, shaped as y."""
+        out: Tensor = -self.network((y + 1) / 2)
+        return out
+
+
+def load_ncsnv2(
+    path: str | Path,
+    *,
+    kind: str = "ncsn",
+    ema: bool = False,
+    activation: str = "elu",
+    centre: bool = True,
+    device: torch.device | str = "cpu",
+) -> ScoreModel:
+    """An NCSNv2 checkpoint as a score model, in eval mode, float32.
+
+    Width, image channels, number of noise levels and depth are read from the file.
+
+    Args:
+        path: `checkpoint.pth` of ermongroup/ncsnv2 or ADP, a list [state dict, optimizer, epoch,
+            step, EMA parameters], names with or without `module.`; or a state dict alone.
+        kind: "ncsn": the output not divided by σ, in pixel space, as ADP uses it (method "adp").
+            "eps": the same network as a noise network of `VPSchedule()`, for every other method
+            (exact where its noise levels reach; see `AtVPTimes`).
+        ema: take the EMA parameters. ADP's released code takes the others, hence the default;
+            Song & Ermon sample with the EMA.
+        activation: elu (all released configurations), relu, lrelu or swish; not in the file.
+        centre: False for networks trained with `rescaled` or `logit_transform` data.
+        device: where the network goes.
+    Returns:
+        ScoreModel; its network has the noise levels, pixels, in `.sigmas` [L].
+    Raises:
+        ValueError: an unknown option, or a file that does not fit, with what was found and
+        expected. FileNotFoundError: no such file.
+    """
+    if kind not in ("ncsn", "eps"):
+        raise ValueError(f"kind must be ncsn or eps, got {kind!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    state = _state(path, ema)
+    layout = _layout(state, str(path))
+    network = build_with(
+        lambda: NCSNv2(
+            state["begin_conv.weight"].shape[1],
+            state["begin_conv.weight"].shape[0],
+            state["sigmas"].shape[0],
+            layout=layout,
+            activation=activation,
+            centre=centre,
+        ),
+        state,
+        str(path),
+        torch.float32,
+    )
+    if kind == "ncsn":
+        return ScoreModel(network, "ncsn", time_scale=1.0).eval().to(device)
+    schedule = VPSchedule()
+    model = ScoreModel(AtVPTimes(NoiseOfPixels(network), schedule), "eps", schedule, time_scale=1.0)
+    return model.eval().to(device)
+
+
+def _state(path: str | Path, ema: bool) -> State:
+    """The state dict of a file, its parameters replaced by the EMA's if asked."""
+    found = read_state(path)
+    if isinstance(found, Mapping):
+        if ema:
+            raise ValueError(
+                f"{path} holds no EMA parameters: it is {describe(found)}, not a list with them as "
+                "its fifth entry"
+            )
+        return strip_prefix(as_state(found, str(path)))
+    if not isinstance(found, list) or len(found) not in (4, 5):
+        raise ValueError(
+            f"{path} should be a state dict, or a list of a state dict, an optimizer, an epoch, a "
+            f"step and EMA parameters; it is {describe(found)}"
+        )
+    state = strip_prefix(as_state(found[0], f"{path}, entry 0"))
+    if not ema:
+        return state
+    if len(found) == 4:
+        raise ValueError(f"{path} holds no EMA parameters: it is {describe(found)}")
+    shadow = strip_prefix(as_state(found[4], f"{path}, entry 4"))
+    unmatched = set(state) ^ set(shadow) ^ {"sigmas"}
+    if unmatched:
+        raise ValueError(
+            f"{path}: EMA parameters and state dict do not match in {', '.join(sorted(unmatched))}"
+        )
+    return state | shadow
+
+
+def _layout(state: State, what: str) -> str:
+    """Which of the released classes the names are of; ValueError if of none."""
+    if any(name not in state or state[name].ndim != dim for name, dim in _NEEDED.items()):
+        found = ", ".join(list(state)[:5])
+        raise ValueError(
+            f"{what} is no NCSNv2 checkpoint: it lacks {' or '.join(_NEEDED)}; it has {found}, …"
+        )
+    if any(name.startswith("res31.") for name in state):
+        return "deepest"
+    return "deeper" if any(name.startswith("res5.") for name in state) else "ncsnv2"
+
+
+_NEEDED = {"begin_conv.weight": 4, "sigmas": 1}
