@@ -20,8 +20,8 @@ from tiny import TinyClassifier, TinyNetwork, images
 from torch import Tensor, nn
 
 import coup_fast
-from coup_fast import models
 from coup_fast.integrations import diffpure, diffpure_files
+from coup_fast.models import guided_diffusion, score_sde
 
 RUNNERS = {
     "ddpm": diffpure.GuidedDiffusion,
@@ -291,14 +291,14 @@ def test_the_gradient_is_the_runs_own(args: Namespace, config: Namespace) -> Non
 @pytest.mark.parametrize(
     ("dataset", "kind", "loader"),
     [
-        ("CIFAR10", "score_sde", "load_score_sde"),
-        ("ImageNet", "guided_diffusion", "load_guided_diffusion"),
+        ("CIFAR10", "score_sde", score_sde),
+        ("ImageNet", "guided_diffusion", guided_diffusion),
     ],
 )
 def test_checkpoints_are_read_from_the_scripts_places(
     dataset: str,
     kind: str,
-    loader: str,
+    loader: Any,
     args: Namespace,
     config: Namespace,
     tmp_path: Path,
@@ -317,7 +317,7 @@ def test_checkpoints_are_read_from_the_scripts_places(
         seen.append(given)
         return model_for("sde")
 
-    monkeypatch.setattr(models, loader, load, raising=False)
+    monkeypatch.setattr(loader, f"load_{kind}", load)
     runner = diffpure.RevGuidedDiffusion(args, config, "cpu")
     assert seen == [path]
     assert isinstance(runner.model, TinyNetwork)

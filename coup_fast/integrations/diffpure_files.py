@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ _COLUMNS, _GAP = 8, 2  # of a picture grid
 def load_score_model(kind: str, config: Any, model_dir: str | Path | None) -> ScoreModel:
     """The network of a checkpoint in the place the scripts look for it, under the current folder.
 
-    kind: a key of `CHECKPOINTS`. model_dir: another folder for the same file name.
+    kind: a key of `CHECKPOINTS`. config: the scripts'; its `model` holds guided-diffusion's flags.
+    model_dir: another folder for the same file name.
     """
     path = CHECKPOINTS[kind]
     if model_dir is not None:
@@ -31,9 +31,14 @@ def load_score_model(kind: str, config: Any, model_dir: str | Path | None) -> Sc
             f"{path} is not there; put the checkpoint in its place, or pass model_dir= or "
             "score_model="
         )
-    loader = {"score_sde": "load_score_sde", "guided_diffusion": "load_guided_diffusion"}[kind]
-    model: ScoreModel = getattr(import_module("coup_fast.models"), loader)(path)
-    return model
+    if kind == "score_sde":
+        from coup_fast.models.score_sde import load_score_sde
+
+        return load_score_sde(path)
+    from coup_fast.models.guided_diffusion import load_guided_diffusion
+
+    flags = vars(config.model) if hasattr(config, "model") else {}
+    return load_guided_diffusion(path, dict(flags) or "imagenet256")
 
 
 def grid(images: Tensor) -> Tensor:
