@@ -8,7 +8,6 @@ gradients that store states and recompute. The chain knows nothing of methods be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from coup_fast.backends import Operators
+from coup_fast.calls import Calls
 from coup_fast.guidance import confidence_gradient
 from coup_fast.plan import AdaptivePlan, Plan, V, W, blank_row, start_row
-from coup_fast.score_model import ScoreModel
 
 # What a step carries: the image-shaped state first; ADP adds its alive mask and last step sizes.
 State = tuple[Tensor, ...]
@@ -97,23 +96,24 @@ class _ModelCalls:
         plan: Plan | AdaptivePlan,
         tables: Tables,
         noise: Noise,
-        score_model: ScoreModel,
+        calls: Calls,
         ops: Operators,
     ) -> None:
         self.tables = tables
         self.noise = noise
-        self.score_model = score_model
+        self.calls = calls
         self.ops = ops
         self.method = plan.method
         self.start_noise = 0 if plan.start_noisy else None
 
     def start_state(self, images: Tensor) -> Tensor:
         """Pixels -> state: the method's pixel map, and its first noise where it has one."""
+        images = self.calls.layout(images)
         return self.ops.perturb(images, self.tables.start, *self.noise.at(self.start_noise))
 
     def predict(self, x: Tensor, time: Tensor, variance: bool) -> Tensor:
         """The network's output, [B, C, ...]; [B, 2C, ...] if the plan uses variance channels."""
-        out: Tensor = self.score_model(x, time.expand(x.shape[0]))
+        out = self.calls.score(x, time.expand(x.shape[0]))
         doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         if variance and out.shape != doubled:
             raise ValueError(
@@ -140,14 +140,12 @@ class Chain(_ModelCalls):
         plan: Plan,
         tables: Tables,
         noise: Noise,
-        score_model: ScoreModel,
-        classifier: Callable[[Tensor], Tensor] | None,
+        calls: Calls,
         ops: Operators,
         full_guidance: bool,
     ) -> None:
-        super().__init__(plan, tables, noise, score_model, ops)
+        super().__init__(plan, tables, noise, calls, ops)
         self.plan = plan
-        self.classifier = classifier
         self.full_guidance = full_guidance
         self.guided: list[bool] = plan.guided.tolist()
         self.timed: list[bool] = np.isfinite(plan.times).tolist()
@@ -161,7 +159,7 @@ class Chain(_ModelCalls):
         """The attacked images in diffusion space, for the plans whose rows read them."""
         if not self.plan.uses_reference:
             return None
-        return self.ops.perturb(images, self.tables.pixel_map)
+        return self.ops.perturb(self.calls.layout(images), self.tables.pixel_map)
 
     def evaluate(self, k: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Network output and guidance gradient of step k at state x."""
@@ -169,9 +167,8 @@ class Chain(_ModelCalls):
         if self.timed[k]:
             out = self.predict(x, self.tables.times[k], self.plan.learned_variance)
         if self.guided[k]:
-            assert self.classifier is not None
             graph = self.full_guidance and torch.is_grad_enabled() and x.requires_grad
-            guidance = confidence_gradient(self.classifier, x, self.ops, graph=graph)
+            guidance = confidence_gradient(self.calls.classify, x, self.ops, graph=graph)
         return out, guidance
 
     def advance(
@@ -223,10 +220,10 @@ class AdaptiveChain(_ModelCalls):
         plan: AdaptivePlan,
         tables: Tables,
         noise: Noise,
-        score_model: ScoreModel,
+        calls: Calls,
         ops: Operators,
     ) -> None:
-        super().__init__(plan, tables, noise, score_model, ops)
+        super().__init__(plan, tables, noise, calls, ops)
         self.num_steps = plan.num_steps
 
     def start(self, images: Tensor) -> State:

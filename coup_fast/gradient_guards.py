@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from coup_fast.chain import AnyChain, Chain, State
+from coup_fast.chain import AnyChain, State
 from coup_fast.score_model import first_parameter, module_of
 
 
 def models_of(chain: AnyChain) -> tuple[Any, ...]:
     """The callables whose parameters a chain uses."""
-    classifier = chain.classifier if isinstance(chain, Chain) else None
-    return chain.score_model, chain.score_model.network, classifier
+    calls = chain.calls
+    return calls.score_model, calls.score_model.network, calls.classifier
 
 
 def _named_modules(models: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:
@@ -161,10 +161,11 @@ def check_replay(
         return
     with torch.no_grad():
         again = chain.step(k, state, reference)[0]
-    parameter = first_parameter(chain.score_model)
+    parameter = first_parameter(chain.calls.score_model)
     dtype = stored.dtype if parameter is None else parameter.dtype
     if torch.is_autocast_enabled(stored.device.type):
         dtype = torch.get_autocast_dtype(stored.device.type)
+    dtype = chain.calls.autocast or dtype
     rounding = 256 * torch.finfo(dtype).eps
 
     def difference(value: Tensor) -> float:

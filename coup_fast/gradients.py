@@ -131,7 +131,7 @@ class _Run:
             "the steps that the backward pass computes again would not be those that ran",
         )
         refuse_training_mode(*self.models)
-        with frozen_parameters(*self.models), self.autocast():
+        with frozen_parameters(*self.models), self.autocast(), self.chain.calls.flags():
             with torch.no_grad():
                 reference = self.chain.reference(images)
             total: Tensor | None = None

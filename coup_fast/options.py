@@ -8,6 +8,7 @@ from typing import Any
 
 from coup_fast import validation
 from coup_fast.backends import BACKENDS
+from coup_fast.calls import PRECISIONS
 from coup_fast.gradients import GRADIENTS, STATES
 from coup_fast.guidance import GUIDANCE_GRADIENTS
 
@@ -28,6 +29,8 @@ PURIFIER_OPTIONS: Mapping[str, Option] = {
     "verify_states": Option(False),
     "guidance_gradient": Option("full", GUIDANCE_GRADIENTS),
     "check_values": Option(True),
+    "precision": Option("fp32", PRECISIONS),
+    "channels_last": Option("auto", ("auto", True, False)),
     "max_batch": Option(None, None),
 }
 

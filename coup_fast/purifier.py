@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coup_fast import methods, validation
 from coup_fast.backends import choose_ops
+from coup_fast.calls import Calls, Classifier, check_precision, wants_channels_last
 from coup_fast.chain import (
     AdaptiveChain,
     AnyChain,
@@ -28,7 +29,7 @@ from coup_fast.options import PURIFIER_OPTIONS, take_options
 from coup_fast.plan import AdaptivePlan, Plan
 from coup_fast.score_model import ScoreModel
 
-Classifier = Callable[[Tensor], Tensor]
+__all__ = ["Classifier", "Purifier", "purify"]
 
 
 class Purifier(nn.Module):
@@ -57,6 +58,14 @@ class Purifier(nn.Module):
                 "stopped" treats it as a constant, as the released COUP attack does;
             check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
                 NaN after it. Each look waits for the device once; False never waits;
+            precision: of the networks; state, step and noise are float32 in each. "fp32": float32
+                with PyTorch's own flags as they are set (by default cuDNN's convolutions may use
+                TF32). "tf32": TF32 in products and convolutions; needs a GPU. "bf16": autocast to
+                bfloat16 around each network call (works, slowly, on CPUs without bfloat16
+                instructions);
+            channels_last: the state's memory format, and so that of the networks' inputs: True,
+                False (as the images come), or "auto": where the score network's convolutions store
+                their weights so (`module.to(memory_format=torch.channels_last)`);
             max_batch: images at a time; a larger batch is run in parts, one after the other, and
                 so is its gradient. None: all at once. Each image keeps its noise, so results are
                 those of the whole batch, bit for bit if the networks' own do not depend on the
@@ -80,6 +89,8 @@ class Purifier(nn.Module):
     verify_states: bool
     guidance_gradient: str
     check_values: bool
+    precision: str
+    channels_last: bool | str
     max_batch: int | None
 
     def __init__(
@@ -177,13 +188,16 @@ class Purifier(nn.Module):
     def _purified(self, images: Tensor, noise: Noise, first: int) -> Tensor:
         """The result for images that start at position `first` of the batch."""
         chain = self._chain(images, noise)
-        state = self._run(chain, images)
+        with chain.calls.flags():
+            state = self._run(chain, images)
         if self.check_values and bool(chain.suspect(state)):
-            with torch.no_grad():
+            with torch.no_grad(), chain.calls.flags():
                 message = diagnose(chain, images, first)
             if message is not None:
                 raise FloatingPointError(message)
-        return state[0].to(images.dtype)
+        result = state[0].to(images.dtype)
+        as_it_came = images.is_contiguous(memory_format=torch.channels_last)
+        return result.contiguous() if chain.calls.channels_last and not as_it_came else result
 
     def _run(self, chain: AnyChain, images: Tensor) -> State:
         """The chain's final state, differentiable as `gradient` says."""
@@ -262,6 +276,7 @@ class Purifier(nn.Module):
         """The noise of a run with these arguments; raises what `forward` says of them."""
         validation.check_images(images)
         choose_ops(self.backend, images)
+        check_precision(self.precision, images)
         validation.check_model("score model", self.score_model, images)
         if self._guided:
             validation.check_model("classifier", self.classifier, images)
@@ -280,10 +295,15 @@ class Purifier(nn.Module):
 
     def _chain(self, images: Tensor, noise: Noise) -> AnyChain:
         ops, tables = choose_ops(self.backend, images), self._tables_for(images)
+        calls = Calls(
+            self.score_model,
+            self.classifier if self._guided else None,
+            self.precision,
+            wants_channels_last(self.channels_last, self.score_model.network),
+        )
         if isinstance(self.plan, AdaptivePlan):
-            return AdaptiveChain(self.plan, tables, noise, self.score_model, ops)
-        full = self.guidance_gradient == "full"
-        return Chain(self.plan, tables, noise, self.score_model, self.classifier, ops, full)
+            return AdaptiveChain(self.plan, tables, noise, calls, ops)
+        return Chain(self.plan, tables, noise, calls, ops, self.guidance_gradient == "full")
 
     def _tables_for(self, images: Tensor) -> Tables:
         dtype = torch.promote_types(images.dtype, torch.float32)
