@@ -59,34 +59,45 @@ NUMELS = [1, 3, 4, 5, 1003, 1024, 1025, 16384, 16385, 40000, 150528, 196608]
 @pytest.mark.parametrize("numel", NUMELS)
 def test_sums_follow_the_canonical_order(numel: int) -> None:
     segments = -(-numel // host.segment)
-    for blocks in {host.blocks_in_one_launch(segments, True), min(segments, 5), segments}:
-        rows = np.array(host.sum_places(numel, blocks), dtype=np.int64)
-        block, turn, segment, step, thread, first, count, slot = rows.T
+    for blocks, groups in {host.team_of(segments, 3, True), (min(segments, 5), 1), (segments, 2)}:
+        rows = np.array(host.sum_places(numel, blocks, groups), dtype=np.int64)
+        block, turn, group, segment, step, thread, first, count, slot = rows.T
         visited = np.concatenate([f + np.arange(c) for f, c in zip(first, count, strict=True)])
         assert (np.sort(visited) == np.arange(numel)).all()
-        assert (segment == turn * blocks + block).all()
+        assert (segment == (turn * blocks + block) * groups + group).all()
+        assert (group < groups).all()
         assert (segment == first // host.segment).all()
         # lanes 4 t .. 4 t + 3 are thread t's, and a thread's steps are in order of the elements
         assert (first % host.reduce_lanes == QUAD * thread).all()
         assert (step == first % host.segment // host.reduce_lanes).all()
         same = (np.diff(thread) == 0) & (np.diff(segment) == 0)
         assert (np.diff(first)[same] == host.reduce_lanes).all()
-        # every quad has its own place in its block's shared memory, aligned for vectors
+        # every quad of a turn has its own place in its block's shared memory, aligned for vectors
         assert (slot % QUAD == 0).all()
-        places = block * (slot.max() + QUAD) + slot
+        assert (slot < groups * host.segment).all()
+        places = (turn * blocks + block) * groups * host.segment + slot
         assert len(np.unique(places)) == len(places)
-        kept = min(QUAD * -(-numel // QUAD), host.segment)
-        assert (slot[turn == 0] < kept).all()
 
 
-def test_blocks_of_a_sample() -> None:
-    most = host.max_cluster * host.max_turns
-    assert [host.blocks_in_one_launch(n, True) for n in (0, 1, 2, 3, 5, 8, 9, most, most + 1)] == [
-        1, 1, 2, 4, 8, 8, 8, 8, 0,
+def test_teams() -> None:
+    def teams(segments, most, clusters=True):
+        return [host.team_of(n, most, clusters) for n in segments]
+
+    assert teams((0, 1, 2, 3), 3) == [(1, 1), (1, 1), (1, 2), (1, 3)]
+    assert teams((4, 6, 7, 10, 12, 13, 24, 25), 3) == [
+        (2, 2), (2, 3), (4, 2), (4, 3), (4, 3), (8, 2), (8, 3), (8, 3),
     ]  # fmt: skip
-    assert [host.blocks_in_one_launch(n, False) for n in (0, 1, 2, 64)] == [1, 1, 0, 0]
-    for segments in range(1, most + 1):
-        assert -(-segments // host.blocks_in_one_launch(segments, True)) <= host.max_turns
+    assert teams((2, 3, 12, 16, 17), 2) == [(1, 2), (2, 2), (8, 2), (8, 2), (8, 2)]
+    most = host.max_segments
+    assert teams((most, most + 1), 3) == [(8, 3), (0, 1)]
+    assert teams((1, 3, 4), 3, False) == [(1, 1), (1, 3), (0, 1)]
+    for groups in (1, 2, 3):
+        for segments in range(1, most + 1):
+            blocks, own = host.team_of(segments, groups, True)
+            turns = -(-segments // (blocks * own))
+            assert own <= groups
+            assert turns * own <= host.max_own
+            assert turns == 1 or (blocks, own) == (host.max_cluster, groups)
 
 
 def test_log_confidence_is_log1p() -> None:

@@ -11,6 +11,7 @@ namespace coup_fast::cuda {
 namespace {
 
 struct Draw {
+  static constexpr bool kPixels = false;
   const int64_t* keys;
   View out;
   struct Row {};
@@ -19,7 +20,7 @@ struct Draw {
 
   template <class Io>
   __device__ void apply(const Io& io, const Row&) const {
-    io.store(out, noise_at(io.place, keys));
+    io.store(out, noise_at(io, keys));
   }
 };
 
@@ -32,7 +33,7 @@ Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
   view.sample_stride = view.channel_stride = numel;
   view.pixel_stride = 1;
   launch_per_quad(Device(keys), "normal", Draw{arguments.keys(keys), view}, batch,
-                  order_of(view, 1, numel), is_packed(view, 1, numel, batch));
+                  order_of(view, 1, numel), access_of({&view}, 1, numel, batch));
   return out;
 }
 

@@ -1,6 +1,14 @@
-// Four consecutive logical elements of a sample, a quad, in and out of registers: one load of 16
-// bytes (float32) or 8 (float16, bfloat16) where the tensor allows, four scalar ones otherwise.
-// A quad is also one Philox block, so whoever holds a quad holds exactly its noise.
+// Quads, four consecutive logical elements of a sample, in and out of registers. A quad is also one
+// Philox block, so whoever holds a quad holds exactly its noise.
+//
+// ScalarAccess takes one quad of any tensor, element by element. StripAccess takes a strip of quads
+// of one sample at equal spacing by vectors: a quad of a dense sample is 16 bytes of float32 or 8
+// of a 16-bit type, and neighbouring threads take neighbouring vectors. In channels_last memory of
+// three channels the quads of the same four pixels are twelve neighbours, three vectors, which the
+// strip of the three channels reads and writes whole, transposing in registers. So tensors of
+// either layout and any of the three types mix in one kernel, all by vectors.
+//
+// Everything is read once, so loads are marked for early eviction from the caches.
 //
 // Knows raw pointers and strides; math/work.h says which quads a thread takes.
 #pragma once
@@ -12,139 +20,277 @@
 #include <initializer_list>
 
 #include "math/layout.h"
+#include "math/philox.h"
 #include "math/work.h"
 
 namespace coup_fast::cuda {
-
-// The bits of a quad as loaded. Loads are separated from conversion so that a kernel can issue the
-// loads of all its tensors first and wait once.
-struct RawQuad {
-  uint32_t word[kQuad];  // float32: one element a word; 16-bit types: two
-};
 
 struct alignas(16) Quad {
   float at[kQuad];
 };
 
-// Calls visit(k, memory offset) for the elements of a quad, stepping over channel ends.
-template <class Visit>
-__device__ __forceinline__ void walk(const View& view, const Place& place, int pixels,
-                                     Visit visit) {
-  const int64_t start = place.sample * view.sample_stride;
-  int channel = place.channel, pixel = place.pixel;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    if (k >= place.count) break;
-    visit(k, start + channel * view.channel_stride + pixel * view.pixel_stride);
-    if (++pixel == pixels) {
-      pixel = 0;
-      ++channel;
-    }
-  }
-}
+template <int kCount>
+struct Quads {
+  Quad quad[kCount];
+};
 
-template <bool kPacked>
-__device__ __forceinline__ RawQuad load_raw(const View& view, const Place& place, int pixels) {
-  RawQuad raw = {{0, 0, 0, 0}};
-  if (view.data == nullptr) return raw;
-  if constexpr (kPacked) {
-    const int64_t offset = place.sample * view.sample_stride + place.first;
-    if (view.dtype == DType::kFloat32) {
-      const uint4 bits =
-          *reinterpret_cast<const uint4*>(static_cast<const float*>(view.data) + offset);
-      raw = {{bits.x, bits.y, bits.z, bits.w}};
-    } else {
-      const uint2 bits =
-          *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(view.data) + offset);
-      raw = {{bits.x, bits.y, 0, 0}};
+// The bits of quads as loaded; a 16-bit type has its four elements in the first two words. Loads
+// are separated from conversion so that a kernel can issue those of all its tensors and wait once.
+template <int kCount>
+struct RawQuads {
+  uint32_t word[kCount][kQuad];
+};
+
+// The type is looked at once, not once an element.
+template <int kCount>
+__device__ __forceinline__ Quads<kCount> to_float(const RawQuads<kCount>& raw, DType dtype) {
+  Quads<kCount> quads;
+  const auto convert = [&](auto element) {
+#pragma unroll
+    for (int q = 0; q < kCount; ++q) {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) quads.quad[q].at[k] = element(raw.word[q], k);
     }
-  } else if (view.dtype == DType::kFloat32) {
-    walk(view, place, pixels, [&](int k, int64_t offset) {
-      raw.word[k] = static_cast<const uint32_t*>(view.data)[offset];
-    });
+  };
+  const auto half = [](const uint32_t* word, int k) {
+    return static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
+  };
+  if (dtype == DType::kFloat32) {
+    convert([](const uint32_t* word, int k) { return Lanes<float>::from_bits(word[k]); });
+  } else if (dtype == DType::kFloat16) {
+    convert([=](const uint32_t* word, int k) { return float_of_float16(half(word, k)); });
   } else {
-    walk(view, place, pixels, [&](int k, int64_t offset) {
-      const uint32_t bits = static_cast<const uint16_t*>(view.data)[offset];
-      raw.word[k / 2] |= bits << (16 * (k % 2));
-    });
+    convert([=](const uint32_t* word, int k) { return float_of_bfloat16(half(word, k)); });
   }
-  return raw;
+  return quads;
 }
 
-__device__ __forceinline__ Quad to_float(const RawQuad& raw, DType dtype) {
-  Quad quad;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    const uint16_t half = static_cast<uint16_t>(raw.word[k / 2] >> (16 * (k % 2)));
-    quad.at[k] = dtype == DType::kFloat32   ? Lanes<float>::from_bits(raw.word[k])
-                 : dtype == DType::kFloat16 ? float_of_float16(half)
-                                            : float_of_bfloat16(half);
-  }
-  return quad;
+// The bits of two elements of a 16-bit type, the first in the lower half.
+__device__ __forceinline__ uint32_t to_halves(float first, float second, DType dtype) {
+  return dtype == DType::kFloat16
+             ? float16_of_float(first) | uint32_t{float16_of_float(second)} << 16
+             : bfloat16_of_float(first) | uint32_t{bfloat16_of_float(second)} << 16;
 }
 
-template <bool kPacked>
-__device__ __forceinline__ void store(const View& view, const Place& place, int pixels,
-                                      const Quad& quad) {
-  if (view.data == nullptr) return;
-  if constexpr (kPacked) {
-    const int64_t offset = place.sample * view.sample_stride + place.first;
-    if (view.dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(static_cast<float*>(view.data) + offset) =
-          make_uint4(Lanes<float>::bits(quad.at[0]), Lanes<float>::bits(quad.at[1]),
-                     Lanes<float>::bits(quad.at[2]), Lanes<float>::bits(quad.at[3]));
-      return;
-    }
-    uint32_t half[kQuad];
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      half[k] = view.dtype == DType::kFloat16 ? float16_of_float(quad.at[k])
-                                              : bfloat16_of_float(quad.at[k]);
-    }
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(view.data) + offset) =
-        make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
-  } else {
-    walk(view, place, pixels, [&](int k, int64_t offset) {
-      store_from_float(view.data, view.dtype, offset, quad.at[k]);
-    });
-  }
-}
+// --- one quad of any tensor ---------------------------------------------------------------------
 
-// A place, and how quads go in and out of tensors there.
-template <bool kPacked>
-struct QuadAccess {
+struct ScalarAccess {
+  static constexpr int kCount = 1;
   Place place;
   int pixels;
 
-  __device__ __forceinline__ QuadAccess(const Place& place_, int pixels_)
+  __device__ __forceinline__ ScalarAccess(const Place& place_, int pixels_)
       : place(place_), pixels(pixels_) {
-    if constexpr (!kPacked) locate(place, pixels);
+    locate(place, pixels);
   }
-  __device__ __forceinline__ int count() const { return kPacked ? kQuad : place.count; }
-  __device__ __forceinline__ RawQuad load_raw(const View& view) const {
-    return cuda::load_raw<kPacked>(view, place, pixels);
+
+  __device__ __forceinline__ int64_t sample() const { return place.sample; }
+  __device__ __forceinline__ uint64_t block(int) const {
+    return static_cast<unsigned>(place.first) / kBlock;
   }
-  __device__ __forceinline__ Quad load(const View& view) const {
-    return to_float(load_raw(view), view.dtype);
+  __device__ __forceinline__ bool holds(int, int k) const { return k < place.count; }
+
+  // Calls visit(k, memory offset) for the elements, stepping over channel ends.
+  template <class Visit>
+  __device__ __forceinline__ void walk(const View& view, Visit visit) const {
+    const int64_t start = place.sample * view.sample_stride;
+    int channel = place.channel, pixel = place.pixel;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      if (k >= place.count) break;
+      visit(k, start + channel * view.channel_stride + pixel * view.pixel_stride);
+      if (++pixel == pixels) {
+        pixel = 0;
+        ++channel;
+      }
+    }
   }
-  __device__ __forceinline__ void store(const View& view, const Quad& quad) const {
-    cuda::store<kPacked>(view, place, pixels, quad);
+
+  __device__ __forceinline__ RawQuads<1> load_raw(const View& view) const {
+    RawQuads<1> raw = {};
+    if (view.data == nullptr) return raw;
+    if (view.dtype == DType::kFloat32) {
+      walk(view, [&](int k, int64_t offset) {
+        raw.word[0][k] = static_cast<const uint32_t*>(view.data)[offset];
+      });
+    } else {
+      walk(view, [&](int k, int64_t offset) {
+        const uint32_t bits = static_cast<const uint16_t*>(view.data)[offset];
+        raw.word[0][k / 2] |= bits << (16 * (k % 2));
+      });
+    }
+    return raw;
+  }
+
+  __device__ __forceinline__ void store(const View& view, const Quads<1>& quads) const {
+    if (view.data == nullptr) return;
+    walk(view, [&](int k, int64_t offset) {
+      store_from_float(view.data, view.dtype, offset, quads.quad[0].at[k]);
+    });
   }
 };
 
-// Whether every quad of every sample of the tensor is one aligned vector in memory.
-inline bool is_packed(const View& view, int64_t channels, int64_t pixels, int64_t batch) {
-  if (view.data == nullptr) return true;
+// --- strips of whole quads ----------------------------------------------------------------------
+
+constexpr int kStripChannels = 3;  // of the channels_last tensors that strips can read
+
+// Up to kCount quads, kSpacing logical elements apart; kSpacing 0: a channel.
+template <int kCount_, int kSpacing>
+struct StripAccess {
+  static constexpr int kCount = kCount_;
+  int64_t sample_;
+  int first;   // logical index of the first quad
+  int quads;   // those inside the sample, 1 to kCount
+  int pixels;  // of a channel
+
+  __device__ __forceinline__ int64_t sample() const { return sample_; }
+  __device__ __forceinline__ int spacing() const { return kSpacing == 0 ? pixels : kSpacing; }
+  __device__ __forceinline__ bool has(int q) const { return q == 0 || q < quads; }
+  __device__ __forceinline__ bool holds(int q, int) const { return has(q); }
+  __device__ __forceinline__ uint64_t block(int q) const {
+    return static_cast<unsigned>(first + q * spacing()) / kBlock;
+  }
+
+  // Whether the view is channels_last; then the strip is that of all channels.
+  __device__ __forceinline__ static bool is_interleaved(const View& view) {
+    return kCount == kStripChannels && static_cast<int>(view.pixel_stride) != 1;
+  }
+
+  // The view's vector number q of the strip.
+  template <class Vector, class Element>
+  __device__ __forceinline__ Vector* vector(const View& view, int q) const {
+    Element* sample = static_cast<Element*>(view.data) + sample_ * view.sample_stride;
+    const bool interleaved = is_interleaved(view);
+    Element* start = sample + (interleaved ? first * kStripChannels : first);
+    return reinterpret_cast<Vector*>(start + q * (interleaved ? kQuad : spacing()));
+  }
+
+  // Calls visit(quad, element of it, number among the strip's twelve neighbours in memory).
+  template <class Visit>
+  __device__ __forceinline__ static void transpose(Visit visit) {
+#pragma unroll
+    for (int q = 0; q < kCount; ++q) {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) visit(q, k, k * kCount + q);
+    }
+  }
+
+  __device__ __forceinline__ RawQuads<kCount> load_raw(const View& view) const {
+    RawQuads<kCount> raw = {};
+    if (view.data == nullptr) return raw;
+    if (view.dtype == DType::kFloat32) {
+#pragma unroll
+      for (int q = 0; q < kCount; ++q) {
+        if (!has(q)) continue;
+        const uint4 bits = __ldcs(vector<const uint4, const float>(view, q));
+        raw.word[q][0] = bits.x, raw.word[q][1] = bits.y;
+        raw.word[q][2] = bits.z, raw.word[q][3] = bits.w;
+      }
+    } else {
+#pragma unroll
+      for (int q = 0; q < kCount; ++q) {
+        if (!has(q)) continue;
+        const uint2 bits = __ldcs(vector<const uint2, const uint16_t>(view, q));
+        raw.word[q][0] = bits.x, raw.word[q][1] = bits.y;
+      }
+    }
+    return raw;
+  }
+
+  // To logical order, from that in which load_raw found them.
+  __device__ __forceinline__ Quads<kCount> in_order(const View& view,
+                                                    const Quads<kCount>& loaded) const {
+    if (!is_interleaved(view)) return loaded;
+    Quads<kCount> out;
+    transpose(
+        [&](int q, int k, int n) { out.quad[q].at[k] = loaded.quad[n / kQuad].at[n % kQuad]; });
+    return out;
+  }
+
+  __device__ __forceinline__ void store(const View& view, const Quads<kCount>& given) const {
+    if (view.data == nullptr) return;
+    Quads<kCount> out = given;
+    if (is_interleaved(view)) {
+      transpose(
+          [&](int q, int k, int n) { out.quad[n / kQuad].at[n % kQuad] = given.quad[q].at[k]; });
+    }
+#pragma unroll
+    for (int q = 0; q < kCount; ++q) {
+      if (!has(q)) continue;
+      const float* at = out.quad[q].at;
+      if (view.dtype == DType::kFloat32) {
+        *vector<uint4, float>(view, q) =
+            make_uint4(Lanes<float>::bits(at[0]), Lanes<float>::bits(at[1]),
+                       Lanes<float>::bits(at[2]), Lanes<float>::bits(at[3]));
+      } else {
+        *vector<uint2, uint16_t>(view, q) =
+            make_uint2(to_halves(at[0], at[1], view.dtype), to_halves(at[2], at[3], view.dtype));
+      }
+    }
+  }
+};
+
+// One quad of tensors all of whose samples are dense.
+using PackedAccess = StripAccess<1, 0>;
+// Four pixels of three channels, of tensors of either layout.
+using PixelsAccess = StripAccess<kStripChannels, 0>;
+
+template <class Io>
+__device__ __forceinline__ Quads<Io::kCount> finish_load(const Io& io, const View& view,
+                                                         const RawQuads<Io::kCount>& raw) {
+  if constexpr (Io::kCount == kStripChannels) return io.in_order(view, to_float(raw, view.dtype));
+  return to_float(raw, view.dtype);
+}
+
+template <class Io>
+__device__ __forceinline__ Quads<Io::kCount> load(const Io& io, const View& view) {
+  return finish_load(io, view, io.load_raw(view));
+}
+
+// Calls visit(quad, element of it) for all of them, also for those outside the sample.
+template <class Io, class Visit>
+__device__ __forceinline__ void each(const Io&, Visit visit) {
+#pragma unroll
+  for (int q = 0; q < Io::kCount; ++q) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) visit(q, k);
+  }
+}
+
+// --- which access a call can have, decided on the host ------------------------------------------
+
+enum class Access { kScalar, kPacked, kPixels };
+
+inline bool is_aligned(const View& view, int64_t batch) {
   const int64_t vector_bytes = kQuad * size_of(view.dtype);
-  return sample_is_dense(view, channels, pixels) && channels * pixels % kQuad == 0 &&
-         reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(vector_bytes) == 0 &&
+  return reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(vector_bytes) == 0 &&
          (batch == 1 || view.sample_stride % kQuad == 0);
 }
 
-inline bool are_packed(std::initializer_list<const View*> views, int64_t channels, int64_t pixels,
-                       int64_t batch) {
-  return std::all_of(views.begin(), views.end(),
-                     [=](const View* view) { return is_packed(*view, channels, pixels, batch); });
+// Whether every quad of every sample is one aligned vector in memory.
+inline bool is_packed(const View& view, int64_t channels, int64_t pixels, int64_t batch) {
+  if (view.data == nullptr) return true;
+  return sample_is_dense(view, channels, pixels) && channels * pixels % kQuad == 0 &&
+         is_aligned(view, batch);
+}
+
+// Whether every four pixels of all channels are three aligned vectors in memory.
+inline bool is_interleaved(const View& view, int64_t channels, int64_t pixels, int64_t batch) {
+  return channels == kStripChannels && pixels % kQuad == 0 && view.channel_stride == 1 &&
+         view.pixel_stride == kStripChannels && is_aligned(view, batch);
+}
+
+// The best access that all tensors of a call allow.
+inline Access access_of(std::initializer_list<const View*> views, int64_t channels, int64_t pixels,
+                        int64_t batch) {
+  Access best = Access::kPacked;
+  for (const View* view : views) {
+    if (is_packed(*view, channels, pixels, batch)) continue;
+    if (!is_interleaved(*view, channels, pixels, batch)) return Access::kScalar;
+    best = Access::kPixels;
+  }
+  // Beside a channels_last tensor, a dense one needs its channels to begin on vectors.
+  return best == Access::kPixels && pixels % kQuad != 0 ? Access::kScalar : best;
 }
 
 inline void check_sample(const char* op, int64_t numel) {

@@ -1,10 +1,11 @@
-// Ops in which every element depends on its own inputs alone: one kernel, parametrised by an Op,
-// and its launcher. A thread takes one quad at a time, which is one Philox block, in a grid-stride
-// loop over all quads of the batch.
+// Ops in which every element depends on its own inputs alone: one kernel, parametrised by an Op
+// and by the access that the tensors allow, and its launcher. The threads of a grid stride over all
+// quads of the batch, or, with PixelsAccess, over all groups of four pixels.
 //
 // An Op provides
+//   kPixels                whether it has registers for PixelsAccess
 //   Row row()              constants of the call, read from device memory once a thread
-//   apply(io, row)         reads, computes and writes one quad
+//   apply(io, row)         reads, computes and writes the quads of one access
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -13,27 +14,39 @@
 
 namespace coup_fast::cuda {
 
-template <class Op, bool kPacked>
-__global__ void __launch_bounds__(kThreads)
+template <class Op, Access kAccess>
+__global__ void __launch_bounds__(kThreads, 2)
     per_quad_kernel(const Op op, const int64_t batch, const Order order, const Stride stride) {
   const typename Op::Row row = op.row();
   Cursor cursor = cursor_at(blockIdx.x * kThreads + threadIdx.x, stride);
   for (; cursor.sample < batch; advance(cursor, stride)) {
-    op.apply(QuadAccess<kPacked>(place_of(cursor.sample, cursor.quad, order), order.pixels), row);
+    if constexpr (kAccess == Access::kScalar) {
+      op.apply(ScalarAccess(place_of(cursor.sample, cursor.quad, order), order.pixels), row);
+    } else if constexpr (kAccess == Access::kPacked) {
+      op.apply(PackedAccess{cursor.sample, cursor.quad * kQuad, 1, order.pixels}, row);
+    } else {
+      op.apply(PixelsAccess{cursor.sample, cursor.quad * kQuad, kStripChannels, order.pixels}, row);
+    }
   }
 }
 
-// Runs the op over a batch. packed: every tensor of it is (see is_packed).
+// Runs the op over a batch; access: what all its tensors allow.
 template <class Op>
 void launch_per_quad(const Device& device, const char* name, const Op& op, int64_t batch,
-                     const Order& order, bool packed) {
+                     const Order& order, Access access) {
+  if (access == Access::kPixels && !Op::kPixels) access = Access::kScalar;
   const int64_t numel = int64_t{order.channels} * order.pixels;
   if (batch == 0 || numel == 0) return;
   check_sample(name, numel);
+  const int64_t items = access == Access::kPixels ? order.pixels : numel;  // four times those
   Shape shape;
-  shape.blocks = device.grid_for(batch * quads_in(numel));
-  const Stride stride = stride_of(int64_t{shape.blocks} * kThreads, numel);
-  const auto kernel = packed ? per_quad_kernel<Op, true> : per_quad_kernel<Op, false>;
+  shape.blocks = device.grid_for(batch * quads_in(items));
+  const Stride stride = stride_of(int64_t{shape.blocks} * kThreads, items);
+  auto kernel = access == Access::kScalar ? per_quad_kernel<Op, Access::kScalar>
+                                          : per_quad_kernel<Op, Access::kPacked>;
+  if constexpr (Op::kPixels) {
+    if (access == Access::kPixels) kernel = per_quad_kernel<Op, Access::kPixels>;
+  }
   launch(device, name, shape, kernel, op, batch, order, stride);
 }
 

@@ -1,23 +1,33 @@
-// Ops that need sums over a whole sample before they can update it: the one kernel, parametrised by
-// an Op, and its launcher. Sums are in the canonical order of math/reduce.h, so they equal the
-// CPU's bit for bit.
+// Ops that need sums over a whole sample before they can update it: two kernels, parametrised by an
+// Op, and their launcher. Sums are in the canonical order of math/reduce.h, so they equal the CPU's
+// bit for bit.
 //
-// A sample of one segment is one block's. A larger one is shared by a cluster of up to 8 blocks,
-// which exchange segment sums through distributed shared memory (compute capability 9.0 on). Either
-// way it is one launch, and the vector that both sums and update need is kept in shared memory in
-// between: every tensor is read once. Up to 64 KB of it are kept, so that three blocks share a
-// multiprocessor; what is beyond is read again, from L2. Older devices, and samples above 2^20
-// elements, take one launch a round of sums and one for the update, with the sums in a workspace.
+// Samples of up to 3072 elements (3x32x32): a block of 256 threads each, everything in registers.
+// All loads are issued at once, noise is drawn while they are under way, every byte is read once.
+//
+// Larger ones: a block of up to three groups, each summing a segment, keeps the vector that both
+// sums and update need in shared memory in between (a segment is 64 KB); above three segments a
+// cluster of up to 8 such blocks, which exchange segment sums through distributed shared memory
+// (compute capability 9.0 on). One launch; every tensor is read once up to 24 segments (3x362x362),
+// beyond that, up to 2^20 elements, the rest of the staged vector is read again, most of it from
+// L2. Two rounds of sums read what the second needs twice. Older devices above three segments, and
+// all above 2^20 elements, take one launch a round of sums and one for the update, with the sums in
+// a workspace.
 //
 // An Op provides
 //   kRounds, kProducts        rounds of sums, each of up to kProducts sums
+//   kRegisters                whether it has registers for whole small samples
+//   kGroups                   of a block, as many as its registers allow
+//   kSumSteps, kUpdateSteps   quads a thread sums and updates at a time: 1, 2 or 4
 //   State begin(sample)       what is known before any sum
-//   View staged()             the vector kept in shared memory
-//   products<round>(io, state, quad, lanes)   adds the quad's products to lanes[product]
+//   View staged()             the vector that is kept
+//   Inputs<n> load<phase>(io, state)          the other tensors of a phase: a round of sums,
+//                                             kRounds for the update, kAllPhases for all of them
+//   products<round>(io, state, quads, inputs, lanes)   adds the products to lanes[product]
 //   finish<round>(state, sums)                sums to state
-//   update(io, state, quad)                   reads the other tensors, writes the outputs
+//   update(io, state, quads, inputs)          writes the outputs
 //   update_sample(sample, state)              writes outputs of one value a sample
-// where io loads and stores quads at one place.
+// where io loads and stores quads and quads are the staged vector's.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -30,17 +40,22 @@
 
 namespace coup_fast::cuda {
 
-constexpr int kAllPasses = -1;
+constexpr int kAllPhases = -1;
+
+__host__ __device__ constexpr bool is_phase(int phase, int which) {
+  return phase == kAllPhases || phase == which;
+}
 
 struct PerSample {
   int numel;         // elements of a sample
   int pixels;        // of a channel
   int segments;      // of a sample
   int blocks;        // of a sample
-  int stage_floats;  // of shared memory: a segment or the whole of a smaller sample, if it fits
-  int pass;          // kAllPasses, or the round to sum, or kRounds for the update
+  int groups;        // of a block
+  int stage_floats;  // of shared memory, for the first turn of the groups
+  int phase;         // kAllPhases, or the round to sum, or kRounds for the update
   bool cluster;      // the blocks of a sample are a cluster
-  float* workspace;  // [batch, rounds, products, segments] where there are several passes
+  float* workspace;  // [batch, rounds, products, segments] where there are several launches
 };
 
 __device__ __forceinline__ float* shared_floats() {
@@ -52,52 +67,56 @@ __device__ __forceinline__ float* shared_floats() {
 #endif
 }
 
-// All blocks of a sample have come this far, and see what the others wrote to shared memory.
-__device__ __forceinline__ void meet(const PerSample& job) {
+// --- what blocks of a cluster do together; nothing where the architecture has none ---------------
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (job.cluster) {
-    cooperative_groups::this_cluster().sync();
-    return;
-  }
-#endif
-  __syncthreads();
+__device__ __forceinline__ void cluster_arrive() {
+  (void)cooperative_groups::this_cluster().barrier_arrive();
 }
-
-// An address of this block's shared memory, in block `rank` of the sample.
-__device__ __forceinline__ const float* in_block(const PerSample& job, float* address, int rank) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (job.cluster) return cooperative_groups::this_cluster().map_shared_rank(address, rank);
-#endif
-  return address;
+__device__ __forceinline__ void cluster_wait() {
+  cooperative_groups::this_cluster().barrier_wait();
 }
+__device__ __forceinline__ const float* in_block(float* address, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(address, rank);
+}
+#else
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ const float* in_block(float* address, int) { return address; }
+#endif
 
+// Shared memory: sums of this block's segments, sums of all, lanes of the segments being summed
+// (kLanes floats a group), the staged vector.
 template <class Op>
 struct SharedLayout {
-  static constexpr int kScratch =
-      Op::kProducts * kReduceLanes;  // lanes of the segment being summed
-  static constexpr int kSums = Op::kRounds * Op::kProducts * kMaxTurns;
-  static constexpr int kFixed = kScratch + kSums;  // then the staged vector
+  static constexpr int kOwn = Op::kRounds * Op::kProducts * kMaxOwn;
+  static constexpr int kAll = Op::kProducts * kMaxSegments;
+  static constexpr int kLanes = Op::kProducts * kReduceLanes;
 
-  __device__ static float* scratch() { return shared_floats(); }
-  __device__ static float* sum(int round, int product, int turn) {
-    return shared_floats() + kScratch + (round * Op::kProducts + product) * kMaxTurns + turn;
+  static constexpr int fixed(int groups) { return kOwn + kAll + groups * kLanes; }
+
+  __device__ static float* own(int round, int product, int number) {
+    return shared_floats() + (round * Op::kProducts + product) * kMaxOwn + number;
   }
-  __device__ static float* stage() { return shared_floats() + kFixed; }
+  __device__ static float* all(int product) {
+    return shared_floats() + kOwn + product * kMaxSegments;
+  }
+  __device__ static float* lanes(int group, int product) {
+    return shared_floats() + kOwn + kAll + group * kLanes + product * kReduceLanes;
+  }
+  __device__ static float* stage(int groups) {
+    return shared_floats() + kOwn + kAll + groups * kLanes;
+  }
 };
 
-// Sum over the kReduceLanes lanes of a block by halving: lane l takes lane l + 512, l + 256, ..., l
-// + 1. Valid in thread 0. The block must meet before scratch is written again.
-__device__ __forceinline__ float sum_lanes(const Quad& lanes, float* scratch) {
+// Sum over the kReduceLanes lanes of a group by halving: lane l takes lane l + 512, l + 256, ...,
+// l + 1. By one warp, valid in all of it.
+__device__ __forceinline__ float sum_lanes(const float* lanes) {
   constexpr int kWarp = 32;
   constexpr int kWarps = kSumThreads / kWarp;
-  const int thread = static_cast<int>(threadIdx.x);
-  Quad* quads = reinterpret_cast<Quad*>(scratch);
-  quads[thread] = lanes;
-  __syncthreads();
-  if (thread >= kWarp) return 0.0f;
+  const Quad* quads = reinterpret_cast<const Quad*>(lanes) + threadIdx.x % kWarp;
   Quad part[kWarps];
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) part[warp] = quads[warp * kWarp + thread];
+  for (int warp = 0; warp < kWarps; ++warp) part[warp] = quads[warp * kWarp];
 #pragma unroll
   for (int half = kWarps / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -115,50 +134,153 @@ __device__ __forceinline__ float sum_lanes(const Quad& lanes, float* scratch) {
   return (own.at[0] + own.at[2]) + (own.at[1] + own.at[3]);
 }
 
+// Sums the lanes of a group, product by product, one warp each. What `lanes` held before must have
+// been read by all; put(product, sum) is called by one thread, and the block has to meet before
+// others see what it wrote.
+template <class Op, class Put>
+__device__ __forceinline__ void sum_products(const Quad (&lanes)[Op::kProducts], int group,
+                                             int thread, Put put) {
+  constexpr int kWarp = 32;
+  using Shared = SharedLayout<Op>;
+#pragma unroll
+  for (int product = 0; product < Op::kProducts; ++product) {
+    reinterpret_cast<Quad*>(Shared::lanes(group, product))[thread] = lanes[product];
+  }
+  __syncthreads();
+  const int product = thread / kWarp;
+  if (product < Op::kProducts) {
+    const float sum = sum_lanes(Shared::lanes(group, product));
+    if (thread % kWarp == 0) put(product, sum);
+  }
+}
+
+// --- samples in registers -----------------------------------------------------------------------
+
+template <class Op, int... kRound>
+__device__ __forceinline__ void run_in_registers(const Op& op, const PerSample& job,
+                                                 std::integer_sequence<int, kRound...>) {
+  using Io = StripAccess<kRegisterSteps, kReduceLanes>;
+  using Shared = SharedLayout<Op>;
+  const int64_t sample = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int steps = sum_steps(job.numel, 0, thread);
+  const bool works = steps > 0;
+  const Io io{sample, thread * kQuad, steps, job.pixels};
+  typename Op::State state = op.begin(sample);
+  RawQuads<Io::kCount> raw{};
+  typename Op::template Inputs<Io::kCount> inputs{};
+  if (works) {
+    raw = io.load_raw(op.staged());
+    inputs = op.template load<kAllPhases>(io, state);
+  }
+  const auto staged = finish_load(io, op.staged(), raw);
+  const auto round = [&](auto number) {
+    constexpr int kNumber = decltype(number)::value;
+    Quad lanes[Op::kProducts] = {};
+    if (works) op.template products<kNumber>(io, state, staged, inputs, lanes);
+    if (kNumber > 0) __syncthreads();
+    sum_products<Op>(lanes, 0, thread,
+                     [&](int product, float sum) { *Shared::own(kNumber, product, 0) = sum; });
+    __syncthreads();
+    float sums[Op::kProducts];
+#pragma unroll
+    for (int product = 0; product < Op::kProducts; ++product) {
+      sums[product] = 0.0f + *Shared::own(kNumber, product, 0);
+    }
+    op.template finish<kNumber>(state, sums);
+  };
+  (round(std::integral_constant<int, kRound>{}), ...);
+  if (works) op.update(io, state, staged, inputs);
+  if (thread == 0) op.update_sample(sample, state);
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kSumThreads, 2)
+    register_sample_kernel(const Op op, const PerSample job) {
+  run_in_registers(op, job, std::make_integer_sequence<int, Op::kRounds>{});
+}
+
+// --- larger samples -----------------------------------------------------------------------------
+
 template <class Op, bool kPacked>
 struct PerSampleKernel {
   using Shared = SharedLayout<Op>;
   using State = typename Op::State;
-  using Io = QuadAccess<kPacked>;
+  // Steps of a sum at a time: their loads are under way together.
+  static constexpr int kSumSteps = kPacked ? Op::kSumSteps : 1;
+  static constexpr int kUpdateSteps = kPacked ? Op::kUpdateSteps : 1;
   const Op& op;
   const PerSample& job;
   int64_t sample;
-  int rank;  // of this block among those of the sample
+  int rank;    // of this block among those of the sample
+  int group;   // of this thread in the block
+  int thread;  // in the group
 
-  __device__ Io access(int segment, int step) const {
-    return {place_at(sample, sum_first(segment, step, threadIdx.x), job.numel), job.pixels};
+  __device__ int turns() const {
+    const int slots = job.blocks * job.groups;
+    const int first = rank * job.groups;  // the segment of the first group
+    return first < job.segments ? (job.segments - first + slots - 1) / slots : 0;
+  }
+  __device__ int segment(int turn) const { return (turn * job.blocks + rank) * job.groups + group; }
+
+  // Calls visit(io, step) for this thread's quads of a segment, kSteps at a time.
+  template <int kSteps, class Visit>
+  __device__ void each_step(int turn, Visit visit) const {
+    const int steps = sum_steps(job.numel, segment(turn), thread);
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kSteps) {
+      const int first = sum_first(segment(turn), step, thread);
+      if constexpr (kPacked) {
+        using Io = StripAccess<kSteps, kReduceLanes>;
+        const int left = steps - step;
+        visit(Io{sample, first, left < kSteps ? left : kSteps, job.pixels}, step);
+      } else {
+        visit(ScalarAccess(place_at(sample, first, job.numel), job.pixels), step);
+      }
+    }
   }
 
-  // The staged vector's quad: from memory the first time, then from where that left it.
-  __device__ Quad staged(const Io& io, int turn, int step, bool first) const {
-    const int slot = sum_first(turn, step, threadIdx.x);
-    const bool kept = slot < job.stage_floats;
-    Quad* place = reinterpret_cast<Quad*>(Shared::stage() + slot);
-    if (kept && !first) return *place;
-    const Quad quad = io.load(op.staged());
-    if (kept) *place = quad;
-    return quad;
+  // Where the staged vector's quad of a step is kept, or null. All quads of a strip are, or none.
+  __device__ Quad* kept(int turn, int step) const {
+    const int slot = sum_first(group, step, thread);
+    if (turn > 0 || slot >= job.stage_floats) return nullptr;
+    return reinterpret_cast<Quad*>(Shared::stage(job.groups) + slot);
+  }
+
+  template <class Io>
+  __device__ Quads<Io::kCount> staged(const Io& io, int turn, int step, bool first) const {
+    Quad* place = kept(turn, step);
+    Quads<Io::kCount> quads = {};
+    if (place == nullptr || first) quads = load(io, op.staged());
+    if (place == nullptr) return quads;
+#pragma unroll
+    for (int q = 0; q < Io::kCount; ++q) {
+      if (!io.holds(q, 0)) continue;
+      Quad& quad = place[q * kSumThreads];
+      if (first) {
+        quad = quads.quad[q];
+      } else {
+        quads.quad[q] = quad;
+      }
+    }
+    return quads;
   }
 
   template <int kRound>
-  __device__ void sum_segment(int segment, int turn, const State& state) const {
+  __device__ void sum_segment(int turn, const State& state) const {
     Quad lanes[Op::kProducts] = {};
-    const int steps = sum_steps(job.numel, segment, threadIdx.x);
-#pragma unroll 4
-    for (int step = 0; step < steps; ++step) {
-      const Io io = access(segment, step);
-      op.template products<kRound>(io, state, staged(io, turn, step, kRound == 0), lanes);
-    }
-#pragma unroll
-    for (int product = 0; product < Op::kProducts; ++product) {
-      const float sum = sum_lanes(lanes[product], Shared::scratch() + product * kReduceLanes);
-      if (threadIdx.x != 0) continue;
-      if (job.pass == kAllPasses) {
-        *Shared::sum(kRound, product, turn) = sum;
+    each_step<kSumSteps>(turn, [&](const auto& io, int step) {
+      const auto inputs = op.template load<kRound>(io, state);
+      op.template products<kRound>(io, state, staged(io, turn, step, kRound == 0), inputs, lanes);
+    });
+    sum_products<Op>(lanes, group, thread, [&](int product, float sum) {
+      if (segment(turn) >= job.segments) return;
+      if (job.phase == kAllPhases) {
+        *Shared::own(kRound, product, turn * job.groups + group) = sum;
       } else {
-        workspace(kRound, product)[segment] = sum;
+        workspace(kRound, product)[segment(turn)] = sum;
       }
-    }
+    });
     __syncthreads();
   }
 
@@ -167,35 +289,44 @@ struct PerSampleKernel {
     return job.workspace + row * job.segments;
   }
 
-  __device__ float total(int round, int product) const {
-    float sum = 0.0f;
-    if (job.pass == kAllPasses) {
-      for (int turn = 0; turn * job.blocks < job.segments; ++turn) {
-        for (int block = 0; block < job.blocks; ++block) {
-          if (turn * job.blocks + block >= job.segments) break;
-          sum += *in_block(job, Shared::sum(round, product, turn), block);
-        }
-      }
-    } else {
-      const float* sums = workspace(round, product);
-      for (int segment = 0; segment < job.segments; ++segment) sum += sums[segment];
+  // The sums of all segments, from the blocks that have them to this one's shared memory.
+  template <int kRound>
+  __device__ void gather() const {
+    const int slots = job.blocks * job.groups;
+    for (int i = static_cast<int>(threadIdx.x); i < Op::kProducts * job.segments;
+         i += static_cast<int>(blockDim.x)) {
+      const int product = i / job.segments;
+      const int wanted = i - product * job.segments;
+      const int turn = wanted / slots;
+      const int owner = (wanted - turn * slots) / job.groups;
+      float* sum = Shared::own(kRound, product, turn * job.groups + wanted % job.groups);
+      Shared::all(product)[wanted] = job.cluster ? *in_block(sum, owner) : *sum;
     }
-    return sum;
+    __syncthreads();
   }
 
   template <int kRound>
   __device__ void round(State& state) const {
-    if (job.pass == kAllPasses || job.pass == kRound) {
-      for (int segment = rank, turn = 0; segment < job.segments; segment += job.blocks, ++turn) {
-        sum_segment<kRound>(segment, turn, state);
-      }
+    if (is_phase(job.phase, kRound)) {
+      for (int turn = 0; turn < turns(); ++turn) sum_segment<kRound>(turn, state);
     }
-    if (job.pass != kAllPasses && job.pass <= kRound) return;
-    if (job.pass == kAllPasses) meet(job);
+    const bool whole = job.phase == kAllPhases;
+    if (!whole && job.phase <= kRound) return;
+    if (whole) {
+      if (job.cluster) {
+        cluster_arrive();
+        cluster_wait();
+      }
+      gather<kRound>();
+    }
     float sums[Op::kProducts];
 #pragma unroll
-    for (int product = 0; product < Op::kProducts; ++product)
-      sums[product] = total(kRound, product);
+    for (int product = 0; product < Op::kProducts; ++product) {
+      const float* all = whole ? Shared::all(product) : workspace(kRound, product);
+      sums[product] = 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < job.segments; ++i) sums[product] += all[i];
+    }
     op.template finish<kRound>(state, sums);
   }
 
@@ -203,70 +334,90 @@ struct PerSampleKernel {
   __device__ void run(std::integer_sequence<int, kRound...>) const {
     State state = op.begin(sample);
     (round<kRound>(state), ...);
-    if (job.pass != kAllPasses && job.pass != Op::kRounds) return;
-    for (int segment = rank, turn = 0; segment < job.segments; segment += job.blocks, ++turn) {
-      const int steps = sum_steps(job.numel, segment, threadIdx.x);
-      for (int step = 0; step < steps; ++step) {
-        const Io io = access(segment, step);
-        op.update(io, state, staged(io, turn, step, false));
+    if (job.cluster) cluster_arrive();  // this block has read all sums that it needs
+    if (is_phase(job.phase, Op::kRounds)) {
+      for (int turn = 0; turn < turns(); ++turn) {
+        each_step<kUpdateSteps>(turn, [&](const auto& io, int step) {
+          const auto inputs = op.template load<Op::kRounds>(io, state);
+          op.update(io, state, staged(io, turn, step, false), inputs);
+        });
       }
+      if (rank == 0 && threadIdx.x == 0) op.update_sample(sample, state);
     }
-    if (rank == 0 && threadIdx.x == 0) op.update_sample(sample, state);
-    if (job.cluster) meet(job);  // others may still be reading this block's sums
+    if (job.cluster) cluster_wait();  // others may still be reading this block's sums
   }
 };
 
 template <class Op, bool kPacked>
-__global__ void __launch_bounds__(kSumThreads, 2)
+__global__ void __launch_bounds__(kSumThreads* Op::kGroups, 1)
     per_sample_kernel(const Op op, const PerSample job) {
   const unsigned blocks = static_cast<unsigned>(job.blocks);
   const unsigned sample = blockIdx.x / blocks;
   const int rank = static_cast<int>(blockIdx.x - sample * blocks);
-  PerSampleKernel<Op, kPacked>{op, job, sample, rank}.run(
+  const int group = static_cast<int>(threadIdx.x) / kSumThreads;
+  const int thread = static_cast<int>(threadIdx.x) % kSumThreads;
+  PerSampleKernel<Op, kPacked>{op, job, sample, rank, group, thread}.run(
       std::make_integer_sequence<int, Op::kRounds>{});
 }
 
-// Runs the op over a batch. `like` gives the device and the allocator of the workspace.
+// --- launch -------------------------------------------------------------------------------------
+
+// Whether the register kernel can take all tensors: the strip of a thread's three quads is that of
+// three channels of 1024 pixels.
+inline bool fits_registers(Access access, int64_t numel, int64_t pixels) {
+  return numel <= kRegisterSample &&
+         (access == Access::kPacked || (access == Access::kPixels && pixels == kReduceLanes));
+}
+
+// Runs the op over a batch; access: what all its tensors allow. `like` gives the device and the
+// allocator of the workspace.
 template <class Op>
 void launch_per_sample(const Device& device, const char* name, const Op& op, const Tensor& like,
-                       int64_t batch, int64_t channels, int64_t pixels, bool packed) {
+                       int64_t batch, int64_t channels, int64_t pixels, Access access) {
   const int64_t numel = channels * pixels;
   if (batch == 0) return;  // no elements but samples: their sums are 0
   check_sample(name, numel);
+  const auto kernel =
+      access == Access::kPacked ? per_sample_kernel<Op, true> : per_sample_kernel<Op, false>;
+  const bool registers = Op::kRegisters && fits_registers(access, numel, pixels);
   PerSample job{};
   job.numel = static_cast<int>(numel);
   job.pixels = static_cast<int>(pixels);
   job.segments = static_cast<int>(num_segments(numel));
-  const auto kernel = packed ? per_sample_kernel<Op, true> : per_sample_kernel<Op, false>;
-  const bool has_clusters = job.segments > 1 && device.compiled_for(kernel) >= 90;
-  job.blocks = blocks_in_one_launch(job.segments, has_clusters);
-  job.pass = kAllPasses;
-  job.cluster = job.blocks > 1;
-  const bool one_launch = job.blocks > 0;
-  if (one_launch) {
+  const bool has_clusters = job.segments > Op::kGroups && device.compiled_for(kernel) >= 90;
+  const Team team = team_of(job.segments, Op::kGroups, has_clusters);
+  const bool one_launch = team.blocks > 0;
+  job.phase = kAllPhases;
+  job.cluster = team.blocks > 1;
+  job.groups = team.groups;
+  job.blocks = one_launch ? team.blocks : std::min(job.segments, 1024);
+  if (one_launch && !registers) {
+    constexpr int kBatch = 4 * kReduceLanes;  // of a strip: it is kept whole or not at all
     const int most = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) /
-                         static_cast<int>(sizeof(Quad)) * kQuad -
-                     SharedLayout<Op>::kFixed;
-    job.stage_floats = std::min({quads_in(numel) * kQuad, static_cast<int>(kSegment), most});
-  } else {
-    job.blocks = std::min(job.segments, 1024);
+                         static_cast<int>(sizeof(float)) -
+                     SharedLayout<Op>::fixed(job.groups);
+    const int wanted = std::min(quads_in(numel) * kQuad, job.groups * static_cast<int>(kSegment));
+    job.stage_floats = wanted <= most ? wanted : most / kBatch * kBatch;
   }
   STD_TORCH_CHECK(batch <= 0x7fffffff / job.blocks, "coup_fast::", name, ": ", batch,
                   " samples are too many for one launch; split the batch");
 
   Shape shape;
   shape.blocks = static_cast<unsigned>(batch * job.blocks);
-  shape.threads = kSumThreads;
+  shape.threads = static_cast<unsigned>(kSumThreads * job.groups);
   shape.cluster = job.cluster ? static_cast<unsigned>(job.blocks) : 1;
   shape.shared_bytes =
-      sizeof(float) * static_cast<size_t>(SharedLayout<Op>::kFixed + job.stage_floats);
+      sizeof(float) * static_cast<size_t>(SharedLayout<Op>::fixed(job.groups) + job.stage_floats);
+  if constexpr (Op::kRegisters) {
+    if (registers) return launch(device, name, shape, register_sample_kernel<Op>, op, job);
+  }
   if (one_launch) return launch(device, name, shape, kernel, op, job);
 
   const int64_t sizes[] = {batch, Op::kRounds, Op::kProducts, job.segments};
   const Tensor workspace =
       torch::stable::new_empty(like, {sizes, 4}, torch::headeronly::ScalarType::Float);
   job.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  for (job.pass = 0; job.pass <= Op::kRounds; ++job.pass) {
+  for (job.phase = 0; job.phase <= Op::kRounds; ++job.phase) {
     launch(device, name, shape, kernel, op, job);
   }
 }

@@ -21,6 +21,7 @@ __device__ __forceinline__ NoisyRow noisy_row(const Perturb& params) {
 }
 
 struct Forward {
+  static constexpr bool kPixels = true;
   Perturb params;
   using Row = NoisyRow;
 
@@ -28,18 +29,19 @@ struct Forward {
 
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
-    const RawQuad raw = io.load_raw(params.images);
-    const Quad z = noise_of(io, row.noisy, params.noise, params.keys);
-    Quad u = to_float(raw, params.images.dtype);
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      u.at[k] = perturb_value<float>(row.row, row.noisy, u.at[k], z.at[k]);
-    }
+    const auto raw = io.load_raw(params.images);
+    const auto z = noise_of(io, row.noisy, params.noise, params.keys);
+    auto u = finish_load(io, params.images, raw);
+    each(io, [&](int q, int k) {
+      float& at = u.quad[q].at[k];
+      at = perturb_value<float>(row.row, row.noisy, at, z.quad[q].at[k]);
+    });
     io.store(params.out, u);
   }
 };
 
 struct Backward {
+  static constexpr bool kPixels = true;
   PerturbBackward params;
   using Row = NoisyRow;
 
@@ -49,15 +51,16 @@ struct Backward {
   __device__ void apply(const Io& io, const Row& row) const {
     const Perturb& forward = params.forward;
     const bool masked = bounded(row.row.lo, row.row.hi);
-    const RawQuad raw_grad = io.load_raw(params.grad);
-    const RawQuad raw = masked ? io.load_raw(forward.images) : RawQuad{};
-    const Quad z = noise_of(io, masked && row.noisy, forward.noise, forward.keys);
-    const Quad u = to_float(raw, forward.images.dtype);
-    Quad grad = to_float(raw_grad, params.grad.dtype);
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      grad.at[k] = perturb_gradient<float>(row.row, row.noisy, u.at[k], z.at[k], grad.at[k]);
-    }
+    const auto raw_grad = io.load_raw(params.grad);
+    RawQuads<Io::kCount> raw{};
+    if (masked) raw = io.load_raw(forward.images);
+    const auto z = noise_of(io, masked && row.noisy, forward.noise, forward.keys);
+    const auto u = finish_load(io, forward.images, raw);
+    auto grad = finish_load(io, params.grad, raw_grad);
+    each(io, [&](int q, int k) {
+      float& at = grad.quad[q].at[k];
+      at = perturb_gradient<float>(row.row, row.noisy, u.quad[q].at[k], z.quad[q].at[k], at);
+    });
     io.store(params.grad_images, grad);
   }
 };
@@ -68,10 +71,10 @@ Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& ke
   Perturb params = perturb_params(arguments, coeffs, keys, noise);
   const Tensor out = new_dense(images, ScalarType::Float);
   params.out = arguments.output(out);
-  const bool packed = are_packed({&params.images, &params.noise, &params.out}, params.channels,
-                                 params.pixels, params.batch);
+  const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
+                                  params.pixels, params.batch);
   launch_per_quad(Device(images), "perturb", Forward{params}, params.batch,
-                  order_of(params.images, params.channels, params.pixels), packed);
+                  order_of(params.images, params.channels, params.pixels), access);
   return out;
 }
 
@@ -84,11 +87,11 @@ Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& 
   params.grad = arguments.same_shape("grad", grad);
   const Tensor out = new_dense(images, images.scalar_type());
   params.grad_images = arguments.output(out);
-  const bool packed =
-      are_packed({&forward.images, &forward.noise, &params.grad, &params.grad_images},
-                 forward.channels, forward.pixels, forward.batch);
+  const Access access =
+      access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
+                forward.channels, forward.pixels, forward.batch);
   launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.batch,
-                  order_of(forward.images, forward.channels, forward.pixels), packed);
+                  order_of(forward.images, forward.channels, forward.pixels), access);
   return out;
 }
 

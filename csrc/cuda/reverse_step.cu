@@ -17,27 +17,41 @@
 namespace coup_fast::cuda {
 namespace {
 
+// kPlain: without variance channels and reference, as most calls are.
+template <bool kPlain>
 struct Forward {
+  static constexpr bool kPixels = true;
   ReverseStep params;
   using Row = StepConstants;
 
-  __device__ Row row() const { return step_constants(params); }
+  __device__ Row row() const { return step_constants<kPlain>(params); }
 
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
-    step_quad(io, params, row, row.row.c, nullptr);
+    auto raw = load_step(io, params, reads_of_sum<kPlain>());
+    draw_noise(io, params, row.terms.z, raw);
+    store_step(io, params, row, row.row.c, step_values<kPlain>(io, params, raw, nullptr));
   }
 };
 
+template <bool kPlain>
 struct Backward {
+  static constexpr bool kPixels = kPlain;  // otherwise its registers would spill
   ReverseStepBackward params;
   using Row = StepConstants;
 
-  __device__ Row row() const { return step_constants(params.forward); }
+  __device__ Row row() const { return step_constants<kPlain>(params.forward); }
 
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
-    step_gradient_quad(io, params, row, GuidanceSample{row.row.c, 0.0f}, false, nullptr);
+    const auto raw_grad = io.load_raw(params.grad);
+    auto raw = load_step(io, params.forward, reads_of_gradient<kPlain>(row.terms, false));
+    draw_noise(io, params.forward, gradient_needs_noise(row.terms), raw);
+    const auto in = step_values<kPlain>(io, params.forward, raw, nullptr);
+    const auto grad = finish_load(io, params.grad, raw_grad);
+    const float scale = row.row.c;
+    store_gradients<kPlain>(io, params, row, GuidanceSample{scale, 0.0f}, in,
+                            sum_gradients(io, row, scale, in, grad));
   }
 };
 
@@ -47,27 +61,45 @@ struct NormedState {
   GuidanceSample sample;
 };
 
-// <G, b> of a quad.
+// <a, b> of some quads.
 template <class Io>
-__device__ __forceinline__ void add_products(const Io& io, const Quad& g, const Quad& b,
-                                             Quad& lanes) {
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    if (k < io.count()) lanes.at[k] = Lanes<float>::fma(g.at[k], b.at[k], lanes.at[k]);
-  }
+__device__ __forceinline__ void add_products(const Io& io, const Quads<Io::kCount>& a,
+                                             const Quads<Io::kCount>& b, Quad& lanes) {
+  each(io, [&](int q, int k) {
+    float& lane = lanes.at[k];
+    if (io.holds(q, k)) lane = Lanes<float>::fma(a.quad[q].at[k], b.quad[q].at[k], lane);
+  });
 }
 
+template <bool kPlain>
 struct NormedForward {
   static constexpr int kRounds = 1;
   static constexpr int kProducts = 1;
+  static constexpr bool kRegisters = true;
+  static constexpr int kGroups = 3;
+  static constexpr int kSumSteps = 4;
+  static constexpr int kUpdateSteps = kPlain ? 2 : 1;
   using State = NormedState;
+  template <int kCount>
+  using Inputs = RawStep<kCount>;
   ReverseStep params;
 
-  __device__ State begin(int64_t) const { return State{step_constants(params), 0.0f, {}}; }
+  __device__ State begin(int64_t) const { return State{step_constants<kPlain>(params), 0.0f, {}}; }
   __device__ const View& staged() const { return params.g; }
 
+  template <int kPhase, class Io>
+  __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
+    if (!is_phase(kPhase, kRounds)) return {};
+    StepReads reads = reads_of_sum<kPlain>();
+    reads.g = false;
+    auto raw = load_step(io, params, reads);
+    draw_noise(io, params, state.constants.terms.z, raw);
+    return raw;
+  }
+
   template <int kRound, class Io>
-  __device__ void products(const Io& io, const State&, const Quad& g, Quad (&lanes)[1]) const {
+  __device__ void products(const Io& io, const State&, const Quads<Io::kCount>& g,
+                           const Inputs<Io::kCount>&, Quad (&lanes)[1]) const {
     add_products(io, g, g, lanes[0]);
   }
 
@@ -77,8 +109,10 @@ struct NormedForward {
   }
 
   template <class Io>
-  __device__ void update(const Io& io, const State& state, const Quad& g) const {
-    step_quad(io, params, state.constants, state.sample.scale, &g);
+  __device__ void update(const Io& io, const State& state, const Quads<Io::kCount>& g,
+                         const Inputs<Io::kCount>& raw) const {
+    store_step(io, params, state.constants, state.sample.scale,
+               step_values<kPlain>(io, params, raw, &g));
   }
 
   __device__ void update_sample(int64_t, const State&) const {}
@@ -87,38 +121,65 @@ struct NormedForward {
 struct NormedBackward {
   static constexpr int kRounds = 2;
   static constexpr int kProducts = 1;
+  static constexpr bool kRegisters = false;
+  static constexpr int kGroups = 2;
+  static constexpr int kSumSteps = 1;
+  static constexpr int kUpdateSteps = 1;
   using State = NormedState;
+  template <int kCount>
+  struct Inputs {
+    RawStep<kCount> step;
+    RawQuads<kCount> grad;
+  };
   ReverseStepBackward params;
 
-  __device__ State begin(int64_t) const { return State{step_constants(params.forward), 0.0f, {}}; }
+  __device__ State begin(int64_t) const {
+    return State{step_constants<false>(params.forward), 0.0f, {}};
+  }
   __device__ const View& staged() const { return params.forward.g; }
 
-  // a of the guidance's gradient, see guidance_sample
-  template <class Io>
-  __device__ Quad along(const Io& io, const State& state, const Quad& g) const {
-    const StepRow& row = state.constants.row;
+  template <int kPhase, class Io>
+  __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
+    if (kPhase == 0) return {};
     const StepTerms& terms = state.constants.terms;
-    StepReads reads{};
-    if (terms.out_clamp) reads = reads_of_sum(terms);
-    reads.s = terms.learned;
-    const RawQuad raw_grad = io.load_raw(params.grad);
-    const StepQuads in = load_step(io, params.forward, reads, &g);
-    Quad out = to_float(raw_grad, params.grad.dtype);
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      const StepValues<float> values = in.at(k);
-      const StepFactors<float> factors =
-          step_factors<float>(row, terms, state.sample.scale, values.s);
-      const float y = sum_gradient<float>(row, terms, factors, values, out.at[k]);
-      out.at[k] = guided_gradient<float>(terms, factors, y);
-    }
-    return out;
+    StepReads reads = reads_of_gradient<false>(terms, true);
+    if (kPhase == 1 && !terms.out_clamp)
+      reads = StepReads{false, false, terms.learned, false, false};
+    reads.g = false;
+    Inputs<Io::kCount> in;
+    in.grad = io.load_raw(params.grad);
+    in.step = load_step(io, params.forward, reads);
+    const bool noisy = kPhase == 1 ? terms.z && terms.out_clamp : gradient_needs_noise(terms);
+    draw_noise(io, params.forward, noisy, in.step);
+    return in;
   }
 
+  template <class Io>
+  __device__ Quads<Io::kCount> gradient_of_sum(const Io& io, const State& state,
+                                               const StepQuads<Io::kCount>& values,
+                                               const Inputs<Io::kCount>& in) const {
+    return sum_gradients(io, state.constants, state.sample.scale, values,
+                         finish_load(io, params.grad, in.grad));
+  }
+
+  // <G, G>, then <G, a>, see guidance_sample.
   template <int kRound, class Io>
-  __device__ void products(const Io& io, const State& state, const Quad& g,
-                           Quad (&lanes)[1]) const {
-    add_products(io, g, kRound == 0 ? g : along(io, state, g), lanes[0]);
+  __device__ void products(const Io& io, const State& state, const Quads<Io::kCount>& g,
+                           const Inputs<Io::kCount>& in, Quad (&lanes)[1]) const {
+    if constexpr (kRound == 0) {
+      add_products(io, g, g, lanes[0]);
+    } else {
+      const StepConstants& constants = state.constants;
+      const auto values = step_values<false>(io, params.forward, in.step, &g);
+      auto along = gradient_of_sum(io, state, values, in);
+      each(io, [&](int q, int k) {
+        const StepFactors<float> factors = step_factors<float>(
+            constants.row, constants.terms, state.sample.scale, values.s.quad[q].at[k]);
+        float& at = along.quad[q].at[k];
+        at = guided_gradient<float>(constants.terms, factors, at);
+      });
+      add_products(io, g, along, lanes[0]);
+    }
   }
 
   template <int kRound>
@@ -134,8 +195,11 @@ struct NormedBackward {
   }
 
   template <class Io>
-  __device__ void update(const Io& io, const State& state, const Quad& g) const {
-    step_gradient_quad(io, params, state.constants, state.sample, true, &g);
+  __device__ void update(const Io& io, const State& state, const Quads<Io::kCount>& g,
+                         const Inputs<Io::kCount>& in) const {
+    const auto values = step_values<false>(io, params.forward, in.step, &g);
+    store_gradients<false>(io, params, state.constants, state.sample, values,
+                           gradient_of_sum(io, state, values, in));
   }
 
   __device__ void update_sample(int64_t, const State&) const {}
@@ -145,34 +209,44 @@ bool is_normed(const ReverseStep& params) {
   return params.guidance_norm != GuidanceNorm::kNone && params.g.data != nullptr;
 }
 
-bool is_packed(const ReverseStep& params) {
-  return are_packed({&params.x, &params.m, &params.s, &params.g, &params.r, &params.z, &params.out},
-                    params.channels, params.pixels, params.batch);
+bool is_plain(const ReverseStep& params) {
+  return params.s.data == nullptr && params.r.data == nullptr;
+}
+
+template <bool kPlain>
+void run_plain(const Device& device, const Tensor& x, const ReverseStep& params) {
+  const Access access =
+      access_of({&params.x, &params.m, &params.s, &params.g, &params.r, &params.z, &params.out},
+                params.channels, params.pixels, params.batch);
+  if (is_normed(params)) {
+    launch_per_sample(device, "reverse_step", NormedForward<kPlain>{params}, x, params.batch,
+                      params.channels, params.pixels, access);
+  } else {
+    launch_per_quad(device, "reverse_step", Forward<kPlain>{params}, params.batch,
+                    order_of(params.x, params.channels, params.pixels), access);
+  }
 }
 
 void run(const Device& device, const Tensor& x, const ReverseStep& params) {
-  const bool packed = is_packed(params);
-  if (is_normed(params)) {
-    launch_per_sample(device, "reverse_step", NormedForward{params}, x, params.batch,
-                      params.channels, params.pixels, packed);
-  } else {
-    launch_per_quad(device, "reverse_step", Forward{params}, params.batch,
-                    order_of(params.x, params.channels, params.pixels), packed);
-  }
+  is_plain(params) ? run_plain<true>(device, x, params) : run_plain<false>(device, x, params);
 }
 
 void run_backward(const Device& device, const Tensor& x, const ReverseStepBackward& params) {
   const ReverseStep& forward = params.forward;
-  const bool packed =
-      is_packed(forward) && are_packed({&params.grad, &params.grad_x, &params.grad_m,
-                                        &params.grad_s, &params.grad_g, &params.grad_r},
-                                       forward.channels, forward.pixels, forward.batch);
+  const Access access = access_of(
+      {&forward.x, &forward.m, &forward.s, &forward.g, &forward.r, &forward.z, &params.grad,
+       &params.grad_x, &params.grad_m, &params.grad_s, &params.grad_g, &params.grad_r},
+      forward.channels, forward.pixels, forward.batch);
+  const Order order = order_of(forward.x, forward.channels, forward.pixels);
   if (is_normed(forward)) {
     launch_per_sample(device, "reverse_step_backward", NormedBackward{params}, x, forward.batch,
-                      forward.channels, forward.pixels, packed);
+                      forward.channels, forward.pixels, access);
+  } else if (is_plain(forward)) {
+    launch_per_quad(device, "reverse_step_backward", Backward<true>{params}, forward.batch, order,
+                    access);
   } else {
-    launch_per_quad(device, "reverse_step_backward", Backward{params}, forward.batch,
-                    order_of(forward.x, forward.channels, forward.pixels), packed);
+    launch_per_quad(device, "reverse_step_backward", Backward<false>{params}, forward.batch, order,
+                    access);
   }
 }
 

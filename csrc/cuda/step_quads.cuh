@@ -1,5 +1,6 @@
-// What the kernels of reverse_step and perturb share: the noise of a quad, and a step's inputs in
-// registers. Loads of all tensors are issued before the first is used; Philox runs in their shadow.
+// What the kernels of reverse_step and perturb share: the noise of some quads, and a step's inputs
+// in registers. Loads of all tensors are issued before the first is used; Philox runs in their
+// shadow.
 #pragma once
 
 #include "cuda/packed.cuh"
@@ -8,133 +9,177 @@
 
 namespace coup_fast::cuda {
 
-// The normals of the quad's Philox block.
-__device__ __forceinline__ Quad noise_at(const Place& place, const int64_t* keys) {
-  const NoiseKey key{static_cast<uint64_t>(keys[2 * place.sample]),
-                     static_cast<uint64_t>(keys[2 * place.sample + 1])};
-  const Normals<float> normals = normal_block(key, static_cast<uint64_t>(place.first / kQuad));
-  return Quad{{normals.value[0], normals.value[1], normals.value[2], normals.value[3]}};
+// The normals of the quads' Philox blocks. They are of one sample: one key, one key schedule.
+template <class Io>
+__device__ __forceinline__ Quads<Io::kCount> noise_at(const Io& io, const int64_t* keys) {
+  const NoiseKey key{static_cast<uint64_t>(keys[2 * io.sample()]),
+                     static_cast<uint64_t>(keys[2 * io.sample() + 1])};
+  const PhiloxKeys<float> schedule = philox_keys<float>(key.key);
+  Quads<Io::kCount> quads;
+#pragma unroll
+  for (int q = 0; q < Io::kCount; ++q) {
+    const uint64_t counter = key.offset + io.block(q);
+    const Normals<float> normals =
+        normals_of<float>(philox<float>(counter, counter >> 32, 0, 0, schedule));
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) quads.quad[q].at[k] = normals.value[k];
+  }
+  return quads;
 }
 
 // z, given or drawn. wanted is uniform over the grid.
 template <class Io>
-__device__ __forceinline__ Quad noise_of(const Io& io, bool wanted, const View& given,
-                                         const int64_t* keys) {
-  if (!wanted) return Quad{};
-  return given.data != nullptr ? io.load(given) : noise_at(io.place, keys);
+__device__ __forceinline__ Quads<Io::kCount> noise_of(const Io& io, bool wanted, const View& given,
+                                                      const int64_t* keys) {
+  if (!wanted) return {};
+  return given.data != nullptr ? load(io, given) : noise_at(io, keys);
 }
 
-// The row of a call, what it leaves to do, and which inputs that reads.
+// The row of a call, and what it leaves to do.
 struct StepConstants {
   StepRow row;
   StepTerms terms;
 };
 
+// kPlain: the call has neither variance channels nor a reference, which saves their registers.
+template <bool kPlain>
 __device__ __forceinline__ StepConstants step_constants(const ReverseStep& params) {
   const StepRow row = step_row(params.coeffs);
-  return StepConstants{row, step_terms(row, inputs_of(params))};
+  StepInputs inputs = inputs_of(params);
+  if (kPlain) inputs.s = inputs.r = false;
+  return StepConstants{row, step_terms(row, inputs)};
 }
 
 struct StepReads {
-  bool x, m, s, g, r, z;
+  bool x, m, s, g, r;
 };
 
-// For the sum of the terms.
-__device__ __forceinline__ StepReads reads_of_sum(const StepTerms& terms) {
-  return StepReads{terms.x || (terms.x0 && terms.x0_x),
-                   terms.m || (terms.x0 && terms.x0_m),
-                   terms.learned,
-                   terms.g,
-                   terms.r,
-                   terms.z};
+// For the sum of the terms: all there is, so that the loads need not wait for the row.
+template <bool kPlain>
+__device__ __forceinline__ StepReads reads_of_sum() {
+  return StepReads{true, true, !kPlain, true, !kPlain};
 }
 
 // For the gradients: all that a clamp's mask, the variance or the guidance's norm depends on.
+template <bool kPlain>
 __device__ __forceinline__ StepReads reads_of_gradient(const StepTerms& terms, bool normed) {
-  const StepReads sum = reads_of_sum(terms);
   const bool all = terms.out_clamp || terms.learned;
   const bool x0 = terms.x0 && terms.x0_clamp;
-  return StepReads{sum.x && (all || (x0 && terms.x0_x)),
-                   sum.m && (all || (x0 && terms.x0_m)),
-                   sum.s,
-                   sum.g && (all || normed),
-                   sum.r && all,
-                   gradient_needs_noise(terms)};
+  return StepReads{(all && (terms.x || (terms.x0 && terms.x0_x))) || (x0 && terms.x0_x),
+                   (all && (terms.m || (terms.x0 && terms.x0_m))) || (x0 && terms.x0_m),
+                   !kPlain && terms.learned, terms.g && (all || normed), !kPlain && terms.r && all};
 }
 
-struct StepQuads {
-  Quad x, m, s, g, r, z;
+// A step's inputs as loaded, and the noise.
+template <int kCount>
+struct RawStep {
+  RawQuads<kCount> x, m, s, g, r;
+  Quads<kCount> z;
+};
 
-  __device__ __forceinline__ StepValues<float> at(int k) const {
-    return {x.at[k], m.at[k], s.at[k], g.at[k], r.at[k], z.at[k]};
+template <int kCount>
+struct StepQuads {
+  Quads<kCount> x, m, s, g, r, z;
+
+  __device__ __forceinline__ StepValues<float> at(int q, int k) const {
+    return {x.quad[q].at[k], m.quad[q].at[k], s.quad[q].at[k],
+            g.quad[q].at[k], r.quad[q].at[k], z.quad[q].at[k]};
   }
 };
 
-// staged_g: G where the caller holds it already, or null.
 template <class Io>
-__device__ __forceinline__ StepQuads load_step(const Io& io, const ReverseStep& params,
-                                               const StepReads& reads, const Quad* staged_g) {
-  const RawQuad none{};
-  const RawQuad x = reads.x ? io.load_raw(params.x) : none;
-  const RawQuad m = reads.m ? io.load_raw(params.m) : none;
-  const RawQuad s = reads.s ? io.load_raw(params.s) : none;
-  const RawQuad g = reads.g && staged_g == nullptr ? io.load_raw(params.g) : none;
-  const RawQuad r = reads.r ? io.load_raw(params.r) : none;
-  StepQuads quads;
-  quads.z = noise_of(io, reads.z, params.z, params.keys);
-  quads.x = to_float(x, params.x.dtype);
-  quads.m = to_float(m, params.m.dtype);
-  quads.s = to_float(s, params.s.dtype);
-  quads.g = staged_g == nullptr ? to_float(g, params.g.dtype) : *staged_g;
-  quads.r = to_float(r, params.r.dtype);
-  return quads;
+__device__ __forceinline__ RawStep<Io::kCount> load_step(const Io& io, const ReverseStep& params,
+                                                         const StepReads& reads) {
+  RawStep<Io::kCount> raw{};
+  if (reads.x) raw.x = io.load_raw(params.x);
+  if (reads.m) raw.m = io.load_raw(params.m);
+  if (reads.s) raw.s = io.load_raw(params.s);
+  if (reads.g) raw.g = io.load_raw(params.g);
+  if (reads.r) raw.r = io.load_raw(params.r);
+  return raw;
 }
 
-// x' of a quad; scale: c_i of its sample.
 template <class Io>
-__device__ __forceinline__ void step_quad(const Io& io, const ReverseStep& params,
-                                          const StepConstants& constants, float scale,
-                                          const Quad* staged_g) {
-  const StepQuads in = load_step(io, params, reads_of_sum(constants.terms), staged_g);
-  Quad out;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    out.at[k] = step_value<float>(constants.row, constants.terms, scale, in.at(k));
+__device__ __forceinline__ void draw_noise(const Io& io, const ReverseStep& params, bool wanted,
+                                           RawStep<Io::kCount>& raw) {
+  raw.z = noise_of(io, wanted, params.z, params.keys);
+}
+
+// staged_g: G where the caller holds it already, or null.
+template <bool kPlain, class Io>
+__device__ __forceinline__ StepQuads<Io::kCount> step_values(const Io& io,
+                                                             const ReverseStep& params,
+                                                             const RawStep<Io::kCount>& raw,
+                                                             const Quads<Io::kCount>* staged_g) {
+  StepQuads<Io::kCount> in{};
+  in.x = finish_load(io, params.x, raw.x);
+  in.m = finish_load(io, params.m, raw.m);
+  in.g = staged_g != nullptr ? *staged_g : finish_load(io, params.g, raw.g);
+  if (!kPlain) {
+    in.s = finish_load(io, params.s, raw.s);
+    in.r = finish_load(io, params.r, raw.r);
   }
+  in.z = raw.z;
+  return in;
+}
+
+// x' of some quads; scale: c_i of their sample.
+template <class Io>
+__device__ __forceinline__ void store_step(const Io& io, const ReverseStep& params,
+                                           const StepConstants& constants, float scale,
+                                           const StepQuads<Io::kCount>& in) {
+  Quads<Io::kCount> out;
+  each(io, [&](int q, int k) {
+    out.quad[q].at[k] = step_value<float>(constants.row, constants.terms, scale, in.at(q, k));
+  });
   io.store(params.out, out);
 }
 
-// The gradients of a quad.
+// The gradient of the sum of the terms.
 template <class Io>
-__device__ __forceinline__ void step_gradient_quad(const Io& io, const ReverseStepBackward& params,
-                                                   const StepConstants& constants,
-                                                   const GuidanceSample& sample, bool normed,
-                                                   const Quad* staged_g) {
-  const StepReads reads = reads_of_gradient(constants.terms, normed);
-  const RawQuad raw_grad = io.load_raw(params.grad);
-  const StepQuads in = load_step(io, params.forward, reads, staged_g);
-  const Quad grad = to_float(raw_grad, params.grad.dtype);
-  Quad x, m, s, g, r;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    const StepValues<float> values = in.at(k);
+__device__ __forceinline__ Quads<Io::kCount> sum_gradients(const Io& io,
+                                                           const StepConstants& constants,
+                                                           float scale,
+                                                           const StepQuads<Io::kCount>& in,
+                                                           const Quads<Io::kCount>& grad) {
+  Quads<Io::kCount> out;
+  each(io, [&](int q, int k) {
+    const StepValues<float> values = in.at(q, k);
+    const StepFactors<float> factors =
+        step_factors<float>(constants.row, constants.terms, scale, values.s);
+    out.quad[q].at[k] =
+        sum_gradient<float>(constants.row, constants.terms, factors, values, grad.quad[q].at[k]);
+  });
+  return out;
+}
+
+// The gradients of all inputs, from that of the sum of the terms.
+template <bool kPlain, class Io>
+__device__ __forceinline__ void store_gradients(const Io& io, const ReverseStepBackward& params,
+                                                const StepConstants& constants,
+                                                const GuidanceSample& sample,
+                                                const StepQuads<Io::kCount>& in,
+                                                const Quads<Io::kCount>& y) {
+  Quads<Io::kCount> x, m, s, g, r;
+  each(io, [&](int q, int k) {
+    const StepValues<float> values = in.at(q, k);
     const StepFactors<float> factors =
         step_factors<float>(constants.row, constants.terms, sample.scale, values.s);
-    const float y =
-        sum_gradient<float>(constants.row, constants.terms, factors, values, grad.at[k]);
-    const StepGradients<float> out =
-        step_gradients<float>(constants.row, constants.terms, sample, factors, values, y);
-    x.at[k] = out.x;
-    m.at[k] = out.m;
-    s.at[k] = out.s;
-    g.at[k] = out.g;
-    r.at[k] = out.r;
-  }
+    const StepGradients<float> out = step_gradients<float>(constants.row, constants.terms, sample,
+                                                           factors, values, y.quad[q].at[k]);
+    x.quad[q].at[k] = out.x;
+    m.quad[q].at[k] = out.m;
+    s.quad[q].at[k] = out.s;
+    g.quad[q].at[k] = out.g;
+    r.quad[q].at[k] = out.r;
+  });
   io.store(params.grad_x, x);
   io.store(params.grad_m, m);
-  io.store(params.grad_s, s);
   io.store(params.grad_g, g);
-  io.store(params.grad_r, r);
+  if (!kPlain) {
+    io.store(params.grad_s, s);
+    io.store(params.grad_r, r);
+  }
 }
 
 }  // namespace coup_fast::cuda

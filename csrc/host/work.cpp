@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <vector>
 
 #include "math/confidence.h"
@@ -38,26 +39,33 @@ Rows grid_places(int64_t threads, int64_t batch, int64_t channels, int64_t pixel
   return rows;
 }
 
-// [block, turn, segment, step, thread, first, count, slot] of every quad that the blocks of a
-// sample sum, as cuda/per_sample.cuh does.
-Rows sum_places(int64_t numel, int blocks) {
+// [block, turn, group, segment, step, thread, first, count, slot] of every quad that the blocks of
+// a sample sum, as cuda/per_sample.cuh does.
+Rows sum_places(int64_t numel, int blocks, int groups) {
   const int segments = static_cast<int>(num_segments(numel));
   const int size = static_cast<int>(numel);
+  const int slots = blocks * groups;
   Rows rows;
-  for (int block = 0; block < blocks; ++block) {
-    for (int segment = block, turn = 0; segment < segments; segment += blocks, ++turn) {
-      for (int thread = 0; thread < cuda::kSumThreads; ++thread) {
-        const int steps = cuda::sum_steps(size, segment, thread);
-        for (int step = 0; step < steps; ++step) {
-          const int first = cuda::sum_first(segment, step, thread);
-          const cuda::Place place = cuda::place_at(0, first, size);
-          rows.push_back({block, turn, segment, step, thread, place.first, place.count,
-                          cuda::sum_first(turn, step, thread)});
-        }
+  for (int segment = 0; segment < segments; ++segment) {
+    const int turn = segment / slots;
+    const int block = segment % slots / groups;
+    const int group = segment % groups;
+    for (int thread = 0; thread < cuda::kSumThreads; ++thread) {
+      const int steps = cuda::sum_steps(size, segment, thread);
+      for (int step = 0; step < steps; ++step) {
+        const int first = cuda::sum_first(segment, step, thread);
+        const cuda::Place place = cuda::place_at(0, first, size);
+        rows.push_back({block, turn, group, segment, step, thread, place.first, place.count,
+                        cuda::sum_first(group, step, thread)});
       }
     }
   }
   return rows;
+}
+
+std::tuple<int, int> team_of(int64_t segments, int most_groups, bool has_clusters) {
+  const cuda::Team team = cuda::team_of(segments, most_groups, has_clusters);
+  return {team.blocks, team.groups};
 }
 
 }  // namespace
@@ -65,11 +73,11 @@ Rows sum_places(int64_t numel, int blocks) {
 void bind_work(py::module_& m) {
   m.def("grid_places", &grid_places, py::arg("threads"), py::arg("batch"), py::arg("channels"),
         py::arg("pixels"), py::arg("channels_last"));
-  m.def("sum_places", &sum_places, py::arg("numel"), py::arg("blocks"));
-  m.def("blocks_in_one_launch", &cuda::blocks_in_one_launch, py::arg("segments"),
-        py::arg("has_clusters"));
+  m.def("sum_places", &sum_places, py::arg("numel"), py::arg("blocks"), py::arg("groups"));
+  m.def("team_of", &team_of, py::arg("segments"), py::arg("most_groups"), py::arg("has_clusters"));
   m.attr("max_cluster") = cuda::kMaxCluster;
-  m.attr("max_turns") = cuda::kMaxTurns;
+  m.attr("max_segments") = cuda::kMaxSegments;
+  m.attr("max_own") = cuda::kMaxOwn;
   m.attr("sum_threads") = cuda::kSumThreads;
   m.attr("sum_steps") = cuda::kSumSteps;
 

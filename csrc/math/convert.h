@@ -1,5 +1,6 @@
 // float16 and bfloat16 as bit patterns: exact widening, and rounding to nearest even.
-// Scalar, for host and device; csrc/cpu/simd.h widens whole vectors to the same values.
+// Scalar, for host and device; csrc/cpu/simd.h widens whole vectors to the same values. On a device
+// the conversions are instructions, which round the same (only the payload of a NaN may differ).
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,24 @@ COUP_FAST_FN float float_of_bfloat16(uint16_t value) {
 }
 
 COUP_FAST_FN uint16_t bfloat16_of_float(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+#else
   const uint32_t bits = Lanes<float>::bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 
 COUP_FAST_FN float float_of_float16(uint16_t value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+#else
   const uint32_t sign = static_cast<uint32_t>(value & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(value & 0x7fffu);
   if (rest >= 0x7c00u) {  // infinity, NaN (made quiet)
@@ -33,9 +45,15 @@ COUP_FAST_FN float float_of_float16(uint16_t value) {
   // exponents shifted by 2^112, exact, subnormals included
   const float magnitude = Lanes<float>::from_bits(rest << 13) * 0x1p112f;
   return Lanes<float>::from_bits(sign | Lanes<float>::bits(magnitude));
+#endif
 }
 
 COUP_FAST_FN uint16_t float16_of_float(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+#else
   const uint32_t bits = Lanes<float>::bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t rest = bits & 0x7fffffffu;
@@ -47,6 +65,7 @@ COUP_FAST_FN uint16_t float16_of_float(float value) {
   }
   const uint32_t rounded = rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u;
   return static_cast<uint16_t>(sign | (rounded >> 13));
+#endif
 }
 
 COUP_FAST_FN float load_as_float(const void* data, DType dtype, int64_t index) {

@@ -42,10 +42,11 @@ COUP_FAST_FN void locate(Place& place, int pixels) {
 // The quads of a batch, in the order in which the threads of a grid take them.
 //
 // Contiguous state: logical order, so that neighbouring threads touch neighbouring vectors.
-// channels_last state of C channels and P pixels, P divisible by 4: channels of the same four
-// pixels first. A warp's quads then cover one span of about 4 * 32 elements, of which each of the
-// four strided loads of a thread takes every fourth pixel: DRAM and L2 serve every byte once, L1
-// serves it to the other three. In logical order each sector would travel from L2 once per channel.
+// channels_last state of C channels and P pixels, P divisible by 4, where no vectors fit (three
+// channels have PixelsAccess): channels of the same four pixels first. A warp's quads then cover
+// one span of about 4 * 32 elements, of which each of the four strided loads of a thread takes
+// every fourth pixel: DRAM and L2 serve every byte once, L1 serves it to the other three. In
+// logical order each sector would travel from L2 once per channel.
 struct Order {
   int channels;
   int pixels;
@@ -102,15 +103,19 @@ COUP_FAST_FN void advance(Cursor& cursor, const Stride& stride) {
 
 // --- per-sample sums, in the order of math/reduce.h ---------------------------------------------
 //
-// A block of kSumThreads threads sums a segment at a time; thread t owns lanes 4 t to 4 t + 3, so
-// in each of its steps it reads one quad. Segments go round the blocks of a sample: block b of n
-// takes segments b, b + n, ..., which are its turns 0, 1, ...
+// A group of kSumThreads threads sums a segment at a time; thread t of it owns lanes 4 t to 4 t +
+// 3, so in each of its steps it reads one quad. A block is one to three groups, a sample one or
+// more blocks: with n groups in all, group g of the sample takes segments g, g + n, ..., which are
+// its turns 0, 1, ...
 constexpr int kSumThreads = kReduceLanes / kQuad;
 constexpr int kSumSteps = static_cast<int>(kSegment) / kReduceLanes;
-constexpr int kMaxCluster = 8;  // blocks: the size that every device with clusters grants
-constexpr int kMaxTurns = 8;    // one launch serves samples of up to 64 segments, 2^20 elements
+constexpr int kMaxCluster = 8;     // blocks: the size that every device with clusters grants
+constexpr int kMaxSegments = 64;   // of a sample in one launch: 2^20 elements
+constexpr int kMaxOwn = 12;        // segments of a block, no fewer than its groups times turns
+constexpr int kRegisterSteps = 3;  // steps whose quads a thread keeps in registers
+constexpr int kRegisterSample = kRegisterSteps * kReduceLanes;  // elements of a sample kept so
 
-// The first element of a thread's quad in a segment, or in the block's staged copy of it (turn).
+// The first element of a thread's quad in a segment, or in the block's staged copy of it (group).
 COUP_FAST_FN int sum_first(int segment, int step, int thread) {
   return segment * static_cast<int>(kSegment) + step * kReduceLanes + thread * kQuad;
 }
@@ -122,13 +127,23 @@ COUP_FAST_FN int sum_steps(int numel, int segment, int thread) {
   return left <= 0 ? 0 : steps < kSumSteps ? steps : kSumSteps;
 }
 
-// Blocks of a sample in one launch, or 0 where it takes several launches with the sums in between.
-COUP_FAST_FN int blocks_in_one_launch(int64_t segments, bool has_clusters) {
-  if (segments <= 1) return 1;
-  if (!has_clusters || segments > kMaxCluster * kMaxTurns) return 0;
-  int blocks = 1;
-  while (blocks < segments && blocks < kMaxCluster) blocks *= 2;
-  return blocks;
+// How a sample is shared out.
+struct Team {
+  int blocks;  // 0: it takes several launches, with the sums in between
+  int groups;  // of a block
+};
+
+// most_groups: what the registers of a kernel allow. As few blocks as hold all segments at once, so
+// that everything stays in shared memory; the largest cluster, turn by turn, where none does.
+COUP_FAST_FN Team team_of(int64_t segments, int most_groups, bool has_clusters) {
+  const int groups =
+      segments < most_groups ? (segments < 1 ? 1 : static_cast<int>(segments)) : most_groups;
+  if (segments <= groups) return Team{1, groups};
+  if (!has_clusters || segments > kMaxSegments) return Team{0, 1};
+  int blocks = 2;
+  while (blocks * groups < segments && blocks < kMaxCluster) blocks *= 2;
+  const int64_t enough = (segments + blocks - 1) / blocks;  // groups for one turn
+  return Team{blocks, enough < groups ? static_cast<int>(enough) : groups};
 }
 
 }  // namespace coup_fast::cuda

@@ -6,7 +6,8 @@
 namespace cooperative_groups {
 
 struct cluster_group {
-  void sync() const { emulator::cluster_barrier(); }
+  int barrier_arrive() const { return emulator::cluster_arrive(), 0; }
+  void barrier_wait() const { emulator::cluster_wait(); }
   unsigned block_rank() const { return emulator::cluster_rank(); }
   unsigned num_blocks() const { return emulator::cluster_size(); }
   template <typename T>

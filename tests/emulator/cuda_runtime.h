@@ -36,12 +36,14 @@ struct Index {
 };
 void block_barrier();
 void warp_barrier();
-void cluster_barrier();
+void cluster_arrive();  // the barrier of a cluster in two halves
+void cluster_wait();
 unsigned cluster_rank();
 unsigned cluster_size();
 void* shared_memory(int rank);  // of a block of this cluster; -1: this block
 uint32_t shuffle(uint32_t value, unsigned source_lane);  // every lane of the warp takes part
 unsigned lane();
+void count_load(size_t bytes);
 
 struct Launch {
   dim3 grid, block;
@@ -54,6 +56,13 @@ int run(const Launch& launch, const std::function<void()>& thread_body);
 }  // namespace emulator
 
 extern emulator::Index threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs now
+
+// Loads marked for early eviction, as vectors are loaded; emulator.cpp counts their bytes.
+template <typename T>
+T __ldcs(const T* address) {
+  emulator::count_load(sizeof(T));
+  return *address;
+}
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { emulator::warp_barrier(); }

@@ -48,6 +48,8 @@ struct Fiber {
   bool done;
   const Barrier* waiting;
   uint64_t waiting_for;
+  uint64_t cluster_phase;  // the generation of the cluster's barrier at which this thread arrived
+  bool arrived;
 };
 
 ucontext_t scheduler;
@@ -59,6 +61,7 @@ Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::map<const void*, int> shared_limits;
 cudaError_t last_error = cudaSuccess;
+uint64_t loaded_bytes = 0;  // by vectors
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %u,%u thread %u)\n", message, blockIdx.x, blockIdx.y,
@@ -66,19 +69,28 @@ cudaError_t last_error = cudaSuccess;
   std::abort();
 }
 
-void wait_at(Barrier& barrier) {
+// The generation that completes what this thread's arrival is part of.
+uint64_t arrive_at(Barrier& barrier) {
+  const uint64_t wanted = barrier.generation + 1;
   if (++barrier.arrived == barrier.members) {
     barrier.arrived = 0;
     ++barrier.generation;
-    return;
   }
+  return wanted;
+}
+
+void wait_for(Barrier& barrier, uint64_t generation) {
+  if (barrier.generation >= generation) return;
   current->waiting = &barrier;
-  current->waiting_for = barrier.generation + 1;
+  current->waiting_for = generation;
   swapcontext(&current->context, &scheduler);
 }
 
+void wait_at(Barrier& barrier) { wait_for(barrier, arrive_at(barrier)); }
+
 void fiber_main() {
   (*body)();
+  if (current->arrived) fail("a thread ends between arrival and wait");
   current->done = true;
   swapcontext(&current->context, &scheduler);
 }
@@ -96,6 +108,7 @@ void start(Fiber& fiber, unsigned block, unsigned thread) {
   fiber.thread = {thread, 0, 0};
   fiber.done = false;
   fiber.waiting = nullptr;
+  fiber.arrived = false;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -179,7 +192,15 @@ int run(const Launch& launch, const std::function<void()>& thread_body) {
 
 void block_barrier() { wait_at(blocks[current->block].barrier); }
 void warp_barrier() { wait_at(blocks[current->block].warp_barriers[current->thread.x / kWarp]); }
-void cluster_barrier() { wait_at(cluster); }
+void cluster_arrive() {
+  if (std::exchange(current->arrived, true)) fail("two arrivals without a wait");
+  current->cluster_phase = arrive_at(cluster);
+}
+void cluster_wait() {
+  if (!std::exchange(current->arrived, false)) fail("a wait without arrival");
+  wait_for(cluster, current->cluster_phase);
+}
+void count_load(size_t bytes) { loaded_bytes += bytes; }
 unsigned cluster_rank() { return current->block; }
 unsigned cluster_size() { return blocks_in_cluster; }
 unsigned lane() { return current->thread.x % kWarp; }
@@ -249,6 +270,11 @@ cudaError_t emulated_set_shared_bytes(const void* kernel, int bytes) {
   emulator::shared_limits[kernel] =
       std::max(bytes, static_cast<int>(emulator::kDefaultSharedBytes));
   return cudaSuccess;
+}
+
+// For tests: bytes that vector loads have read since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t emulated_loaded_bytes() {
+  return std::exchange(emulator::loaded_bytes, uint64_t{0});
 }
 
 // --- what torch_cuda would export (prelude.h renames the calls to these) ------------------------
