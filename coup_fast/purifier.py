@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coup_fast import methods, validation
 from coup_fast.backends import choose_ops
-from coup_fast.calls import Calls, Classifier, check_precision, wants_channels_last
+from coup_fast.calls import Calls, Classifier, Compiled, check_precision, wants_channels_last
 from coup_fast.chain import (
     AdaptiveChain,
     AnyChain,
@@ -58,6 +58,9 @@ class Purifier(nn.Module):
                 "stopped" treats it as a constant, as the released COUP attack does;
             check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
                 NaN after it. Each look waits for the device once; False never waits;
+            compile: call the networks through `torch.compile` (True, or the name of one of its
+                modes). Values are those of the networks up to rounding. Where the gradient through
+                the guidance is "full", the exact gradient differentiates the classifier as it is;
             precision: of the networks; state, step and noise are float32 in each. "fp32": float32
                 with PyTorch's own flags as they are set (by default cuDNN's convolutions may use
                 TF32). "tf32": TF32 in products and convolutions; needs a GPU. "bf16": autocast to
@@ -89,6 +92,7 @@ class Purifier(nn.Module):
     verify_states: bool
     guidance_gradient: str
     check_values: bool
+    compile: bool | str  # type: ignore[assignment]  # nn.Module.compile is another thing
     precision: str
     channels_last: bool | str
     max_batch: int | None
@@ -130,6 +134,7 @@ class Purifier(nn.Module):
                 "guidance_scale=0"
             )
         self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
+        self._compiled = Compiled()
 
     @property
     def _guided(self) -> bool:
@@ -295,11 +300,14 @@ class Purifier(nn.Module):
 
     def _chain(self, images: Tensor, noise: Noise) -> AnyChain:
         ops, tables = choose_ops(self.backend, images), self._tables_for(images)
+        network, classifier = self.score_model.network, self.classifier if self._guided else None
         calls = Calls(
             self.score_model,
-            self.classifier if self._guided else None,
+            classifier,
             self.precision,
-            wants_channels_last(self.channels_last, self.score_model.network),
+            wants_channels_last(self.channels_last, network),
+            self._compiled.form(network, self.compile),
+            self._compiled.form(classifier, self.compile),
         )
         if isinstance(self.plan, AdaptivePlan):
             return AdaptiveChain(self.plan, tables, noise, calls, ops)
@@ -333,7 +341,10 @@ def _plan(method: str, score_model: ScoreModel, options: dict[str, Any]) -> Plan
                 f"unknown option {', '.join(map(repr, unknown))}; {method} takes "
                 f"{', '.join(known)}, and every purifier {', '.join(PURIFIER_OPTIONS)}"
             )
-    return methods.plan(method, score_model.schedule, score_model.kind, **options)
+    plan = methods.plan(method, score_model.schedule, score_model.kind, **options)
+    if isinstance(plan, Plan):
+        validation.check_times(plan.times, score_model.t_max, method)
+    return plan
 
 
 def purify(

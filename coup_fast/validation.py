@@ -9,13 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coup_fast.score_model import declared_channels, first_parameter
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
+
+
+def check_times(times: NDArray[np.float64], t_max: float | None, method: str) -> None:
+    """A plan's network times [N] (nan: no call) are among those trained for. ValueError."""
+    if t_max is None or np.isnan(times).all():
+        return
+    latest = float(np.nanmax(times))
+    if latest > t_max + 1e-6:  # room for the rounding of a time grid
+        raise ValueError(
+            f"{method} with these options calls the score model at t = {latest:g}; it was trained "
+            f"for t up to {t_max:g} (t_max): use a smaller t_star, or another model"
+        )
 
 
 def check_images(images: Any) -> None:

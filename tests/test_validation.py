@@ -274,3 +274,13 @@ def test_noise_that_is_not_finite_is_named() -> None:
     noise = torch.full((2, 3, 3, 8, 8), float("nan"))
     with pytest.raises(FloatingPointError, match="state is inf or NaN before the first step"):
         clean(images(), noise=noise)
+
+
+def test_times_that_a_model_was_not_trained_for_are_refused() -> None:
+    model = ScoreModel(lambda x, t: x, t_max=0.2)
+    with pytest.raises(ValueError, match=r"calls the score model at t = 0\.3; .* up to 0\.2"):
+        Purifier(model, method="diffpure", t_star=0.3)
+    Purifier(model, method="diffpure", t_star=0.2)
+    Purifier(model, method="gradual")
+    with pytest.raises(ValueError, match="t_max must be in"):
+        ScoreModel(lambda x, t: x, t_max=1.5)
