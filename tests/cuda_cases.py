@@ -7,7 +7,7 @@ them on a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,24 @@ Arguments = tuple[Any, ...]
 SHAPES = [(1, 1), (33, 1, 7), (2, 5), (1, 1003), (5, 3, 13, 17), (2, 3, 32, 32)]
 LARGE = [(2, 1, 141, 141), (1, 3, 160, 160), (2, 4, 225, 226)]
 VIEWS = ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
+
+
+def _last(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+# Three channels, where vectors fit any mix of layouts: all channels_last, the network's output or
+# the state alone, and the same without the reference.
+MIXED: dict[str, Callable[[Any], Any]] = {
+    "all_last": lambda call: call.map(_last),
+    "model_last": lambda call: replace(call, model_out=_last(call.model_out)),
+    "state_last": lambda call: replace(call, x=_last(call.x)),
+    "all_last_plain": lambda call: replace(call, reference=None).map(_last),
+    "model_last_plain": lambda call: replace(call, model_out=_last(call.model_out), reference=None),
+    "noise_last": lambda call: replace(
+        call, keys=None, noise=_last(torch.randn_like(call.x)), reference=None
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,14 @@ def _perturb() -> Iterator[Case]:
                     return torch.rand(shape).to(dtype), coeffs, keys_of(shape[0], shape[1:]), None
 
                 yield Case("perturb", _name(row, shape, dtype), make)
+                if shape == (2, 3, 32, 32):
+                    last = lambda m=make: (_last(m()[0]), *m()[1:])  # noqa: E731
+                    yield Case("perturb", _name(row, "last", dtype), last)
+                    yield Case(
+                        "perturb_backward",
+                        _name(row, "last", dtype),
+                        lambda m=last: (torch.randn_like(m()[0], dtype=torch.float32), *m()),
+                    )
                 yield Case(
                     "perturb_backward",
                     _name(row, shape, dtype),
@@ -102,6 +128,11 @@ def _reverse_step() -> Iterator[Case]:
         for norm in NORMS[:2]:
             options = {"shape": (5, 3, 16, 12), "dtype": dtype, "guidance_norm": norm}
             yield from _steps(_name(*dtype, norm), _step(**options))
+    for name, change in MIXED.items():
+        for shape in [(2, 3, 8, 6), (3, 3, 32, 32)]:
+            for norm in NORMS[:2]:
+                options = {"shape": shape, "guidance_norm": norm, "dtype": (LOW[0], LOW[1], LOW[1])}
+                yield from _steps(_name(name, norm, shape), _step(change, **options))
     for view in VIEWS:
         for shape in [(5, 3, 13, 17), (2, 4, 16, 16)]:
             for norm in NORMS[:2]:
@@ -134,6 +165,13 @@ def _adaptive_step() -> Iterator[Case]:
         yield from both(_name(shape), lambda s=shape: adaptive_arguments(s))
     for dtypes in [(LOW[0], LOW[0]), (LOW[1], torch.float32)]:
         yield from both(_name(*dtypes), lambda d=dtypes: adaptive_arguments((5, 3, 16, 16), d))
+    for dtype in DTYPES:  # three channels of 1024 pixels: vectors, in registers
+
+        def last(dtype: torch.dtype = dtype) -> Arguments:
+            x, h, ahead, *rest = adaptive_arguments((3, 3, 32, 32), (dtype, torch.float32))
+            return _last(x), _last(h), ahead, *rest
+
+        yield from both(_name("last", dtype), last)
     for view in VIEWS:
 
         def viewed(view: str = view) -> Arguments:

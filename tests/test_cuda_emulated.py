@@ -5,7 +5,9 @@ What this can't see, only a device can: code generation, real concurrency, memor
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +65,48 @@ def test_same_bits_with_little_shared_memory(emulated, shape, monkeypatch) -> No
     args = adaptive_arguments(shape)
     assert_same(emulated, Case("adaptive_step", "small", lambda: args))
     assert_same(emulated, Case("adaptive_step_backward", "small", lambda: (args[1], *args)))
+
+
+def loaded_bytes(emulated, op: str, args) -> int:
+    """Bytes that the vector loads of a call read."""
+    from emulator.build import library
+
+    count = ctypes.CDLL(str(library())).emulated_loaded_bytes
+    count.restype = ctypes.c_uint64
+    count()
+    getattr(emulated, op)(*args)
+    return int(count())
+
+
+# In registers; one, two and three segments a block; a cluster of four blocks; channels_last.
+ONCE = [(2, 3, 32, 32), (2, 1, 28, 28), (1, 3, 64, 64), (1, 3, 96, 96), (1, 3, 128, 128)]
+
+
+@pytest.mark.parametrize("shape", [*ONCE, (1, 3, 256, 256)])
+def test_every_byte_is_read_once(emulated, shape) -> None:
+    """However the sample is shared out, sums and update together read each tensor once."""
+    call = step(shape, "langevin", torch.bfloat16, guidance_norm="normalised")
+    numel = call.x.numel()
+    plain = replace(call, reference=None)
+    assert loaded_bytes(emulated, "reverse_step", plain.args) == numel * (4 + 2 + 2)
+    assert loaded_bytes(emulated, "reverse_step", call.args) == numel * (4 + 2 + 2 + 2)
+    assert loaded_bytes(emulated, "adaptive_step", adaptive_arguments(shape)) == numel * 12
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_byte_is_read_once_in_registers(emulated, layout) -> None:
+    """Also by the backward of the adaptive step, which sums twice, and in either layout."""
+    x, h, ahead, *rest = adaptive_arguments((2, 3, 32, 32))
+    states = [t.contiguous(memory_format=layout) for t in (x, x, h, ahead)]
+    assert loaded_bytes(emulated, "adaptive_step_backward", (*states, *rest)) == x.numel() * 16
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_vectors_in_either_layout(emulated, layout) -> None:
+    """The step without a norm reads all by vectors, whatever the layout of the network's output."""
+    call = replace(step((2, 3, 8, 8)), reference=None, guidance_norm="none")
+    last = replace(call, model_out=call.model_out.contiguous(memory_format=layout))
+    assert loaded_bytes(emulated, "reverse_step", last.args) == call.x.numel() * 12
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
