@@ -320,3 +320,16 @@ def test_curves_hold_rows_that_differ_in_one_value(tmp_path: Path) -> None:
         (0.1, "exact"),
         (0.2, "exact"),
     ]
+
+
+def test_curves_over_the_number_of_steps(tmp_path: Path) -> None:
+    options = {"num_steps": [1, 2, 3], "solver": "exponential"}
+    defence = [{"method": "diffpure", "name": "DiffPure", "options": options}]
+    attack = [{"preset": "classifier", "steps": 1, "eps": 0.1}]
+    tables = eval_models.tables(2, draws=1, defence=defence, attack=attack, controls=False)
+    report = run(tables, tmp_path, 2)
+    (axis,) = [value for name, _, value in AXES if name == "accuracy-num_steps"]
+    found = series(report, "accuracy-num_steps", axis)
+    (label,) = found
+    assert label.startswith("DiffPure: ")
+    assert [at for at, _ in found[label]] == [1.0, 2.0, 3.0]

@@ -1,4 +1,4 @@
-"""Plots of a report: all rows with their intervals, and accuracy against ε, EOT and t*."""
+"""Plots of a report: all rows with their intervals, and accuracy against ε, EOT, t* and steps."""
 
 from __future__ import annotations
 
@@ -39,12 +39,19 @@ def _t_star(line: Line) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def _num_steps(line: Line) -> float | None:
+    value = line.row.defence.options.get("num_steps")
+    return float(value) if isinstance(value, int) else None
+
+
 # file name, label of the axis, the value of a line
 AXES: tuple[tuple[str, str, Callable[[Line], float | None]], ...] = (
     ("accuracy-eps", "radius ε of the attack (pixels)", _eps),
     ("accuracy-eot", "EOT: draws for each gradient", _eot),
     ("accuracy-t_star", "purification time t*", _t_star),
+    ("accuracy-num_steps", "steps of the purifier", _num_steps),
 )
+OF_DEFENCE = ("accuracy-t_star", "accuracy-num_steps")  # the others belong to the attack
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -84,18 +91,19 @@ def _without(line: Line, name: str) -> str:
     options = dict(line.row.defence.options)
     for key in ("name", "step_size") if name == "accuracy-eps" else ("name",):
         attack.pop(key, None)  # the step goes with the radius
-    for settings, key in ((attack, "eps"), (attack, "eot"), (options, "t_star")):
+    places = ((attack, "eps"), (attack, "eot"), (options, "t_star"), (options, "num_steps"))
+    for settings, key in places:
         if name == f"accuracy-{key}":
             settings.pop(key, None)
     defence = line.row.defence
-    base = defence.base if name == "accuracy-t_star" else defence.name
+    base = defence.base if name in OF_DEFENCE else defence.name
     return canonical([base, defence.method, options, defence.num_draws, defence.vote, attack])
 
 
 def _label(line: Line, name: str, taken: Any) -> str:
     """Defence and attack without the value that is on the axis."""
     defence, attack = line.row.defence, line.row.attack
-    base = defence.base if name == "accuracy-t_star" else defence.name
+    base = defence.base if name in OF_DEFENCE else defence.name
     label = f"{base}: {line.attack_label}"
     if attack is not None and name == "accuracy-eps":
         label = label.removesuffix(f", {radius(attack)}")
