@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from coup_fast.score_model import ScoreModel, in_dtype_of, module_of
 Classifier = Callable[[Tensor], Tensor]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
+COMPILE_MODES = ("default", *SELF_CAPTURING, "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,15 @@ class Calls:
 
     precision: "bf16": under autocast to bfloat16; "tf32": under `tf32_allowed`, which the run
     enters; "fp32": as PyTorch is set. channels_last: the state's memory format, which the networks
-    get to see.
+    get to see. compiled_network, compiled_classifier: called instead, where given.
     """
 
     score_model: ScoreModel
     classifier: Classifier | None = None
     precision: str = "fp32"
     channels_last: bool = False
+    compiled_network: Callable[..., Any] | None = None
+    compiled_classifier: Callable[..., Any] | None = None
 
     def layout(self, images: Tensor) -> Tensor:
         """The images in the memory format that the run is to have; itself where they are in it."""
@@ -44,14 +48,23 @@ class Calls:
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score network's output at x [B, C, H, W] and t [B] in [0, 1]."""
         with self._cast(x):
+            if self.compiled_network is not None:
+                return self.score_model.call(self.compiled_network, x, t)
             out: Tensor = self.score_model(x, t)
         return out
 
     def classify(self, pixels: Tensor) -> Tensor:
         """The classifier's logits [B, K], with a graph where grad is on."""
-        assert self.classifier is not None
+        classifier = self.compiled_classifier
+        if classifier is None:
+            classifier = self.classifier
+        assert classifier is not None
         with self._cast(pixels):
-            return self.classifier(in_dtype_of(self.classifier, pixels))
+            return classifier(in_dtype_of(self.classifier, pixels))
+
+    def classify_twice_differentiably(self, pixels: Tensor) -> Tensor:
+        """`classify` by the classifier as it is: compiled ones have no second derivatives."""
+        return replace(self, compiled_classifier=None).classify(pixels)
 
     def flags(self) -> AbstractContextManager[None]:
         """For the time of a run, and of its backward pass: the process-wide flags it wants."""
@@ -64,6 +77,26 @@ class Calls:
 
     def _cast(self, x: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext()
+
+
+class Compiled:
+    """torch.compile'd forms of callables, one per callable and mode; copies start without any."""
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[int, str | None], tuple[Any, Callable[..., Any]]] = {}
+
+    def form(self, function: Any, choice: bool | str) -> Callable[..., Any] | None:
+        """The compiled form, None for None or where `choice`, the purifier's option, is False."""
+        if function is None or choice is False:
+            return None
+        mode = None if choice is True else str(choice)
+        key = (id(function), mode)
+        if key not in self._forms:
+            self._forms[key] = (function, torch.compile(function, mode=mode))
+        return self._forms[key][1]
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[()]]:
+        return Compiled, ()
 
 
 def check_precision(precision: str, images: Tensor) -> None:

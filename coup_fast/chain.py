@@ -168,7 +168,9 @@ class Chain(_ModelCalls):
             out = self.predict(x, self.tables.times[k], self.plan.learned_variance)
         if self.guided[k]:
             graph = self.full_guidance and torch.is_grad_enabled() and x.requires_grad
-            guidance = confidence_gradient(self.calls.classify, x, self.ops, graph=graph)
+            calls = self.calls
+            classify = calls.classify_twice_differentiably if graph else calls.classify
+            guidance = confidence_gradient(classify, x, self.ops, graph=graph)
         return out, guidance
 
     def advance(

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from coup_fast import validation
 from coup_fast.live_bytes import peak_bytes
-from coup_fast.options import PURIFIER_OPTIONS
+from coup_fast.options import PURIFIER_OPTIONS, attribute_of
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.short_chain import first_steps
 
@@ -196,7 +196,7 @@ def _memory_of(model: PurifiedClassifier, image: Tensor, labels: Tensor, loss: L
     clean = model.purifier
     key = (
         *(image.shape, image.dtype, image.device, id(clean.plan)),
-        *(getattr(clean, name) for name in PURIFIER_OPTIONS),
+        *(getattr(clean, attribute_of(name)) for name in PURIFIER_OPTIONS),
         *(model.num_draws, model.vote),
     )
     known = _measured.setdefault(model, {})

@@ -8,7 +8,7 @@ from typing import Any
 
 from coup_fast import validation
 from coup_fast.backends import BACKENDS
-from coup_fast.calls import PRECISIONS
+from coup_fast.calls import COMPILE_MODES, PRECISIONS
 from coup_fast.gradients import GRADIENTS, STATES
 from coup_fast.guidance import GUIDANCE_GRADIENTS
 
@@ -29,10 +29,16 @@ PURIFIER_OPTIONS: Mapping[str, Option] = {
     "verify_states": Option(False),
     "guidance_gradient": Option("full", GUIDANCE_GRADIENTS),
     "check_values": Option(True),
+    "compile": Option(False, (True, False, *COMPILE_MODES)),
     "precision": Option("fp32", PRECISIONS),
     "channels_last": Option("auto", ("auto", True, False)),
     "max_batch": Option(None, None),
 }
+
+
+def attribute_of(name: str) -> str:
+    """The purifier's attribute that holds an option; `nn.Module.compile` is a method."""
+    return "compile_networks" if name == "compile" else name
 
 
 def take_options(options: dict[str, Any]) -> dict[str, Any]:

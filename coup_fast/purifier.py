@@ -25,7 +25,7 @@ from coup_fast.diagnosis import diagnose
 from coup_fast.frozen import frozen_parameters
 from coup_fast.gradients import exact_run, straight_through
 from coup_fast.noise import step_keys
-from coup_fast.options import PURIFIER_OPTIONS, take_options
+from coup_fast.options import PURIFIER_OPTIONS, attribute_of, take_options
 from coup_fast.plan import AdaptivePlan, Plan
 from coup_fast.score_model import ScoreModel
 
@@ -92,7 +92,7 @@ class Purifier(nn.Module):
     verify_states: bool
     guidance_gradient: str
     check_values: bool
-    compile: bool | str  # type: ignore[assignment]  # nn.Module.compile is another thing
+    compile_networks: bool | str
     precision: str
     channels_last: bool | str
     max_batch: int | None
@@ -121,7 +121,7 @@ class Purifier(nn.Module):
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         for name, value in take_options(options).items():
-            setattr(self, name, value)
+            setattr(self, attribute_of(name), value)
         self.plan = _plan(method, score_model, options)
         self.score_model = score_model
         self.classifier = classifier
@@ -306,8 +306,8 @@ class Purifier(nn.Module):
             classifier,
             self.precision,
             wants_channels_last(self.channels_last, network),
-            self._compiled.form(network, self.compile),
-            self._compiled.form(classifier, self.compile),
+            self._compiled.form(network, self.compile_networks),
+            self._compiled.form(classifier, self.compile_networks),
         )
         if isinstance(self.plan, AdaptivePlan):
             return AdaptiveChain(self.plan, tables, noise, calls, ops)
@@ -327,7 +327,7 @@ class Purifier(nn.Module):
 
     def extra_repr(self) -> str:
         options = {"method": self.method, "seed": self.seed, **self.options}
-        options |= {name: getattr(self, name) for name in PURIFIER_OPTIONS}
+        options |= {name: getattr(self, attribute_of(name)) for name in PURIFIER_OPTIONS}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 

@@ -56,14 +56,15 @@ def declared_channels(function: Any) -> int | None:
     while isinstance(function, nn.Sequential) and len(function) > 0:
         function = function[0]
     config = getattr(function, "config", None)
-    for channels in (
-        getattr(function, "in_channels", None),
-        config.get("in_channels") if isinstance(config, Mapping) else None,
-        getattr(config, "in_channels", None),
-    ):
-        if isinstance(channels, int) and not isinstance(channels, bool):
-            return channels
-    return None
+    # The configuration first: diffusers warns of the attribute.
+    channels = (
+        config.get("in_channels")
+        if isinstance(config, Mapping)
+        else getattr(config, "in_channels", None)
+    )
+    if channels is None:
+        channels = getattr(function, "in_channels", None)
+    return channels if isinstance(channels, int) and not isinstance(channels, bool) else None
 
 
 def grad_leaf(x: Tensor) -> Tensor:
@@ -143,10 +144,14 @@ class ScoreModel(nn.Module):
         Raises TypeError if the network returns anything but a tensor (or an object with a tensor
         `.sample`).
         """
+        return self.call(self.network, x, t)
+
+    def call(self, network: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Tensor:
+        """`forward` with another form of the same network, such as a compiled one."""
         time = (t.to(torch.float64) * self.time_scale).to(
             torch.promote_types(x.dtype, torch.float32)
         )
-        out = self.network(in_dtype_of(self.network, x), time)
+        out = network(in_dtype_of(self.network, x), time)
         if not isinstance(out, Tensor):
             out = getattr(out, "sample", out)
         if not isinstance(out, Tensor):
