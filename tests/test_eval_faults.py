@@ -326,6 +326,7 @@ def test_the_command_says_what_is_wrong_in_one_sentence(
         (["eval.toml", "--images", "7"], "has 6 images, 7 were asked for"),
         (["eval.toml", "--out", str(copy)], "holds another evaluation"),
         (["eval.toml", "--report-only"], "nothing to report"),
+        (["--data", "."], "folder '.' is for data 'mnist' and 'cifar10', and the data is 'digits'"),
     ):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err

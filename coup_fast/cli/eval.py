@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=common.non_negative_int, help="of the defences' noise (default: 0)")
     add("--threads", type=common.positive_int, help="of a process (default: 1)")
     add("--models", help='"mnist" (bundled) or MODULE:FUNCTION (default: mnist)')
-    add("--data", help="digits, mnist, cifar10, or a .npz file (default: digits)")
+    add(
+        "--data",
+        help="digits, mnist, cifar10, a .npz file, or the folder with the files of CONFIG's mnist "
+        "or cifar10 (default: digits)",
+    )
     add("--timeout", type=float, default=1800.0, help="seconds to wait for a rank (default: 1800)")
     add("--report-only", action="store_true", help="report what is finished, compute nothing")
     common.add_device_argument(parser)
@@ -132,7 +136,8 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
     for name in OVERRIDES:
         if getattr(args, name) is not None:
             tables[name] = getattr(args, name)
-    data = {"name": args.data, "images": args.images}
+    place = "folder" if args.data and Path(args.data).is_dir() else "name"
+    data = {place: args.data, "images": args.images}
     tables["data"] = tables.get("data", {}) | {k: v for k, v in data.items() if v is not None}
     return tables
 

@@ -24,6 +24,10 @@ def load_images(data: Data) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if there are too few or they are not images, FileNotFoundError, ImportError.
     """
+    if data.folder and data.name not in ("mnist", "cifar10"):
+        raise ValueError(
+            f"folder {data.folder!r} is for data 'mnist' and 'cifar10', and the data is {data.name!r}"
+        )
     if data.name == "digits":
         from coup_fast.data import demo_digits
 
