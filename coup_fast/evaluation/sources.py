@@ -26,7 +26,8 @@ def load_images(data: Data) -> tuple[Tensor, Tensor]:
     """
     if data.folder and data.name not in ("mnist", "cifar10"):
         raise ValueError(
-            f"folder {data.folder!r} is for data 'mnist' and 'cifar10', and the data is {data.name!r}"
+            f"folder {data.folder!r} is for data 'mnist' and 'cifar10', "
+            f"and the data is {data.name!r}"
         )
     if data.name == "digits":
         from coup_fast.data import demo_digits
