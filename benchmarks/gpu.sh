@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run: builds the CUDA kernels, runs the device tests (which may
-# fail but not skip), compute-sanitizer over every kernel, and the benchmarks; writes a report that
-# names device, driver, torch and commit.
+# Everything that needs a GPU: builds the CUDA kernels, runs the device tests (which may fail but not
+# skip), compute-sanitizer over every kernel, Nsight Compute, and the benchmarks; writes results.json
+# and report.md, which name device, driver, torch and commit.
 #
-#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [--python PYTHON]
+#   benchmarks/gpu.sh [--stage STAGE]... [--dry-run] [--out FOLDER] [--python PYTHON]
 #
+# --stage     build | test | sanitize | profile | bench | loop; several may be given, all by default.
+#             Each takes minutes, so that a machine that is lent for ten minutes a command can run
+#             them one by one: a later call adds to the results of the earlier ones in FOLDER.
+#             sanitize is memcheck, racecheck, synccheck and initcheck, which are stages as well.
 # --dry-run   for a machine without a GPU: compiles the kernels to objects, runs them emulated on the
-#             CPU, and prints the commands that a GPU would be given
-# --out       where report.md and the numbers go (default: outputs/gpu-<commit>)
-# --python    an environment with a CUDA build of torch and the test and bench extras
-#             (default: .venv/bin/python)
+#             CPU, checks the benchmark cases, and prints the commands that a GPU would be given
+# --out       where the results go (default: benchmarks/results/gpu-<device>-<commit>)
+# --python    an environment with a CUDA build of torch and the test and cli extras (default:
+#             .venv/bin/python if there is one, else python3); nothing is downloaded
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 
 dry_run=false
-python=.venv/bin/python
-commit=$(git describe --always --dirty --abbrev=12 --exclude='*')
-out=outputs/gpu-$commit
+python=
+out=
+stages=()
 while [ $# -gt 0 ]; do
   case $1 in
+    --stage) stages+=("${2:?--stage needs a name}") && shift ;;
     --dry-run) dry_run=true ;;
     --out) out=${2:?--out needs a folder} && shift ;;
     --python) python=${2:?--python needs a path} && shift ;;
@@ -29,30 +34,59 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-mkdir -p "$out"
-report=$out/report.md
-export OMP_NUM_THREADS=1 COUP_FAST_CUDA=on COUP_FAST_FAIL_WITHOUT_CUDA=1
+tools=(memcheck racecheck synccheck initcheck)
+known=" build test sanitize profile bench loop ${tools[*]} "
+[ ${#stages[@]} -gt 0 ] || stages=(build test sanitize profile bench loop)
+for stage in "${stages[@]}"; do
+  if [[ $known != *" $stage "* ]]; then
+    echo "unknown stage $stage; there are:$known" >&2
+    exit 2
+  fi
+done
+if [ -z "$python" ]; then
+  python=python3
+  [ ! -x .venv/bin/python ] || python=.venv/bin/python
+fi
+wants() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
+commit=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
+device=none
+if $dry_run; then
+  out=${out:-build/gpu-dry-run}
+else
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || {
+    echo "no CUDA device is visible to $python; --dry-run does what can be done without one" >&2
+    exit 1
+  }
+  slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9' '-')
+  out=${out:-benchmarks/results/gpu-${slug%-}-$commit}
+fi
+logs=$out/logs
+mkdir -p "$logs"
+export OMP_NUM_THREADS=1 COUP_FAST_CUDA=on COUP_FAST_FAIL_WITHOUT_CUDA=1
 failed=()
 
-# One step: its command, its output and its time go to the report. A failure doesn't stop the others.
+# One step: a line of steps.jsonl and a log. A failure doesn't stop the others.
 step() {
-  local name=$1 log status=0 start=$SECONDS
-  shift
-  log=$out/${name// /-}.log
+  local stage=$1 name=$2 log status=0 start=$SECONDS
+  shift 2
+  log=$logs/${name// /-}.log
   echo "== $name: $*"
   if $dry_run; then
-    printf -- '- %s (not run): `%s`\n' "$name" "$*" >>"$report"
-    return
+    status=null
+  else
+    "$@" >"$log" 2>&1 || status=$?
+    if [ "$status" != 0 ]; then
+      failed+=("$name")
+      tail -n 20 "$log" >&2
+    fi
   fi
-  "$@" >"$log" 2>&1 || status=$?
-  [ "$status" = 0 ] || failed+=("$name")
-  {
-    printf '\n## %s: %s, %d s\n\n`%s`\n\n```\n' "$name" \
-      "$([ "$status" = 0 ] && echo passed || echo "FAILED ($status)")" $((SECONDS - start)) "$*"
-    tail -n 40 "$log"
-    printf '```\n'
-  } >>"$report"
+  "$python" - "$stage" "$name" "$status" $((SECONDS - start)) "$*" >>"$out/steps.jsonl" <<'PY'
+import json, sys
+stage, name, status, seconds, command = sys.argv[1:]
+print(json.dumps({"stage": stage, "name": name, "status": json.loads(status),
+                  "seconds": int(seconds), "command": command}))
+PY
 }
 
 # As step, also where there is no GPU.
@@ -63,46 +97,70 @@ step_anywhere() {
   dry_run=$wanted
 }
 
-describe() {
-  printf '# CUDA run of coup_fast %s\n\n' "$commit"
-  printf -- '- date: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)"
-  printf -- '- toolkit: %s\n' "$(nvcc --version 2>/dev/null | tail -n 1 || echo 'nvcc not on PATH')"
-  "$python" -c 'import torch; print(f"- torch {torch.__version__}, CUDA {torch.version.cuda}")'
-  if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    nvidia-smi --format=csv,noheader,nounits \
-      --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.memory |
-      sed 's/^/- device (driver, capability, MiB, MHz, MHz): /'
-  else
-    printf -- '- device: none\n'
-  fi
+# The device's own architecture alone, unless the caller wants others: a build of a minute.
+build() {
+  local arch=${TORCH_CUDA_ARCH_LIST:-}
+  [ -n "$arch" ] ||
+    arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  TORCH_CUDA_ARCH_LIST=$arch "$python" setup.py --quiet build_ext --inplace
+  "$python" -c 'import coup_fast, json, sys
+info = coup_fast.build_info()
+print(json.dumps(info, indent=2))
+sys.exit(not info["cuda"]["loaded"])'
 }
 
-describe | tee "$report"
-if ! $dry_run && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no CUDA device is visible to $python; --dry-run does what can be done without one" >&2
-  exit 1
-fi
-
-step_anywhere "compile check" "$python" .ci/cuda_check.py --verbose
-if $dry_run; then
-  step_anywhere "emulated kernels" "$python" -m pytest -q tests/test_cuda_emulated.py \
-    tests/test_cuda_index.py
-fi
-step "build" "$python" setup.py --quiet build_ext --inplace
-step "device tests" "$python" -m pytest -q tests/gpu
 # Without torch's caching allocator every tensor is an allocation of its own, with its own bounds.
-for tool in memcheck racecheck synccheck initcheck; do
-  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-    --error-exitcode 1 "$python" tests/gpu/every_kernel.py
-done
-step "bench" "$python" -m coup_fast bench --device cuda --force --json "$out/bench.json"
-step "benchmark suite" "$python" -m pytest -q benchmarks/test_operators.py --bench-device cuda \
-  --benchmark-json "$out/benchmarks.json"
+sanitize() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    "$python" tests/gpu/every_kernel.py
+}
 
+metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
+metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
+metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
+metrics+=,smsp__inst_executed.sum,launch__registers_per_thread
+profile() {
+  ncu --clock-control none --csv --log-file "$out/profile.csv" --kernel-name 'regex:per_quad|sample' \
+    --metrics "$metrics" "$python" benchmarks/gpu_kernels.py --profile
+}
+
+if $dry_run; then
+  rm -f "$out/steps.jsonl"
+  if wants build; then
+    step_anywhere build "compile check" "$python" .ci/cuda_check.py --verbose --jobs 1
+  fi
+  if wants test; then
+    step_anywhere test "emulated kernels" "$python" -m pytest -q tests/test_cuda_emulated.py \
+      tests/test_cuda_index.py
+  fi
+  if wants bench; then
+    step_anywhere bench "benchmark cases" "$python" benchmarks/gpu_kernels.py --check-only
+  fi
+fi
+wants build && step build "build" build
+wants test && step test "device tests" "$python" -m pytest -q tests/gpu
+for tool in "${tools[@]}"; do
+  if wants sanitize || wants "$tool"; then step sanitize "$tool" sanitize "$tool"; fi
+done
+if wants profile; then
+  if $dry_run || command -v ncu >/dev/null; then
+    step profile "profile" profile
+  else
+    echo "== profile: left out, there is no ncu"
+  fi
+fi
+if wants bench; then
+  step bench "kernels" "$python" benchmarks/gpu_kernels.py --json "$out/kernels.json"
+  step bench "operators" "$python" -m coup_fast bench --device cuda --force \
+    --json "$out/operators.json"
+fi
+if wants loop; then
+  step loop "loops" "$python" -m coup_fast bench --loop --device cuda --force \
+    --json "$out/loops.json"
+fi
+
+"$python" benchmarks/gpu_report.py "$out" --commit "$commit" --device "$device"
 if [ ${#failed[@]} -gt 0 ]; then
-  printf '\nFAILED: %s\n' "${failed[*]}" | tee -a "$report" >&2
+  printf 'FAILED: %s\n' "${failed[*]}" >&2
   exit 1
 fi
-printf '\n%s\n' "$($dry_run && echo 'dry run: no number here was measured on a device' ||
-  echo 'all steps passed')" | tee -a "$report"
-echo "report: $report"

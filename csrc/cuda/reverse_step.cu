@@ -75,7 +75,7 @@ template <bool kPlain>
 struct NormedForward {
   static constexpr int kRounds = 1;
   static constexpr int kProducts = 1;
-  static constexpr bool kRegisters = true;
+  static constexpr bool kRegisters = kPlain;  // otherwise they would spill
   static constexpr int kGroups = 3;
   static constexpr int kSumSteps = 4;
   static constexpr int kUpdateSteps = kPlain ? 2 : 1;
