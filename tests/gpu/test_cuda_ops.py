@@ -60,18 +60,28 @@ def test_large_samples(shape, norm: str) -> None:
     assert_same(ops.adaptive_step(*to_device(args)), ops.adaptive_step(*args))
 
 
-def test_a_large_batch() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_large_batch(layout) -> None:
     """More quads than a grid has threads, in every position of the grid-stride loop."""
-    call = step((4099, 3, 32, 32))
+    call = step((4099, 3, 32, 32)).map(lambda t: t.contiguous(memory_format=layout))
     assert_same(ops.reverse_step(*to_device(call.args)), ops.reverse_step(*call.args))
+
+
+@pytest.mark.parametrize("norm", ["normalised", "clipped"])
+def test_many_samples(norm: str) -> None:
+    """More blocks and clusters than are resident at a time."""
+    for shape in [(1500, 3, 32, 32), (300, 3, 64, 64), (150, 3, 128, 128)]:
+        call = step(shape, "langevin", guidance_norm=norm)
+        assert_same(ops.reverse_step(*to_device(call.args)), ops.reverse_step(*call.args))
+    args = adaptive_arguments((1500, 3, 32, 32))
+    assert_same(ops.adaptive_step(*to_device(args)), ops.adaptive_step(*args))
 
 
 @pytest.mark.parametrize("norm", ["none", "normalised"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_place_twin(layout, norm: str) -> None:
-    call = step((5, 3, 16, 16), guidance_norm=norm).map(
-        lambda t: t.contiguous(memory_format=layout)
-    )
+@pytest.mark.parametrize("shape", [(5, 3, 16, 16), (2, 3, 32, 32), (1, 3, 160, 160)])
+def test_in_place_twin(shape, layout, norm: str) -> None:
+    call = step(shape, guidance_norm=norm).map(lambda t: t.contiguous(memory_format=layout))
     args = to_device(call.args)
     ops.reverse_step_(*args)
     assert_same(args[0], ops.reverse_step(*call.args))
@@ -95,13 +105,19 @@ def test_no_call_waits_for_the_device() -> None:
     args = to_device(step((2, 3, 32, 32), guidance_norm="normalised").args)
     states = to_device(adaptive_arguments((2, 3, 32, 32)))
     logits = torch.randn(4, 10, device="cuda")
+
+    def calls() -> None:
+        ops.reverse_step(*args)
+        ops.adaptive_step(*states)
+        ops.confidence_cotangent(logits)
+
+    calls()  # once outside: the first launch of a kernel loads it, which may wait
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(200_000_000)
         done = torch.cuda.Event()
-        ops.reverse_step(*args)
-        ops.adaptive_step(*states)
-        ops.confidence_cotangent(logits)
+        calls()
         done.record()
         assert not done.query()  # still asleep: every call has returned before the device began
     finally:
