@@ -3,6 +3,7 @@
 from coup_fast.models.bundled import BUNDLED, bundled_settings, describe_bundled, load_bundled
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.conv_net import ConvNet
+from coup_fast.models.edm import load_edm
 from coup_fast.models.files import load_network, save_network
 from coup_fast.models.score_sde import load_score_sde
 from coup_fast.models.unet import EnergyUNet, UNet
@@ -16,6 +17,7 @@ __all__ = [
     "bundled_settings",
     "describe_bundled",
     "load_bundled",
+    "load_edm",
     "load_network",
     "load_score_sde",
     "save_network",
