@@ -9,6 +9,7 @@ gradients that store states and recompute. The chain knows nothing of methods be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +24,40 @@ from coup_fast.plan import AdaptivePlan, Plan, V, W, blank_row, start_row
 State = tuple[Tensor, ...]
 
 
+class Rows(Protocol):
+    """What can be asked for its rows: a tensor, a tuple of them, or a look-up on the device."""
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+
+
+class Beside(Protocol):
+    """Where the score network runs while the classifier does: within this context, until joined."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def join(self) -> None: ...
+
+
+class InOrder:
+    """One after the other, on the stream where everything runs."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def join(self) -> None:
+        """Nothing has branched off."""
+
+
 @dataclass(frozen=True)
 class Noise:
     """A run's noise tensors, numbered in order of need: generated from keys, or given."""
 
-    keys: Tensor | None = None  # int64 [M, B, 2]
+    keys: Rows | None = None  # int64 [M, B, 2]
     tensors: Tensor | None = None  # [M, B, C, H, W]
 
     def at(self, index: int | None) -> tuple[Tensor | None, Tensor | None]:
@@ -49,9 +79,9 @@ class Tables:
 
     start: Tensor  # [8], perturb
     pixel_map: Tensor  # [8], perturb: the attacked image in diffusion space
-    rows: tuple[Tensor, ...]  # reverse_step [19] each, or adaptive_step [8] each
+    rows: Rows  # reverse_step [19] each, or adaptive_step [8] each
     look_ahead: Tensor | None  # reverse_step [19]: x + δ m, ADP's second point
-    times: tuple[Tensor, ...]  # float64 [1] each; nan where the row calls no network
+    times: Rows  # float64 [1] each; nan where the row calls no network
     noise_index: tuple[int | None, ...]  # the noise tensor of each row
 
 
@@ -90,6 +120,7 @@ class _ModelCalls:
     """What both chains do with their models."""
 
     evaluated: tuple[str, str]  # names of the two tensors that `evaluate` returns
+    beside: Beside = InOrder()
 
     def __init__(
         self,
@@ -165,12 +196,14 @@ class Chain(_ModelCalls):
         """Network output and guidance gradient of step k at state x."""
         out = guidance = None
         if self.timed[k]:
-            out = self.predict(x, self.tables.times[k], self.plan.learned_variance)
+            with self.beside if self.guided[k] else InOrder():
+                out = self.predict(x, self.tables.times[k], self.plan.learned_variance)
         if self.guided[k]:
             graph = self.full_guidance and torch.is_grad_enabled() and x.requires_grad
             calls = self.calls
             classify = calls.classify_twice_differentiably if graph else calls.classify
             guidance = confidence_gradient(classify, x, self.ops, graph=graph)
+            self.beside.join()
         return out, guidance
 
     def advance(
@@ -189,6 +222,10 @@ class Chain(_ModelCalls):
             self.ops.reverse_step_(x, out, row, keys, guidance, reference, noise, norm)
             return state
         return (self.ops.reverse_step(x, out, row, keys, guidance, reference, noise, norm),)
+
+    def kind(self, k: int) -> tuple[bool, ...]:
+        """What step k does: steps of one kind differ in what they read alone."""
+        return self.timed[k], self.guided[k], self.tables.noise_index[k] is not None
 
     def step(self, k: int, state: State, reference: Tensor | None) -> State:
         """The state after step k; differentiable where the state or the reference requires grad."""
@@ -256,6 +293,10 @@ class AdaptiveChain(_ModelCalls):
         """The state after step k, given the two scores."""
         x, alive, _ = state
         return self.ops.adaptive_step(x, *evaluated, alive, self.tables.rows[k])
+
+    def kind(self, k: int) -> tuple[bool, ...]:
+        """As `Chain.kind`: every step does the same."""
+        return ()
 
     def step(self, k: int, state: State, reference: Tensor | None) -> State:
         """The state after step k; differentiable where the state requires grad."""

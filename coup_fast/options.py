@@ -10,6 +10,7 @@ from coup_fast import validation
 from coup_fast.backends import BACKENDS
 from coup_fast.calls import COMPILE_MODES, PRECISIONS
 from coup_fast.gradients import GRADIENTS, STATES
+from coup_fast.graphs import CUDA_GRAPH
 from coup_fast.guidance import GUIDANCE_GRADIENTS
 
 
@@ -30,6 +31,7 @@ PURIFIER_OPTIONS: Mapping[str, Option] = {
     "guidance_gradient": Option("full", GUIDANCE_GRADIENTS),
     "check_values": Option(True),
     "compile": Option(False, (True, False, *COMPILE_MODES)),
+    "cuda_graph": Option("auto", CUDA_GRAPH),
     "precision": Option("fp32", PRECISIONS),
     "channels_last": Option("auto", ("auto", True, False)),
     "max_batch": Option(None, None),

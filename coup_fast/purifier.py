@@ -24,6 +24,8 @@ from coup_fast.chain import (
 from coup_fast.diagnosis import diagnose
 from coup_fast.frozen import frozen_parameters
 from coup_fast.gradients import exact_run, straight_through
+from coup_fast.graphs import Graphs
+from coup_fast.loop import Trajectory, run_in_place, run_recorded
 from coup_fast.noise import step_keys
 from coup_fast.options import PURIFIER_OPTIONS, attribute_of, take_options
 from coup_fast.plan import AdaptivePlan, Plan
@@ -61,6 +63,12 @@ class Purifier(nn.Module):
             compile: call the networks through `torch.compile` (True, or the name of one of its
                 modes). Values are those of the networks up to rounding. Where the gradient through
                 the guidance is "full", the exact gradient differentiates the classifier as it is;
+            cuda_graph: of runs without gradient: capture a step (network, classifier and its
+                vector-Jacobian product on a second stream, update) once per kind of run and replay
+                it for every step. "auto": on CUDA, from the second run of its kind, where the
+                models are modules and can be captured; `graph_reason` says why not. True: at
+                once, or an error. A replay knows nothing of what else the models would have
+                done: hooks, prints, values of Python attributes at the time of a call;
             precision: of the networks; state, step and noise are float32 in each. "fp32": float32
                 with PyTorch's own flags as they are set (by default cuDNN's convolutions may use
                 TF32). "tf32": TF32 in products and convolutions; needs a GPU. "bf16": autocast to
@@ -93,6 +101,7 @@ class Purifier(nn.Module):
     guidance_gradient: str
     check_values: bool
     compile_networks: bool | str
+    cuda_graph: bool | str
     precision: str
     channels_last: bool | str
     max_batch: int | None
@@ -135,6 +144,7 @@ class Purifier(nn.Module):
             )
         self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
         self._compiled = Compiled()
+        self._graphs = Graphs()
 
     @property
     def _guided(self) -> bool:
@@ -215,17 +225,24 @@ class Purifier(nn.Module):
                 verify=self.verify_states,
                 check=self.check_values,
             )
-        record = wanted and self.gradient == "autograd"
-        with torch.set_grad_enabled(record):
-            state, reference = chain.start(images), chain.reference(images)
-            step = chain.step if record else chain.step_
-            for k in range(chain.num_steps):
-                state = step(k, state, reference)
-                if chain.finished(state):
-                    break
+        if wanted and self.gradient == "autograd":
+            return run_recorded(chain, images)
+        with torch.no_grad():
+            state = self._inference(chain, images)
         if wanted and self.gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
+
+    def _inference(self, chain: AnyChain, images: Tensor) -> State:
+        """The chain's final state, from graphs where there are any."""
+        settings = (self.backend, self.precision, self.channels_last, self.compile_networks)
+        captured = self._graphs.run(chain, images, self.cuda_graph, settings)
+        return run_in_place(chain, images) if captured is None else captured
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why the last run without gradient was not replayed from CUDA graphs; None if it was."""
+        return self._graphs.reason
 
     @torch.no_grad()
     def trajectory(
@@ -246,25 +263,13 @@ class Purifier(nn.Module):
 
     def _states(self, images: Tensor, noise: Noise) -> Iterator[tuple[int, Tensor]]:
         parts = [(part, self._chain(part, noise.of(rows))) for rows, part in self._parts(images)]
-        states: list[State] = []
-        references: list[Tensor | None] = []
-        steps = self.plan.num_steps
-        for k in range(steps + 1):
-            with self._frozen(), torch.no_grad():
-                if k == 0:
-                    states = [chain.start(part) for part, chain in parts]
-                    references = [chain.reference(part) for part, chain in parts]
-                else:
-                    states = [
-                        chain.step(k - 1, state, reference)
-                        for (_, chain), state, reference in zip(
-                            parts, states, references, strict=True
-                        )
-                    ]
-                x = torch.cat([state[0] for state in states])
-                in_pixels = isinstance(self.plan, AdaptivePlan) or k == steps
+        states = Trajectory(parts)
+        for k in range(states.num_steps + 1):
+            with self._frozen(), parts[0][1].calls.flags(), torch.no_grad():
+                x = states.advance(k)
+                in_pixels = isinstance(self.plan, AdaptivePlan) or k == states.num_steps
             yield k, x if in_pixels else 0.5 * x + 0.5
-            if all(chain.finished(s) for (_, chain), s in zip(parts, states, strict=True)):
+            if states.finished:
                 return
 
     def chain(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from coup_fast import methods
+from coup_fast.graphs import Graphs
 from coup_fast.options import attribute_of
 from coup_fast.plan import OUT_BIAS, OUT_HI, OUT_LO, OUT_SCALE, AdaptivePlan, Plan
 from coup_fast.purifier import Purifier
@@ -17,6 +18,7 @@ def _with_plan(purifier: Purifier, plan: Plan | AdaptivePlan, **options: Any) ->
     other = copy.copy(purifier)
     other.plan = plan
     other._tables = {}
+    other._graphs = Graphs()
     for name, value in options.items():
         setattr(other, attribute_of(name), value)
     return other

@@ -1,0 +1,318 @@
+"""The loop as CUDA graphs: a step's body is captured once and replayed for every step.
+
+A body works on buffers that stay where they are, and finds its row, time and keys by a step number
+that lives on the device and that it advances itself. So a replay needs nothing from the host, and
+rows that do the same kinds of work (network or not, guided or not, noisy or not) share one graph.
+What is here knows chains, not methods; how bodies become replays is the recorder's affair, so all
+but `CudaRecorder` also runs on a CPU, in the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coup_fast.chain import AnyChain, Beside, Noise, Rows, State
+from coup_fast.gradient_guards import models_of
+from coup_fast.score_model import module_of
+
+CUDA_GRAPH = ("auto", True, False)
+
+_WARM_UPS = 2  # before a capture: compilers, autotuners and library workspaces settle
+_KEPT = 8  # captured loops of one purifier
+
+
+class Recorder(Protocol):
+    """Turns bodies into replays, and puts the runs of one loop in order."""
+
+    def warm_up(self, body: Callable[[], None]) -> None:
+        """Run the body as it will be captured."""
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """A function that does again, on the same memory, what the body does."""
+
+    def beside(self) -> Beside:
+        """Where the score network runs while the classifier does."""
+
+    def in_order(self) -> Any:
+        """Context of one run: after the one before, wherever that was enqueued."""
+
+
+class _SideStream:
+    """A stream that branches off the current one on entry, and joins it again on `join`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.entered: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        self.entered.append(torch.cuda.stream(self.stream))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.entered.pop().__exit__(*error)
+
+    def join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
+class CudaRecorder:
+    """CUDA graphs that share one memory pool, as they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.side = _SideStream(device)
+        self.done: torch.cuda.Event | None = None
+
+    def warm_up(self, body: Callable[[], None]) -> None:
+        """As torch asks for: on the stream of the capture."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            body()
+        current.wait_stream(self.stream)
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Capture the body. Other threads may go on using the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            body()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def beside(self) -> Beside:
+        return self.side
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        with torch.cuda.device(self.device):
+            if self.done is not None:
+                torch.cuda.current_stream().wait_event(self.done)
+            yield
+            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.done.record()
+
+
+class _Lookup:
+    """A table of which any item is the row that the device's step number says."""
+
+    def __init__(self, table: Tensor, step: Tensor, numbers: Tensor | None = None) -> None:
+        self.table = table
+        self.step = step
+        self.numbers = numbers  # of each step's row in the table, where it is not the step's
+
+    def __getitem__(self, index: Any) -> Tensor:
+        at = self.step if self.numbers is None else self.numbers.index_select(0, self.step)
+        return self.table.index_select(0, at)[0]
+
+
+class CapturedLoop:
+    """All steps of a chain over static buffers; serves every chain of the same kind.
+
+    Made from the first chain and its images, whose memory it does not keep.
+    """
+
+    def __init__(self, chain: AnyChain, images: Tensor, recorder: Recorder) -> None:
+        self.recorder = recorder
+        with recorder.in_order():
+            self.step = torch.zeros(1, dtype=torch.int64, device=images.device)
+            self.state: State = chain.start(images)
+            self.reference = chain.reference(images)
+            self.keys = _clone(chain.noise.keys)
+            static = self._static(chain)
+            kinds: dict[Any, Callable[[], None]] = {}
+            self.replays = []
+            for k in range(chain.num_steps):
+                kind = chain.kind(k)
+                if kind not in kinds:
+                    kinds[kind] = self._capture(static, k)
+                self.replays.append(kinds[kind])
+
+    def _static(self, chain: AnyChain) -> AnyChain:
+        """The chain, finding what belongs to a step by the step number on the device."""
+        tables, steps = chain.tables, range(chain.num_steps)
+        numbers = torch.tensor([index or 0 for index in tables.noise_index], dtype=torch.int64)
+        numbers = numbers.to(self.step.device)
+        static = copy.copy(chain)
+        static.tables = replace(
+            tables,
+            rows=_Lookup(torch.stack([tables.rows[k] for k in steps]), self.step),
+            times=_Lookup(torch.stack([tables.times[k] for k in steps]), self.step),
+        )
+        static.noise = Noise(
+            keys=None if self.keys is None else _Lookup(self.keys, self.step, numbers)
+        )
+        static.beside = self.recorder.beside()
+        return static
+
+    def _capture(self, static: AnyChain, k: int) -> Callable[[], None]:
+        def body() -> None:
+            state = static.step_(k, self.state, self.reference)
+            for buffer, value in zip(self.state, state, strict=True):
+                if value is not buffer:
+                    buffer.copy_(value)
+            self.step.add_(1)
+
+        for _ in range(_WARM_UPS):
+            self.step.fill_(k)
+            self.recorder.warm_up(body)
+        self.step.fill_(k)
+        try:
+            return self.recorder.record(body)
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+
+    def run(self, chain: AnyChain, images: Tensor) -> State:
+        """The final state of a chain of the kind that was captured; waits for nothing."""
+        with self.recorder.in_order():
+            for buffer, value in zip(self.state, chain.start(images), strict=True):
+                buffer.copy_(value)
+            reference = chain.reference(images)
+            if self.reference is not None and reference is not None:
+                self.reference.copy_(reference)
+            if self.keys is not None and isinstance(chain.noise.keys, Tensor):
+                self.keys.copy_(chain.noise.keys)
+            self.step.zero_()
+            for replay in self.replays:
+                replay()
+            return tuple(buffer.clone() for buffer in self.state)
+
+
+def _clone(keys: Rows | None) -> Tensor | None:
+    return keys.clone() if isinstance(keys, Tensor) else None
+
+
+class CaptureError(RuntimeError):
+    """A body that ran could not be captured."""
+
+
+class Graphs:
+    """The captured loops of a purifier, by kind of run; copies and pickles start without any."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = "nothing has run yet"  # None: the last run was replayed
+        self._loops: OrderedDict[Any, CapturedLoop | str | None] = OrderedDict()
+        self._places: Any = None
+        self._recorders: dict[torch.device, Recorder] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return type(self), ()
+
+    def recorder(self, device: torch.device) -> Recorder | None:
+        """The device's recorder, or None where there are no graphs."""
+        if device.type != "cuda":
+            return None
+        if device not in self._recorders:
+            self._recorders[device] = CudaRecorder(device)
+        return self._recorders[device]
+
+    def run(
+        self, chain: AnyChain, images: Tensor, choice: bool | str, settings: tuple[Any, ...]
+    ) -> State | None:
+        """The chain's final state by replays, or None where the run has to be eager.
+
+        choice: the purifier's `cuda_graph`. "auto" captures a kind of run when it comes the second
+        time; a run that cannot be captured is eager for good, with one warning. True captures at
+        once, and raises RuntimeError where that fails, ValueError where it cannot be tried.
+        settings: what else decides how the networks are called.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self.reason = self._why_eager(chain, images, choice)
+            if self.reason is not None:
+                if choice is True:
+                    raise ValueError(f"cuda_graph=True: {self.reason}")
+                return None
+            loop = self._loop(chain, images, choice, settings)
+            return None if loop is None else loop.run(chain, images)
+
+    def _why_eager(self, chain: AnyChain, images: Tensor, choice: bool | str) -> str | None:
+        if choice is False:
+            return "cuda_graph=False"
+        if self.recorder(images.device) is None:
+            return f"images are on {images.device}, and graphs are CUDA's"
+        if chain.noise.tensors is not None:
+            return "noise is given; graphs generate it"
+        if images.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "the caller is capturing a graph of its own"
+        if choice == "auto":
+            for model in models_of(chain):
+                if model is not None and module_of(model) is None:
+                    return (
+                        "a model is a plain callable, whose tensors may move unseen; make it a "
+                        "module, or ask for cuda_graph=True if they stay where they are"
+                    )
+        return None
+
+    def _loop(
+        self, chain: AnyChain, images: Tensor, choice: bool | str, settings: tuple[Any, ...]
+    ) -> CapturedLoop | None:
+        places = _places(chain)
+        if places != self._places:  # captured addresses would be stale
+            self._loops.clear()
+            self._places = places
+        device = images.device.type
+        cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        layout = images.is_contiguous(memory_format=torch.channels_last)
+        key = (images.shape, images.dtype, images.device, layout, id(chain.tables), cast, settings)
+        known = self._loops.get(key)
+        if known is None and choice == "auto" and key not in self._loops:
+            self._keep(key, None)
+            self.reason = "the first run of this kind; the next is captured"
+            return None
+        if known is None or (isinstance(known, str) and choice is True):
+            known = self._captured(chain, images, choice)
+        self._keep(key, known)
+        if isinstance(known, str):
+            self.reason = known
+            return None
+        return known
+
+    def _captured(self, chain: AnyChain, images: Tensor, choice: bool | str) -> CapturedLoop | str:
+        recorder = self.recorder(images.device)
+        assert recorder is not None
+        try:
+            return CapturedLoop(chain, images, recorder)
+        except CaptureError as error:
+            reason = f"the step could not be captured ({error})"
+            if choice is True:
+                raise RuntimeError(f"cuda_graph=True: {reason}") from error
+            warnings.warn(f"the loop runs without CUDA graphs: {reason}", stacklevel=2)
+            return reason
+
+    def _keep(self, key: Any, loop: CapturedLoop | str | None) -> None:
+        self._loops[key] = loop
+        self._loops.move_to_end(key)
+        while len(self._loops) > _KEPT:
+            self._loops.popitem(last=False)
+
+
+def _places(chain: AnyChain) -> tuple[Any, ...]:
+    """Where the models' tensors are, and their modules' modes: what a graph takes for granted."""
+    places: list[Any] = []
+    for model in models_of(chain):
+        places.append(id(model))
+        module = module_of(model)
+        for part in () if module is None else module.modules():
+            places.append(part.training)
+            for tensors in (part._parameters, part._buffers, vars(part)):
+                places += [
+                    (tensor.data_ptr(), tensor.dtype, tensor.stride())
+                    for tensor in tensors.values()
+                    if isinstance(tensor, Tensor)
+                ]
+    return tuple(places)
