@@ -29,13 +29,15 @@ class Calls:
 
     precision: "bf16": under autocast to bfloat16; "tf32": under `tf32_allowed`, which the run
     enters; "fp32": as PyTorch is set. channels_last: the state's memory format, which the networks
-    get to see. compiled_network, compiled_classifier: called instead, where given.
+    get to see. compile: the purifier's option. compiled_network, compiled_classifier: called
+    instead, where given.
     """
 
     score_model: ScoreModel
     classifier: Classifier | None = None
     precision: str = "fp32"
     channels_last: bool = False
+    compile: bool | str = False
     compiled_network: Callable[..., Any] | None = None
     compiled_classifier: Callable[..., Any] | None = None
 
@@ -74,6 +76,11 @@ class Calls:
     def autocast(self) -> torch.dtype | None:
         """What the networks are cast to, if they are."""
         return torch.bfloat16 if self.precision == "bf16" else None
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether the compiled networks are CUDA graphs by themselves."""
+        return self.compile in SELF_CAPTURING
 
     def _cast(self, x: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext()

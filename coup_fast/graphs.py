@@ -27,7 +27,6 @@ from coup_fast.score_model import module_of
 
 CUDA_GRAPH = ("auto", True, False)
 
-_WARM_UPS = 2  # before a capture: compilers, autotuners and library workspaces settle
 _KEPT = 8  # captured loops of one purifier
 
 
@@ -35,7 +34,10 @@ class Recorder(Protocol):
     """Turns bodies into replays, and puts the runs of one loop in order."""
 
     def warm_up(self, body: Callable[[], None]) -> None:
-        """Run the body as it will be captured."""
+        """Run the body as it will be captured: compilers, autotuners and workspaces settle."""
+
+    def waits(self, body: Callable[[], None]) -> bool:
+        """Run the body again; whether it made the host wait for the device."""
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """A function that does again, on the same memory, what the body does."""
@@ -83,6 +85,19 @@ class CudaRecorder:
         with torch.cuda.stream(self.stream):
             body()
         current.wait_stream(self.stream)
+
+    def waits(self, body: Callable[[], None]) -> bool:
+        """By torch's debug mode. A capture would find out too, but one that fails may leave torch's
+        random generators and allocator unusable."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.warm_up(body)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        return any("called a synchronizing CUDA operation" in str(w.message) for w in caught)
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """Capture the body. Other threads may go on using the device meanwhile."""
@@ -167,14 +182,19 @@ class CapturedLoop:
                     buffer.copy_(value)
             self.step.add_(1)
 
-        for _ in range(_WARM_UPS):
-            self.step.fill_(k)
-            self.recorder.warm_up(body)
+        self.step.fill_(k)
+        self.recorder.warm_up(body)
+        self.step.fill_(k)
+        if self.recorder.waits(body):
+            raise CaptureError("a model makes the host wait for the device")
         self.step.fill_(k)
         try:
             return self.recorder.record(body)
         except Exception as error:
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what happened first, not what came of it
+                cause = cause.__context__
+            raise CaptureError(f"{type(cause).__name__}: {cause}") from error
 
     def run(self, chain: AnyChain, images: Tensor) -> State:
         """The final state of a chain of the kind that was captured; waits for nothing."""
@@ -245,6 +265,11 @@ class Graphs:
             return "cuda_graph=False"
         if self.recorder(images.device) is None:
             return f"images are on {images.device}, and graphs are CUDA's"
+        if chain.calls.captures_graphs:
+            return (
+                f"compile={chain.calls.compile!r} captures graphs of its own; "
+                "'max-autotune-no-cudagraphs' leaves that to the loop"
+            )
         if chain.noise.tensors is not None:
             return "noise is given; graphs generate it"
         if images.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -288,7 +313,8 @@ class Graphs:
         try:
             return CapturedLoop(chain, images, recorder)
         except CaptureError as error:
-            reason = f"the step could not be captured ({error})"
+            reason = f"the step cannot be captured ({error})"
+            self._recorders.pop(images.device, None)  # its pool may still be in use
             if choice is True:
                 raise RuntimeError(f"cuda_graph=True: {reason}") from error
             warnings.warn(f"the loop runs without CUDA graphs: {reason}", stacklevel=2)

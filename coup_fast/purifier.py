@@ -311,6 +311,7 @@ class Purifier(nn.Module):
             classifier,
             self.precision,
             wants_channels_last(self.channels_last, network),
+            self.compile_networks,
             self._compiled.form(network, self.compile_networks),
             self._compiled.form(classifier, self.compile_networks),
         )

@@ -26,16 +26,16 @@ def tensors(tree) -> list[Tensor]:
 
 
 class Tape(TorchDispatchMode):
-    """Writes down each operator with its arguments and results; refuses those that wait."""
+    """Writes down each operator with its arguments and results, and counts those that wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = []
+        self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.overloadpacket._qualified_op_name in WAITS:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        self.waits += func.overloadpacket._qualified_op_name in WAITS
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, tensors(out)))
         return out
@@ -73,6 +73,11 @@ class TapeRecorder:
     def warm_up(self, body: Callable[[], None]) -> None:
         self.warm_ups += 1
         body()
+
+    def waits(self, body: Callable[[], None]) -> bool:
+        with Tape() as tape:
+            self.warm_up(body)
+        return tape.waits > 0
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         tape = Tape()

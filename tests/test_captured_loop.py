@@ -10,8 +10,9 @@ import pickle
 
 import pytest
 import torch
-from tape import TapeGraphs
+from tape import Tape, TapeGraphs
 from tiny import SHORT, TinyClassifier, TinyNetwork, images, short_purifier
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from coup_fast import Purifier, ScoreModel
 
@@ -114,6 +115,21 @@ def test_auto_captures_the_second_run_of_a_kind() -> None:
         assert (clean.graph_reason is None) == (reason is None)
 
 
+class Refusing(torch.nn.Module):
+    """A network that does not like to be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyNetwork()
+
+    def forward(self, x, t):
+        if any(isinstance(mode, Tape) for mode in _get_current_dispatch_mode_stack()):
+            self.seen = getattr(self, "seen", 0) + 1
+            if self.seen % 2 == 0:  # the first is a warm-up that is watched
+                raise KeyError("not on tape")
+        return self.inner(x, t)
+
+
 class Asking(torch.nn.Module):
     """A network whose way depends on its values, so that the host has to ask for them."""
 
@@ -125,18 +141,22 @@ class Asking(torch.nn.Module):
         return self.inner(x, t) if x.mean() < 100 else x
 
 
-def test_what_cannot_be_captured_runs_eagerly_with_one_warning() -> None:
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [(Asking, "makes the host wait for the device"), (Refusing, "KeyError: 'not on tape'")],
+)
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(network, reason: str) -> None:
     options = {"method": "diffpure", "num_steps": 3}
-    want = Purifier(ScoreModel(Asking()), **options)(images())
-    clean = Purifier(ScoreModel(Asking()), **options)
+    want = Purifier(ScoreModel(network()), **options)(images())
+    clean = Purifier(ScoreModel(network()), **options)
     clean._graphs = TapeGraphs()
     clean(images())
-    with pytest.warns(UserWarning, match="runs without CUDA graphs: the step could not be capt"):
+    with pytest.warns(UserWarning, match="runs without CUDA graphs: the step cannot be captured"):
         assert torch.equal(clean(images()), want)
     assert torch.equal(clean(images()), want)
-    assert "not permitted when stream is capturing" in clean.graph_reason
+    assert reason in clean.graph_reason
     clean.cuda_graph = True
-    with pytest.raises(RuntimeError, match="cuda_graph=True: the step could not be captured"):
+    with pytest.raises(RuntimeError, match="cuda_graph=True: the step cannot be captured"):
         clean(images())
 
 
@@ -162,6 +182,10 @@ def test_reasons_to_run_eagerly() -> None:
         clean(u)
         assert (clean.graph_reason or "").startswith(reason)
         assert (clean.graph_reason is None) == (choice is True)
+    clean = taped(cuda_graph="auto", method="adp")
+    clean.compile_networks = "reduce-overhead"
+    reason = clean._graphs._why_eager(clean.chain(u), u, "auto")
+    assert reason.startswith("compile='reduce-overhead' captures graphs of its own")
     clean = taped(cuda_graph=False)
     clean(u)
     assert clean.graph_reason == "cuda_graph=False"
