@@ -13,8 +13,9 @@ from PIL import Image
 
 import coup_fast
 from coup_fast.cli import common, main
-from coup_fast.cli.files import choose_layout, to_bytes
+from coup_fast.cli.files import choose_layout
 from coup_fast.cli.fitting import Fit
+from coup_fast.integrations.pictures import to_whole_numbers
 
 MNIST = Fit(1, 28, 28)
 CIFAR = Fit(3, 32, 32)
@@ -80,8 +81,8 @@ def test_fitting_there_and_back() -> None:
 
 def test_eight_bits_survive_the_round_trip_and_clipping_is_counted() -> None:
     values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(values.float() / 255)[0], values)
-    clipped, count = to_bytes(torch.tensor([-0.1, 0.5, 1.2]))
+    assert torch.equal(to_whole_numbers(values.float() / 255)[0], values)
+    clipped, count = to_whole_numbers(torch.tensor([-0.1, 0.5, 1.2]))
     assert clipped.tolist() == [0, 128, 255]
     assert count == 2
 

@@ -1,7 +1,6 @@
 """Image files and .npy / .npz batches as pixel tensors, and back in the same format.
 
-A `Source` is a list of groups of equal shape; each group is purified as one batch after another
-and written when all of it is done (`ImageFiles`: one file at a time; `ArrayFile`: the whole array).
+An `ImageFile` is one picture, an `ArrayFile` one batch of them.
 """
 
 from __future__ import annotations
@@ -15,103 +14,79 @@ from coup_fast.cli.fitting import Fit
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
     from torch import Tensor
+
+    from coup_fast.integrations.pictures import Picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 ARRAY_SUFFIXES = (".npy", ".npz")
-_NO_ALPHA = (".jpg", ".jpeg", ".bmp", ".pgm", ".ppm")
+_JPEG = (".jpg", ".jpeg")
+_NO_ALPHA = (*_JPEG, ".bmp", ".pgm", ".ppm")
+_DEEP = (".png", ".tif", ".tiff")
 Layout = Literal["auto", "nchw", "nhwc"]
-
-
-def to_bytes(pixels: Tensor) -> tuple[Tensor, int]:
-    """uint8 of pixels in [0, 1], rounded; and how many values had to be clipped."""
-    import torch
-
-    outside = int(((pixels < 0) | (pixels > 1)).sum())
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8), outside
 
 
 @dataclass
 class ImageFile:
-    """One picture: where it comes from, where it goes, its pixels [C, H, W] in [0, 1]."""
+    """One picture: where it comes from, where it goes, and what it holds."""
 
     source: Path
     target: Path
-    pixels: Tensor
-    alpha: np.ndarray | None  # [H, W] uint8, put back unchanged
-    exif: bytes | None
+    picture: Picture
+
+    @property
+    def pixels(self) -> Tensor:
+        """[C, H, W] in [0, 1]."""
+        return self.picture.pixels
 
     def write(self, purified: Tensor) -> int:
         """Save purified pixels [C, H, W]; returns the number of clipped values."""
-        import numpy as np
-        from PIL import Image
-
-        values, clipped = to_bytes(purified)
-        array = values.permute(1, 2, 0).numpy()
-        if self.alpha is not None:
-            array = np.concatenate([array, self.alpha[:, :, None]], axis=2)
-        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-        options: dict[str, Any] = {"exif": self.exif} if self.exif else {}
-        if self.target.suffix.lower() in (".jpg", ".jpeg"):
+        image, clipped = self.picture.image(purified)
+        options: dict[str, Any] = dict(self.picture.keep)
+        suffix = self.target.suffix.lower()
+        if suffix in _JPEG:
             options |= {"quality": 95, "subsampling": 0}
+        elif suffix == ".webp":
+            options |= {"lossless": True, "exact": True}
         with whole_file(self.target) as path:
             image.save(path, **options)
         return clipped
 
 
-def _open_image(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except UnidentifiedImageError:
-        raise CommandError(f"{path} is not an image that pillow can read") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from None
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise CommandError(f"{path} holds {frames} frames; give single pictures")
-    if image.mode == "1":
-        say(f"{path} is black and white; it is read and written as grey")
-        return image.convert("L")
-    if image.mode in ("P", "PA"):
-        transparent = image.mode == "PA" or "transparency" in image.info
-        mode = "RGBA" if transparent else "RGB"
-        say(f"{path} has a palette; it is read and written as {mode}")
-        return image.convert(mode)
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        raise CommandError(
-            f"{path} has pillow mode {image.mode}; 8-bit grey, RGB and RGBA are supported"
-        )
-    return image
-
-
 def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
     """Read one picture. alpha: "keep", "drop" or None (a picture with alpha is then an error)."""
-    import numpy as np
-    import torch
+    from PIL import Image, UnidentifiedImageError
 
-    image = _open_image(path)
-    array = np.asarray(image)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    saved: np.ndarray | None = None
-    if array.shape[2] in (2, 4):
-        if alpha is None:
-            raise CommandError(
-                f"{path} has an alpha channel: give --alpha keep (it is copied unchanged) or "
-                "--alpha drop (it is left out)"
-            )
-        if alpha == "keep":
-            saved = array[:, :, -1]
-            if target.suffix.lower() in _NO_ALPHA:
-                raise CommandError(f"{target.suffix} files hold no alpha channel: use .png")
-        array = array[:, :, :-1]
-    pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
-    exif = image.info.get("exif")
-    return ImageFile(path, target, pixels, saved, exif if isinstance(exif, bytes) else None)
+    from coup_fast.integrations.pictures import read_picture
+
+    try:
+        with Image.open(path) as image:
+            picture = read_picture(image, str(path))
+    except UnidentifiedImageError:
+        raise CommandError(f"{path} is not an image that pillow can read") from None
+    except ValueError as error:
+        sentence = str(error)
+        ours = sentence.startswith(str(path))
+        raise CommandError(sentence if ours else f"{path} cannot be read: {error}") from None
+    except (OSError, SyntaxError) as error:
+        raise CommandError(f"{path} cannot be read: {error}") from None
+    for remark in picture.remarks:
+        say(remark)
+    suffix = target.suffix.lower()
+    if picture.alpha is not None and alpha is None:
+        raise CommandError(
+            f"{path} has an alpha channel: give --alpha keep (it is copied unchanged) or "
+            "--alpha drop (it is left out)"
+        )
+    if alpha == "drop":
+        picture.alpha = None
+    elif picture.alpha is not None and suffix in _NO_ALPHA:
+        raise CommandError(f"{target.suffix} files hold no alpha channel: use .png")
+    if picture.bits == 16 and suffix not in _DEEP:
+        raise CommandError(
+            f"{path} has 16 bits and {target.suffix} files hold 8: use {' or '.join(_DEEP)}"
+        )
+    return ImageFile(path, target, picture)
 
 
 def list_images(source: Path, target: Path) -> list[tuple[Path, Path]]:
@@ -150,9 +125,11 @@ class ArrayFile:
         """Save purified pixels [B, C, H, W] as they came; returns the number of clipped values."""
         import numpy as np
 
+        from coup_fast.integrations.pictures import to_whole_numbers
+
         clipped = 0
         if self.dtype == np.uint8:
-            purified, clipped = to_bytes(purified)
+            purified, clipped = to_whole_numbers(purified)
         if self.layout == "nhwc":
             purified = purified.permute(0, 2, 3, 1)
         array = np.ascontiguousarray(purified.numpy().astype(self.dtype))

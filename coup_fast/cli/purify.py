@@ -5,7 +5,7 @@ or floats in [0,1]) in a .npy or .npz file. OUT gets the same format, shape and 
 length C, the number of channels the network takes, decides a batch's layout; --layout settles
 what the shape leaves open. Noise is chosen by --seed, --draw and the position in the batch or in
 the sorted folder, so results do not depend on --batch-size. Results are clipped to [0,1] only
-where the format holds 8-bit values, and the count is said.
+where the format holds whole numbers, and the count is said.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coup_fast.cli import bundle, common
+from coup_fast.cli import bundle, common, networks
 from coup_fast.cli.common import CommandError
 from coup_fast.cli.files import (
     ARRAY_SUFFIXES,
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, metavar="IN", help="image, folder of images, .npy or .npz file")
     add("target", type=Path, metavar="OUT", help="where the result goes, same format")
     add("--method", default="coup", help="purification method (default: coup)")
-    add("--bundled", default="mnist", metavar="NAME", help="bundled models (default: mnist)")
     add("--seed", type=common.non_negative_int, default=0, help="seed of the noise (default: 0)")
     add("--draw", type=common.non_negative_int, default=0, help="which noise draw (default: 0)")
     add("--batch-size", type=common.positive_int, default=64, help="images at once (default: 64)")
@@ -70,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--alpha", choices=["keep", "drop"], help="copy or leave out an alpha channel")
     add("--force", action="store_true", help="overwrite what is there")
+    networks.add_arguments(parser)
     common.add_device_argument(parser)
 
 
@@ -90,17 +90,28 @@ class _Job:
         """
         import torch
 
-        starts = range(0, len(pictures), self.batch_size)
-        calls = len(starts) * self.purifier.plan.num_network_calls
+        parts = self._parts(pictures)
+        calls = len(parts) * self.purifier.plan.num_network_calls
         with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
-            for start in starts:
-                part = pictures[start : start + self.batch_size]
+            for ids in parts:
+                part = pictures[ids.start : ids.stop]
                 batch = torch.cat([self.fit.to_network(picture[None]) for picture in part])
-                ids = torch.arange(start, start + len(part))
                 with torch.no_grad(), common.plain_errors():
-                    clean = self.purifier(batch.to(self.device), sample_ids=ids, draw=self.draw)
+                    clean = self.purifier(batch.to(self.device), list(ids), self.draw)
                 for picture, result in zip(part, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], picture.shape)[0]
+
+    def _parts(self, pictures: Sequence[Tensor]) -> list[range]:
+        """Positions of the batches: at most batch_size pictures, of one shape for the network."""
+        parts: list[range] = []
+        for i, picture in enumerate(pictures):
+            last = parts[-1] if parts else range(0)
+            fits = self.fit.height is not None or picture.shape == pictures[i - 1].shape
+            if parts and fits and len(last) < self.batch_size:
+                parts[-1] = range(last.start, i + 1)
+            else:
+                parts.append(range(i, i + 1))
+        return parts
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         f"seed {args.seed}, draw {args.draw}, {job.device}) in {seconds:.1f} s: {args.target}"
     )
     if clipped:
-        common.say(f"{clipped} values outside [0, 1] were clipped, because 8-bit files need it")
+        common.say(f"{clipped} values outside [0, 1] were clipped: the file holds whole numbers")
     return 0
 
 
@@ -132,14 +143,33 @@ def _prepare(args: argparse.Namespace) -> _Job:
     from coup_fast import Purifier
 
     device = common.choose_device(args.device)
-    options = bundle.settings_for(args.method) if args.bundled_settings else {}
+    if args.bundled_settings and args.score is not None:
+        raise CommandError("--bundled-settings suit the bundled models, not --score")
+    options = bundle.settings_for(args.method, args.bundled) if args.bundled_settings else {}
     options = options | common.parse_settings(args.set)
-    models = bundle.load(args.bundled, bundle.score_for(args.method), device)
-    with common.plain_errors():
-        purifier = Purifier(*models, method=args.method, seed=args.seed, **options)
-    channels, height, width = bundle.IMAGE_SHAPES[args.bundled]
-    fit = Fit(channels, height, width, args.convert_color, args.resize)
+    models = networks.load(args, device)
+    try:
+        with common.plain_errors():
+            purifier = Purifier(
+                models.score_model, models.classifier, method=args.method, seed=args.seed, **options
+            )
+    except CommandError as error:
+        if models.classifier is None and "guided by a classifier" in str(error):
+            raise CommandError(
+                f"method {args.method!r} is guided by a classifier: give --classifier, or "
+                "--set guidance_scale=0"
+            ) from None
+        raise
+    height, width = models.size or (None, None)
+    hint = _other_sets(models.channels) if args.score is None else ""
+    fit = Fit(models.channels, height, width, args.convert_color, args.resize, hint)
     return _Job(purifier, fit, device, args.draw, args.batch_size)
+
+
+def _other_sets(channels: int) -> str:
+    """What to say to a user whose pictures have other channels than the bundled set."""
+    others = [name for name, shape in bundle.IMAGE_SHAPES.items() if shape[0] != channels]
+    return f"; --bundled {others[0]} takes {bundle.IMAGE_SHAPES[others[0]][0]}" if others else ""
 
 
 def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:

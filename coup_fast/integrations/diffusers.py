@@ -25,34 +25,12 @@ from coup_fast import methods
 from coup_fast.backends import choose_ops
 from coup_fast.chain import Tables, tables_of
 from coup_fast.guidance import confidence_gradient
+from coup_fast.models.diffusers_pipelines import discrete_schedule
 from coup_fast.noise import step_keys
 from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
-from coup_fast.schedules import DiscreteSchedule, VPSchedule
+from coup_fast.schedules import VPSchedule
 
 _KINDS = {"epsilon": "eps", "sample": "x0", "score": "score"}
-
-
-def discrete_schedule(
-    num_train_timesteps: int,
-    beta_start: float,
-    beta_end: float,
-    beta_schedule: str,
-    trained_betas: Any = None,
-) -> DiscreteSchedule:
-    """β of a diffusers scheduler's configuration. Raises ValueError for an unknown schedule."""
-    if trained_betas is not None:
-        return DiscreteSchedule(tuple(trained_betas))
-    if beta_schedule == "linear":
-        return DiscreteSchedule.linear(beta_start, beta_end, num_train_timesteps)
-    if beta_schedule == "scaled_linear":
-        roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps)
-        return DiscreteSchedule(tuple(roots**2))
-    if beta_schedule == "squaredcos_cap_v2":
-        return DiscreteSchedule.cosine(num_train_timesteps)
-    raise ValueError(
-        "beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, or trained_betas given; "
-        f"got {beta_schedule!r}"
-    )
 
 
 class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as diffusers' own are
@@ -90,9 +68,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
             raise ValueError(
                 f"prediction_type must be one of {', '.join(_KINDS)}, got {prediction_type!r}"
             )
-        schedule = discrete_schedule(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas
-        )
+        schedule = discrete_schedule(self.config)
         self.schedule = schedule if time_scale is None else schedule.continuous()
         self.init_noise_sigma = 1.0
         self.set_timesteps()
