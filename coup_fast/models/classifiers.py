@@ -1,0 +1,175 @@
+"""Classifiers of others as modules from pixels in [0, 1] to logits.
+
+Any `nn.Module` with that convention is a classifier already; this fetches those of RobustBench and
+timm by name, where these packages are installed, and fills a given architecture from a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coup_fast.models.state import as_state, check_fits, read_state, strip_prefix
+
+PACKAGES = ("robustbench", "timm")
+
+
+class Normalised(nn.Module):
+    """`network((pixels - mean) / std)`: a classifier of normalised images as one of pixels.
+
+    Args:
+        network: [B, C, H, W] -> logits [B, K]. mean, std: C numbers each, std > 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ValueError(
+                f"mean and std are one number per channel, std positive; got {mean} and {std}"
+            )
+        self.network = network
+        self.in_channels = len(mean)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, C, H, W] in [0, 1]; returns logits [B, K]."""
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+
+def load_classifier(
+    source: str | Path,
+    *,
+    architecture: nn.Module | Callable[[], nn.Module] | None = None,
+    key: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> nn.Module:
+    """A classifier of pixels in eval mode: [B, C, H, W] in [0, 1] -> logits [B, K].
+
+    Args:
+        source: "robustbench:NAME", with `load_model`'s options (dataset="cifar10",
+            threat_model="Linf", model_dir="./models"); it normalises inside.
+            "timm:NAME", with `create_model`'s options (pretrained=True is ours); its mean and std
+            are taken from its pretrained_cfg. Images are not resized to what it was trained on.
+            A file: a `.safetensors` file of `save_network`, or a state dict for `architecture`.
+        architecture: for a file, the module to fill, or a function that builds it.
+        key: for a file that holds more than a state dict, the entry that is it ("a.b": nested).
+        mean, std: for a file or timm, one number per channel: the network takes
+            (pixels - mean)/std.
+        device: where it goes.
+    Raises:
+        ImportError: the named package is missing. FileNotFoundError: no such file. ValueError: an
+        unknown name, an option that has no use here, or a file that does not fit, with what was
+        found and expected.
+    """
+    package, colon, name = str(source).partition(":")
+    if colon and package in PACKAGES:
+        if architecture is not None or key is not None:
+            raise ValueError("architecture and key are for files")
+        load = _robustbench if package == "robustbench" else _timm
+        network = load(name, mean, std, options)
+    else:
+        if options:
+            raise ValueError(f"a file takes no option {', '.join(options)}")
+        network = _file(Path(source), architecture, key)
+        network = _normalised(network, mean, std)
+    return network.eval().to(device)
+
+
+def _normalised(
+    network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    if (mean is None) != (std is None):
+        raise ValueError(f"give mean and std together, got mean={mean} and std={std}")
+    return network if mean is None or std is None else Normalised(network, mean, std)
+
+
+def _package(name: str, path: str) -> Any:
+    """The module `path` of a package, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise ImportError(
+            f"a classifier '{name}:…' needs the package {name} and what it imports "
+            f"(pip install {name}); importing {path} failed: {error}"
+        ) from error
+
+
+def _robustbench(
+    name: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    if mean is not None or std is not None:
+        raise ValueError("RobustBench's models take pixels as they are; leave out mean and std")
+    load = _package("robustbench", "robustbench.utils").load_model
+    try:
+        network: nn.Module = load(model_name=name, **options)
+    except KeyError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "its defaults"
+        raise ValueError(f"RobustBench has no model {name!r} for {given}") from error
+    return network
+
+
+def _timm(
+    name: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    timm = _package("timm", "timm")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; timm.list_models() lists them")
+    network: nn.Module = timm.create_model(name, **{"pretrained": True, **options})
+    if mean is None and std is None:
+        config: Any = network.pretrained_cfg
+        mean, std = config["mean"], config["std"]
+        channels = options.get("in_chans", len(mean))
+        if channels != len(mean):
+            raise ValueError(
+                f"timm:{name} says how to normalise {len(mean)} channels, but in_chans is "
+                f"{channels}; give mean and std"
+            )
+    return _normalised(network, mean, std)
+
+
+def _file(
+    path: Path, architecture: nn.Module | Callable[[], nn.Module] | None, key: str | None
+) -> nn.Module:
+    if architecture is None and path.suffix == ".safetensors":
+        from coup_fast.models.files import load_network
+
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no checkpoint file {path}")
+        return load_network(path)[0]
+    found, what = read_state(path), str(path)
+    for entry in key.split(".") if key else ():
+        if not isinstance(found, Mapping) or entry not in found:
+            held = ", ".join(map(str, found)) if isinstance(found, Mapping) else "no entries"
+            raise ValueError(f"{what} has no entry {entry!r}; it has {held}")
+        found, what = found[entry], f"{what}[{entry}]"
+    try:
+        state = strip_prefix(as_state(found, what))
+    except ValueError as error:
+        raise ValueError(f"{error}; name the entry that is one with key=") from error
+    if architecture is None:
+        raise ValueError(
+            f"{what} holds weights alone: give architecture=, the module that they are for"
+        )
+    network = architecture if isinstance(architecture, nn.Module) else architecture()
+    check_fits(network, state, what)
+    network.load_state_dict(state)
+    return network
