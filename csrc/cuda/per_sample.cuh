@@ -81,7 +81,6 @@ __device__ __forceinline__ void run_in_registers(const Op& op, const PerSample& 
     constexpr int kNumber = decltype(number)::value;
     Quad lanes[Op::kProducts] = {};
     if (works) op.template products<kNumber>(io, state, staged, inputs, lanes);
-    if (kNumber > 0) __syncthreads();
     sum_products<Op>(lanes, 0, thread,
                      [&](int product, float sum) { *Shared::own(kNumber, product, 0) = sum; });
     __syncthreads();
@@ -143,27 +142,23 @@ struct PerSampleKernel {
     }
   }
 
-  // Where the staged vector's quad of a step is kept, or null. All quads of a strip are, or none.
-  __device__ Quad* kept(int turn, int step) const {
-    const int slot = sum_first(group, step, thread);
-    if (turn > 0 || slot >= job.stage_floats) return nullptr;
-    return reinterpret_cast<Quad*>(Shared::stage(job.groups) + slot);
-  }
-
+  // The staged vector, from memory the first time and then, as far as it is kept, from there. All
+  // quads of a strip are kept, or none.
   template <class Io>
   __device__ Quads<Io::kCount> staged(const Io& io, int turn, int step, bool first) const {
-    Quad* place = kept(turn, step);
+    const int slot = sum_first(group, step, thread);
+    const bool kept = turn == 0 && slot < job.stage_floats;
+    Quad* place = reinterpret_cast<Quad*>(Shared::stage(job.groups) + slot);
     Quads<Io::kCount> quads = {};
-    if (place == nullptr || first) quads = load(io, op.staged());
-    if (place == nullptr) return quads;
+    if (!kept || first) quads = load(io, op.staged());
+    if (!kept) return quads;
 #pragma unroll
     for (int q = 0; q < Io::kCount; ++q) {
       if (!io.holds(q, 0)) continue;
-      Quad& quad = place[q * kSumThreads];
       if (first) {
-        quad = quads.quad[q];
+        place[q * kSumThreads] = quads.quad[q];
       } else {
-        quads.quad[q] = quad;
+        quads.quad[q] = place[q * kSumThreads];
       }
     }
     return quads;
