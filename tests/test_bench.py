@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from coup_fast import _extension
 from coup_fast.benchmarking import case, operators, report, results, rivals, tables
 from coup_fast.benchmarking.catalogue import FAMILIES, family
-from coup_fast.benchmarking.timing import Timing, measure_in_turns
+from coup_fast.benchmarking.timing import Timing, clock_for, measure_in_turns
 from coup_fast.cli import main
 
 CPU = torch.device("cpu")
@@ -28,12 +29,39 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
+def _spin(seconds: float) -> None:
+    """Keep a core busy for as long, by the clock in use."""
+    _, clock = clock_for(CPU)
+    end = clock() + seconds
+    while clock() < end:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_clock_of_one_thread_ignores_other_processes() -> None:
+    waits = {"waits": lambda: (_spin(1e-3), time.sleep(5e-3))}
+    timing = measure_in_turns(waits, CPU, 3, 1e-3, 1.0)["waits"]
+    assert timing.clock == "processor"
+    assert 1e-3 <= timing.median < 3e-3
+    torch.set_num_threads(2)
+    timing = measure_in_turns(waits, CPU, 3, 1e-3, 1.0)["waits"]
+    assert timing.clock == "wall"
+    assert timing.median >= 6e-3
+
+
 def test_medians_are_of_the_functions_measured_in_turns() -> None:
     order: list[str] = []
 
     def wait(name: str, seconds: float) -> None:
         order.append(name)
-        time.sleep(seconds)
+        _spin(seconds)
 
     timings = measure_in_turns(
         {"a": lambda: wait("a", 1e-3), "b": lambda: wait("b", 4e-3)}, CPU, 5, 1e-3, 1.0
@@ -48,7 +76,7 @@ def test_medians_are_of_the_functions_measured_in_turns() -> None:
 
 def test_a_slow_function_sits_out_after_three_samples() -> None:
     timings = measure_in_turns(
-        {"slow": lambda: time.sleep(2e-2), "fast": lambda: None}, CPU, 8, 1e-5, 5e-2
+        {"slow": lambda: _spin(2e-2), "fast": lambda: None}, CPU, 8, 1e-5, 5e-2
     )
     assert timings["slow"].samples == 3
     assert timings["fast"].samples == 8

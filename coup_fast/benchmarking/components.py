@@ -8,7 +8,6 @@ there. On CUDA the marks are events on the stream, so that nothing waits for the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from coup_fast.benchmarking.case import VariantUnavailable
 from coup_fast.benchmarking.networks import Models
-from coup_fast.benchmarking.timing import measure_in_turns
+from coup_fast.benchmarking.timing import clock_for, measure_in_turns
 
 NETWORK, FORWARD, VJP = "score network", "classifier forward", "classifier VJP"
 STEP, REST = "step and noise", "host and rest"
@@ -30,6 +29,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        _, self.clock = clock_for(device)
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
@@ -39,7 +39,7 @@ class Watch:
             event.record()
             self.marks.append((name, event))
         else:
-            self.marks.append((name, time.perf_counter()))
+            self.marks.append((name, self.clock()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """Itself: copies of a watched module report to the same watch."""

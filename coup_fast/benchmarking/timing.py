@@ -1,4 +1,9 @@
-"""Wall-clock medians of several functions measured in turns, so that drift hits all alike."""
+"""Medians of several functions measured in turns, so that drift hits all alike.
+
+One thread on a CPU is timed by the processor time of this process: the same as the wall clock's on
+an idle machine, and free of the time that other processes had the core on a busy one. Several
+threads and GPUs are timed by the wall clock. Every `Timing` says which.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,10 @@ LONG = 0.02  # seconds of a call that needs no warming of caches and no repetiti
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over `samples` samples of `calls` calls each: median, quartiles, fastest."""
+    """Seconds per call over `samples` samples of `calls` calls each: median, quartiles, fastest.
+
+    clock: "processor" or "wall".
+    """
 
     median: float
     fastest: float
@@ -22,11 +30,19 @@ class Timing:
     upper_quartile: float
     samples: int
     calls: int
+    clock: str = "wall"
 
     @property
     def unsteady(self) -> bool:
         """The middle half of the samples spreads over more than a quarter of the median."""
         return self.upper_quartile - self.lower_quartile > 0.25 * self.median
+
+
+def clock_for(device: torch.device) -> tuple[str, Callable[[], float]]:
+    """The clock for what runs on this device with torch's present number of threads."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return "processor", time.process_time
+    return "wall", time.perf_counter
 
 
 def _sample(
@@ -36,16 +52,17 @@ def _sample(
 
     An untimed call comes first: the other functions have had the caches in the meantime.
     """
+    _, clock = clock_for(device)
     if warm:
         function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _calls_for(function: Callable[[], object], seconds: float, device: torch.device) -> int:
@@ -83,10 +100,11 @@ def measure_in_turns(
                 continue
             warm = not samples[name] or samples[name][-1] * calls[name] < LONG
             samples[name].append(_sample(function, calls[name], device, warm))
-    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+    clock, _ = clock_for(device)
+    return {name: _summary(values, calls[name], clock) for name, values in samples.items()}
 
 
-def _summary(values: list[float], calls: int) -> Timing:
+def _summary(values: list[float], calls: int, clock: str) -> Timing:
     ordered = sorted(values)
     quarter = len(ordered) // 4
     return Timing(
@@ -96,4 +114,5 @@ def _summary(values: list[float], calls: int) -> Timing:
         upper_quartile=ordered[-1 - quarter],
         samples=len(ordered),
         calls=calls,
+        clock=clock,
     )
