@@ -153,7 +153,7 @@ def load_edm(
     if path.suffix == ".pkl" and path.is_file():
         line = (
             "import pickle, torch; torch.save(pickle.load(open("
-            f"{path.name!r}, 'rb'))['ema'].state_dict(), {path.stem + '.pt'!r})"
+            f"{str(path)!r}, 'rb'))['ema'].state_dict(), {str(path.with_suffix('.pt'))!r})"
         )
         raise ValueError(
             f"{path} is a pickle, which runs code when it is opened. If you trust it, save its "
