@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from coup_fast.noise import step_keys
 from coup_fast.schedules import DiscreteSchedule, VPSchedule
 
 OURS, PLAIN, TORCHSDE = "coup_fast", "plain PyTorch", "torchsde sdeint"
+OURS_BF16 = "coup_fast, precision='bf16'"
 RELEASED, TRAINABLE = "released code (sdeint_adjoint)", "released code, weights trainable"
 DIFFUSERS = "diffusers DDPMScheduler"
 CALLS = "its network calls alone"
@@ -62,7 +65,9 @@ class LoopSpec:
         return self.kind == "coup"
 
 
-def our_loop(spec: LoopSpec, models: Models, constant: Tensor) -> Callable[..., Tensor]:
+def our_loop(
+    spec: LoopSpec, models: Models, constant: Tensor, **options: Any
+) -> Callable[..., Tensor]:
     """The functional purifier with its defaults; without forward noise, as the rivals.
 
     It takes images, and optionally `noise`. Guided steps of models without cost are guided by
@@ -82,6 +87,7 @@ def our_loop(spec: LoopSpec, models: Models, constant: Tensor) -> Callable[..., 
         t_star=t_star,
         forward_noise=False,
         clamp_output=False,
+        **options,
     )
 
 
@@ -145,7 +151,11 @@ def _makers(spec: LoopSpec, models: Models, constant: Tensor) -> Makers:
             TRAINABLE: lambda: _gradient_of(trainable()),
         }
     makers = {OURS: ours, PLAIN: plain, TORCHSDE: solver, RELEASED: released}
-    return makers if models.free else makers | {TRAINABLE: trainable}
+    if models.free:
+        return makers
+    if constant.device.type == "cuda":
+        makers[OURS_BF16] = lambda: our_loop(spec, models, constant, precision="bf16")
+    return makers | {TRAINABLE: trainable}
 
 
 def loop_case(spec: LoopSpec, batch: int, device: torch.device) -> Case:
@@ -163,10 +173,15 @@ def loop_case(spec: LoopSpec, batch: int, device: torch.device) -> Case:
         return Variant(name, build)
 
     def watch(runs: int) -> dict[str, dict[str, float]]:
+        def seen_makers(seen: Models) -> Makers:
+            # What a graph replays cannot be watched: host gaps of the eager loop are in its rest.
+            eager: Callable[[], Loop] = partial(our_loop, spec, seen, constant, cuda_graph=False)
+            makers = {**_makers(spec, seen, constant), OURS: eager}
+            makers.pop(OURS_BF16, None)
+            return makers
+
         alone = _steps_alone(spec, images, constant)
-        return components.measure(
-            models, lambda seen: _makers(spec, seen, constant), alone, images, runs
-        )
+        return components.measure(models, seen_makers, alone, images, runs)
 
     limits: dict[str, Build] = {}
     if models.free:
@@ -234,11 +249,13 @@ def _check(spec: LoopSpec, models: Models, images: Tensor, constant: Tensor) -> 
     if spec.kind == "gradient":
         plain = plain_loop(models, spec.steps, None, draw=_in_order(z), record=True)
         exact = _gradient_of(lambda leaf: ours(leaf, noise=z))(images)
-        bound = 2e-5 * float(exact.abs().max())
+        loose = 100.0 if images.device.type == "cuda" else 1.0
+        bound = loose * 2e-5 * float(exact.abs().max())
         require_close("plain PyTorch's gradient", _gradient_of(plain)(images), exact, bound)
         return
     expected = ours(images, noise=z)
-    bound = 1e-5 * float(expected.abs().max())
+    loose = 100.0 if images.device.type == "cuda" else 1.0  # networks may run in TF32 there
+    bound = loose * 1e-5 * float(expected.abs().max())
     plain = plain_loop(models, spec.steps, guide_of(models, spec.guided, constant), _in_order(z))
     require_close(PLAIN, plain(images), expected, bound)
     for name, released in ((TORCHSDE, False), (RELEASED, True)):

@@ -86,6 +86,50 @@ def _cifar(device: torch.device) -> Models:
     return Models(label, (3, 32, 32), network, classifier)
 
 
+class WideBlock(nn.Module):
+    """Two 3x3 convolutions after normalisation and ReLU (Zagoruyko and Komodakis 2016)."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(out)
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        same = width == out and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(width, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm1(x))
+        kept = x if isinstance(self.skip, nn.Identity) else self.skip(h)
+        out: Tensor = kept + self.conv2(torch.relu(self.norm2(self.conv1(h))))
+        return out
+
+
+def wide_resnet(blocks: int = 4, widen: int = 10) -> nn.Sequential:
+    """WRN-28-10 by default: 6 blocks + 4 layers, 32x32 pixels to 10 logits."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+    width = 16
+    for stride, base in ((1, 16), (2, 32), (2, 64)):
+        for index in range(blocks):
+            layers.append(WideBlock(width, base * widen, stride if index == 0 else 1))
+            width = base * widen
+    pool = (nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, *pool, nn.Linear(width, 10))
+
+
+def _large(device: torch.device) -> Models:
+    from coup_fast.models.score_sde_network import NCSNpp, NCSNppConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = _drawn(NCSNpp(NCSNppConfig(num_blocks=8)), device)
+        classifier = _drawn(wide_resnet(), device)
+    label = (
+        f"DDPM++ and WRN-28-10 networks, random weights, {_millions(network)} + "
+        f"{_millions(classifier)}"
+    )
+    return Models(label, (3, 32, 32), network, classifier)
+
+
 @lru_cache(maxsize=4)
 def load(name: str, device: torch.device, batch: int = 1) -> Models:
     """The models called `name`: "none" (no cost), "mnist", "cifar" or "large".
@@ -96,4 +140,4 @@ def load(name: str, device: torch.device, batch: int = 1) -> Models:
     if name == "none":
         output = random_tensor((batch, 3, 32, 32), 1, device)
         return Models("networks of no cost", (3, 32, 32), Constant(output), None)
-    return {"mnist": _mnist, "cifar": _cifar}[name](device)
+    return {"mnist": _mnist, "cifar": _cifar, "large": _large}[name](device)
