@@ -220,6 +220,10 @@ def test_other_pipelines_are_refused_before_anything_is_loaded(tmp_path: Path) -
     (folder / "model_index.json").write_text(json.dumps(heun))
     with pytest.raises(ValueError, match=r"of .*HeunDiscreteScheduler.* supported"):
         load_diffusers(folder)
+    own = index | {"unet": ["my_code", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match=r"of .*my_code\.UNet2DModel.* supported"):
+        load_diffusers(folder)
     (folder / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         load_diffusers(folder)

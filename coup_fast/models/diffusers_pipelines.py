@@ -189,8 +189,9 @@ def _pipeline(source: Any, options: dict[str, Any]) -> Any:
             f"{source} is neither a folder with a pipeline of diffusers (model_index.json) nor a "
             f"hub id that can be had: {reason}"
         ) from error
+    # Parts are [library, class]; another library would be code of the repository's own.
     parts = {
-        name: value[1]
+        name: value[1] if value[0] == "diffusers" else ".".join(map(str, value))
         for name, value in index.items()
         if isinstance(value, list | tuple) and len(value) == 2 and value[1] is not None
     }
