@@ -324,6 +324,33 @@ def test_checkpoints_are_read_from_the_scripts_places(
     assert runner.betas[[0, -1]].tolist() == pytest.approx([1e-4, 2e-2])
 
 
+def test_the_flags_of_the_configuration_build_the_imagenet_network(
+    args: Namespace, config: Namespace, tmp_path: Path
+) -> None:
+    """A checkpoint of guided diffusion, small, with flags as in the scripts' imagenet.yml."""
+    flags = {
+        "image_size": 32,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1",
+        "attention_resolutions": "8",
+        "num_head_channels": 32,
+        "learn_sigma": True,
+        "resblock_updown": True,
+        "rescale_timesteps": True,
+        "timestep_respacing": "1000",
+        "use_scale_shift_norm": True,
+    }
+    network = guided_diffusion.build_guided_diffusion(flags)
+    torch.save(network.state_dict(), tmp_path / "256x256_diffusion_uncond.pt")
+    config.data.dataset, args.score_type, args.t = "ImageNet", "guided_diffusion", 2
+    config.model = Namespace(**flags)
+    runner = diffpure.GuidedDiffusion(args, config, "cpu", model_dir=tmp_path)
+    assert runner.image_editing_sample(images(1), bs_id=2).isfinite().all()
+    for a, b in zip(runner.model.parameters(), network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_cannot_be_run_is_refused(args: Namespace, config: Namespace) -> None:
     x = images(1)
 
