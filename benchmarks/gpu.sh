@@ -63,6 +63,7 @@ else
 fi
 logs=$out/logs
 mkdir -p "$logs"
+echo '*' >"$logs/.gitignore"
 export OMP_NUM_THREADS=1 COUP_FAST_CUDA=on COUP_FAST_FAIL_WITHOUT_CUDA=1
 failed=()
 
@@ -72,6 +73,8 @@ step() {
   shift 2
   log=$logs/${name// /-}.log
   echo "== $name: $*"
+  # What a function of this script would run, for a reader of a dry run.
+  if $dry_run && [ "$(type -t "$1")" = function ]; then declare -f "$1" | sed '1,2d;$d'; fi
   if $dry_run; then
     status=null
   else
