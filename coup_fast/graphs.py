@@ -289,6 +289,7 @@ class Graphs:
         places = _places(chain)
         if places != self._places:  # captured addresses would be stale
             self._loops.clear()
+            self._recorders.clear()  # a memory pool ends with the last of its graphs
             self._places = places
         device = images.device.type
         cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
