@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -98,14 +99,17 @@ inline Tensor new_dense(const Tensor& like, ScalarType type) {
 
 // The output of normal(keys, shape), one sample for each row of keys.
 inline Tensor new_normal(const Tensor& keys, const std::vector<int64_t>& shape) {
-  const std::string given =
-      sizes_text(shape.data(), static_cast<int64_t>(shape.size())) + " and keys " + text_of(keys);
+  const auto given = [&] {
+    return sizes_text(shape.data(), static_cast<int64_t>(shape.size())) + " and keys " +
+           text_of(keys);
+  };
   STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.dim() == 2 && keys.size(1) == 2 &&
                       !shape.empty() && shape[0] == keys.size(0),
                   "coup_fast::normal: keys must be int64 [B, 2] and shape [B, ...], got shape ",
-                  given);
+                  given());
   for (const int64_t size : shape) {
-    STD_TORCH_CHECK(size >= 0, "coup_fast::normal: sizes must not be negative, got shape ", given);
+    STD_TORCH_CHECK(size >= 0, "coup_fast::normal: sizes must not be negative, got shape ",
+                    given());
   }
   return new_empty(keys, shape, ScalarType::Float);
 }
@@ -166,19 +170,23 @@ class Arguments {
 
   const int64_t* keys(const MaybeTensor& tensor) {
     if (!tensor) return nullptr;
-    require(tensor->scalar_type() == ScalarType::Long && tensor->dim() == 2 &&
-                tensor->size(0) == batch && tensor->size(1) == 2,
-            "keys",
-            "must be int64 [" + std::to_string(batch) + ", 2] (one row for each sample), got ",
-            *tensor);
+    const bool right = tensor->scalar_type() == ScalarType::Long && tensor->dim() == 2 &&
+                       tensor->size(0) == batch && tensor->size(1) == 2;
+    if (!right) {  // the text takes longer than a small kernel
+      const std::string shape = "int64 [" + std::to_string(batch) + ", 2]";
+      require(false, "keys", "must be " + shape + " (one row for each sample), got ", *tensor);
+    }
     return static_cast<const int64_t*>(contiguous("keys", *tensor));
   }
 
   // A row of coefficients.
   const float* row(const Tensor& tensor, int64_t columns) {
-    require(
-        tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == columns,
-        "coeffs", "must be one row, float32 [" + std::to_string(columns) + "], got ", tensor);
+    const bool right =
+        tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == columns;
+    if (!right) {
+      const std::string shape = "float32 [" + std::to_string(columns) + "]";
+      require(false, "coeffs", "must be one row, " + shape + ", got ", tensor);
+    }
     return static_cast<const float*>(contiguous("coeffs", tensor));
   }
 
@@ -187,10 +195,12 @@ class Arguments {
     const bool dense =
         state_.is_contiguous() ||
         is_channels_last(state_.sizes().data(), state_.strides().data(), state_.dim());
-    require(dense, name_,
+    if (dense) return;
+    const std::string strides = sizes_text(state_.strides().data(), state_.dim());
+    require(false, name_,
             "must be contiguous or channels_last to be written in place, got a view "
             "with strides " +
-                sizes_text(state_.strides().data(), state_.dim()) + ", ",
+                strides + ", ",
             state_);
   }
 
@@ -204,9 +214,12 @@ class Arguments {
 
   // One bool for each sample.
   const bool* flags(const char* name, const Tensor& tensor) {
-    require(
-        tensor.scalar_type() == ScalarType::Bool && tensor.dim() == 1 && tensor.size(0) == batch,
-        name, "must be bool [" + std::to_string(batch) + "] (one for each sample), got ", tensor);
+    const bool right =
+        tensor.scalar_type() == ScalarType::Bool && tensor.dim() == 1 && tensor.size(0) == batch;
+    if (!right) {
+      const std::string shape = "bool [" + std::to_string(batch) + "]";
+      require(false, name, "must be " + shape + " (one for each sample), got ", tensor);
+    }
     return static_cast<const bool*>(contiguous(name, tensor));
   }
 
@@ -219,7 +232,7 @@ class Arguments {
     return kept_.back().data_ptr();
   }
 
-  void require(bool condition, const char* name, const std::string& expected,
+  void require(bool condition, const char* name, std::string_view expected,
                const Tensor& given) const {
     STD_TORCH_CHECK(condition, "coup_fast::", op_, ": ", name, " ", expected, text_of(given));
   }

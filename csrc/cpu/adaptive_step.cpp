@@ -1,6 +1,7 @@
-// adaptive_step and its backward on the CPU: sums over segments, what they say about each sample,
-// then the update of tiles. Each stage is parallel over its items, so one large sample uses all
-// threads; results don't depend on how many there are.
+// adaptive_step and its backward on the CPU. A small sample is summed and updated while it is in
+// the cache. Else: sums over segments, what they say about each sample, then the update of tiles,
+// each stage parallel over its items, so that one large sample uses all threads. Results don't
+// depend on how many there are, nor on the way.
 #include "adaptive_call.h"
 #include "cpu/parallel.h"
 #include "cpu/tiles.h"
@@ -36,13 +37,19 @@ std::vector<AdaptiveSample> samples_of(const AdaptiveStep& params) {
 }
 
 void run(const AdaptiveStep& params) {
+  const int64_t numel = params.channels * params.pixels;
+  if (numel > 0 && num_segments(numel) == 1) {
+    const auto kernel = COUP_FAST_PICK(adaptive_samples);
+    parallel(params.batch, numel, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+    return;
+  }
   const std::vector<AdaptiveSample> samples = samples_of(params);
   for (int64_t i = 0; i < params.batch; ++i) {
     params.alive_next[i] = samples[static_cast<size_t>(i)].alive;
     params.alpha[i] = samples[static_cast<size_t>(i)].alpha;
   }
   const auto kernel = COUP_FAST_PICK(adaptive_step_tiles);
-  parallel(num_tiles(params.batch, params.channels * params.pixels), kTileElements,
+  parallel(num_tiles(params.batch, numel), kTileElements,
            [&](int64_t begin, int64_t end) { kernel(params, samples.data(), begin, end); });
 }
 

@@ -49,23 +49,24 @@ COUP_FAST_FN Vec from_unsigned(VecU a) { return (Vec)_mm512_cvtepu32_ps((__m512i
 COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
   return (Vec)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)bits), (__m512)a);
 }
-using Half = __m512i;
+using Half = __m512i;  // see Wide
 COUP_FAST_FN Half set_half(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
 COUP_FAST_FN Half multiply(Half a, Half b) { return _mm512_mul_epu32(a, b); }
 COUP_FAST_FN Half shift_right(Half a) { return _mm512_srli_epi64(a, 32); }
 COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm512_xor_si512(a, b); }
-COUP_FAST_FN VecU merge(Half even, Half odd) {
-  return (VecU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+COUP_FAST_FN Half shift_left(Half a) { return _mm512_slli_epi64(a, 32); }
+COUP_FAST_FN VecU merge(Half lower, Half upper) {
+  return (VecU)_mm512_mask_mov_epi32(lower, 0xaaaa, upper);
 }
-COUP_FAST_FN void interleave(const Vec* z, float* out) {
+COUP_FAST_FN void interleave(Vec* z) {
   const __m512 a = _mm512_unpacklo_ps((__m512)z[0], (__m512)z[1]);
   const __m512 b = _mm512_unpackhi_ps((__m512)z[0], (__m512)z[1]);
   const __m512 c = _mm512_unpacklo_ps((__m512)z[2], (__m512)z[3]);
   const __m512 d = _mm512_unpackhi_ps((__m512)z[2], (__m512)z[3]);
-  _mm512_storeu_ps(out, (__m512)_mm512_unpacklo_pd((__m512d)a, (__m512d)c));
-  _mm512_storeu_ps(out + 16, (__m512)_mm512_unpackhi_pd((__m512d)a, (__m512d)c));
-  _mm512_storeu_ps(out + 32, (__m512)_mm512_unpacklo_pd((__m512d)b, (__m512d)d));
-  _mm512_storeu_ps(out + 48, (__m512)_mm512_unpackhi_pd((__m512d)b, (__m512d)d));
+  z[0] = (Vec)_mm512_unpacklo_pd((__m512d)a, (__m512d)c);
+  z[1] = (Vec)_mm512_unpackhi_pd((__m512d)a, (__m512d)c);
+  z[2] = (Vec)_mm512_unpacklo_pd((__m512d)b, (__m512d)d);
+  z[3] = (Vec)_mm512_unpackhi_pd((__m512d)b, (__m512d)d);
 }
 COUP_FAST_FN Vec widen_float16(const uint16_t* data) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)data));
@@ -87,25 +88,28 @@ COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding
   return (Vec)_mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
 }
 COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
-  return (Vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)bits);
+  Vec result;  // of the intrinsic, GCC 12 makes a comparison with 0 and a blend
+  asm("vblendvps %3, %2, %1, %0" : "=x"(result) : "x"(b), "x"(a), "x"(bits));
+  return result;
 }
 using Half = __m256i;
 COUP_FAST_FN Half set_half(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
 COUP_FAST_FN Half multiply(Half a, Half b) { return _mm256_mul_epu32(a, b); }
 COUP_FAST_FN Half shift_right(Half a) { return _mm256_srli_epi64(a, 32); }
 COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm256_xor_si256(a, b); }
-COUP_FAST_FN VecU merge(Half even, Half odd) {
-  return (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+COUP_FAST_FN Half shift_left(Half a) { return _mm256_slli_epi64(a, 32); }
+COUP_FAST_FN VecU merge(Half lower, Half upper) {
+  return (VecU)_mm256_blend_epi32(lower, upper, 0xaa);
 }
-COUP_FAST_FN void interleave(const Vec* z, float* out) {
+COUP_FAST_FN void interleave(Vec* z) {
   const __m256 a = _mm256_unpacklo_ps((__m256)z[0], (__m256)z[1]);
   const __m256 b = _mm256_unpackhi_ps((__m256)z[0], (__m256)z[1]);
   const __m256 c = _mm256_unpacklo_ps((__m256)z[2], (__m256)z[3]);
   const __m256 d = _mm256_unpackhi_ps((__m256)z[2], (__m256)z[3]);
-  _mm256_storeu_ps(out, (__m256)_mm256_unpacklo_pd((__m256d)a, (__m256d)c));
-  _mm256_storeu_ps(out + 8, (__m256)_mm256_unpackhi_pd((__m256d)a, (__m256d)c));
-  _mm256_storeu_ps(out + 16, (__m256)_mm256_unpacklo_pd((__m256d)b, (__m256d)d));
-  _mm256_storeu_ps(out + 24, (__m256)_mm256_unpackhi_pd((__m256d)b, (__m256d)d));
+  z[0] = (Vec)_mm256_unpacklo_pd((__m256d)a, (__m256d)c);
+  z[1] = (Vec)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
+  z[2] = (Vec)_mm256_unpacklo_pd((__m256d)b, (__m256d)d);
+  z[3] = (Vec)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
 }
 COUP_FAST_FN Vec widen_float16(const uint16_t* data) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)data));
@@ -150,9 +154,10 @@ COUP_FAST_FN Half set_half(uint32_t value) { return _mm_set1_epi32(static_cast<i
 COUP_FAST_FN Half multiply(Half a, Half b) { return _mm_mul_epu32(a, b); }
 COUP_FAST_FN Half shift_right(Half a) { return _mm_srli_epi64(a, 32); }
 COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm_xor_si128(a, b); }
-COUP_FAST_FN VecU merge(Half even, Half odd) {
+COUP_FAST_FN Half shift_left(Half a) { return _mm_slli_epi64(a, 32); }
+COUP_FAST_FN VecU merge(Half lower, Half upper) {
   const __m128i right = _mm_set1_epi64x(0xffffffff);
-  return (VecU)_mm_or_si128(_mm_and_si128(right, even), _mm_slli_epi64(odd, 32));
+  return (VecU)_mm_or_si128(_mm_and_si128(right, lower), _mm_andnot_si128(right, upper));
 }
 #else
 COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
@@ -170,7 +175,10 @@ COUP_FAST_FN Half set_half(uint32_t value) { return Half{value, value}; }
 COUP_FAST_FN Half multiply(Half a, Half b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 COUP_FAST_FN Half shift_right(Half a) { return a >> 32; }
 COUP_FAST_FN Half exclusive_or(Half a, Half b) { return a ^ b; }
-COUP_FAST_FN VecU merge(Half even, Half odd) { return (VecU)((even & 0xffffffffu) | odd << 32); }
+COUP_FAST_FN Half shift_left(Half a) { return a << 32; }
+COUP_FAST_FN VecU merge(Half lower, Half upper) {
+  return (VecU)((lower & 0xffffffffu) | (upper & ~uint64_t{0xffffffff}));
+}
 #endif
 COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) { return (VecI)bits < 0 ? a : b; }
 COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding, in the sum
@@ -178,10 +186,10 @@ COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding
   const Vec low = __builtin_convertvector((VecI)(a & 0xffffu), Vec);
   return high * 65536.0f + low;
 }
-COUP_FAST_FN void interleave(const Vec* z, float* out) {
-  for (int block = 0; block < kWidth; ++block) {
-    for (int j = 0; j < kBlock; ++j) out[kBlock * block + j] = z[j][block];
-  }
+COUP_FAST_FN void interleave(Vec* z) {
+  const Vec a = z[0], b = z[1], c = z[2], d = z[3];
+  for (int block = 0; block < kWidth; ++block)
+    z[block] = Vec{a[block], b[block], c[block], d[block]};
 }
 COUP_FAST_FN Vec widen_float16(const uint16_t* data) {
   Vec result;
@@ -196,8 +204,8 @@ COUP_FAST_FN Vec widen_bfloat16(const uint16_t* data) {
 
 #endif
 
-// A vector of words in 64-bit containers: lane 2j of the vector is lane j of even, lane 2j + 1 of
-// odd.
+// A vector of words in 64-bit containers, the Half of each instruction set above: lane 2j of the
+// vector is lane j of even, lane 2j + 1 of odd.
 struct Wide {
   Half even, odd;
 };
@@ -205,7 +213,7 @@ COUP_FAST_FN Wide operator^(const Wide& a, const Wide& b) {
   return Wide{exclusive_or(a.even, b.even), exclusive_or(a.odd, b.odd)};
 }
 
-// interleave() writes the 4 kWidth normals of a group of blocks in logical order with unpacks
+// interleave() puts the 4 kWidth normals of a group of blocks in logical order with unpacks
 // inside 128-bit parts only, if lane 4 part + k holds block (kWidth / 4) k + part of the group.
 // This is the group's counters, their low words in the lower halves of the containers and their
 // high words in the upper ones.
@@ -217,6 +225,12 @@ COUP_FAST_FN Wide counters_of_group(uint64_t first) {
     odd[j] = (kWidth / 4) * ((2 * j + 1) % 4) + (2 * j + 1) / 4;
   }
   return Wide{(Half)(even + first), (Half)(odd + first)};
+}
+
+// Those of the group after.
+COUP_FAST_FN Wide next_counters(const Wide& a) {
+  typedef uint64_t Counters __attribute__((vector_size(4 * kVectorWidth)));
+  return Wide{(Half)((Counters)a.even + kVectorWidth), (Half)((Counters)a.odd + kVectorWidth)};
 }
 
 COUP_FAST_FN Vec load(const float* data) {
@@ -265,7 +279,12 @@ struct Lanes<COUP_FAST_ISA::Vec> {
   COUP_FAST_FN W upper_half(const W& a) {
     return W{COUP_FAST_ISA::shift_right(a.even), COUP_FAST_ISA::shift_right(a.odd)};
   }
-  COUP_FAST_FN U narrow(const W& a) { return COUP_FAST_ISA::merge(a.even, a.odd); }
+  COUP_FAST_FN U narrow(const W& a) {
+    return COUP_FAST_ISA::merge(a.even, COUP_FAST_ISA::shift_left(a.odd));
+  }
+  COUP_FAST_FN U narrow_upper(const W& a) {
+    return COUP_FAST_ISA::merge(COUP_FAST_ISA::shift_right(a.even), a.odd);
+  }
 };
 
 }  // namespace coup_fast

@@ -4,7 +4,7 @@
 // tiles*.cpp only (one namespace per instruction set). Knows raw pointers and strides.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/noise.h"
 #include "math/layout.h"
 #include "math/reduce.h"
 
@@ -150,30 +150,6 @@ class TileAccess {
   const Tiling& tiling_;
   const Tile& tile_;
 };
-
-// The normals of `groups` groups of kWidth blocks from number `block` on, in logical order. Words
-// and normals take turns, a few groups at a time: one loop for both is more than the processor can
-// look ahead over, and either alone is a chain of dependent operations.
-static inline void generate(NoiseKey noise, uint64_t block, int groups, float* out) {
-  using L = Lanes<Vec>;
-  constexpr int kTurn = 8;
-  const PhiloxKeys<Vec> keys = philox_keys<Vec>(noise.key);
-  const L::W zero = L::set_word(0);
-  Words<Vec> words[kTurn];
-  uint64_t counter = noise.offset + block;
-  for (int done = 0; done < groups; done += kTurn) {
-    const int count = groups - done < kTurn ? groups - done : kTurn;
-    for (int group = 0; group < count; ++group) {
-      const L::W counters = counters_of_group(counter);
-      words[group] = philox<Vec>(counters, L::upper_half(counters), zero, zero, keys);
-      counter += kWidth;
-    }
-    for (int group = 0; group < count; ++group) {
-      interleave(normals_of<Vec>(words[group]).value, out);
-      out += kBlock * kWidth;
-    }
-  }
-}
 
 static inline NoiseKey noise_key(const int64_t* keys, int64_t sample) {
   return NoiseKey{static_cast<uint64_t>(keys[2 * sample]),

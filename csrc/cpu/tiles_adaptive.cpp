@@ -35,25 +35,85 @@ struct Masked {
 
 }  // namespace
 
+namespace {
+
+struct Buffers {
+  Buffer x, h, h_ahead, out, square, change;
+};
+
+// <h, h> and <h, h - h_ahead> over the elements of a segment.
+struct Sums {
+  float square, change;
+};
+
+Sums sums_of_segment(const AdaptiveStep& params, const Tiling& tiling, int64_t item,
+                     Buffers& buffers) {
+  float *squares = buffers.square.data, *changes = buffers.change.data;
+  bool first = true;
+  for_tiles_of_segment(tiling, item, [&](const Tile& tile) {
+    const TileAccess access(tiling, tile);
+    access.prefetch(params.x);  // the update will want it
+    const float* h = access.read(params.h, buffers.h);
+    const float* ahead = access.read(params.h_ahead, buffers.h_ahead);
+    if (first && tile.count < kTile) {
+      memset(squares, 0, sizeof(buffers.square.data));
+      memset(changes, 0, sizeof(buffers.change.data));
+    }
+    const bool add = !first || tile.count < kTile;
+    const Vec zero = {};
+    for_vectors(tile.count, [=](auto at) __attribute__((always_inline)) {
+      const Vec value = at.load(h);
+      const Vec square = add ? at.load(squares) : zero, change = add ? at.load(changes) : zero;
+      at.store(squares, Lanes<Vec>::fma(value, value, square));
+      at.store(changes, Lanes<Vec>::fma(value, value - at.load(ahead), change));
+    });
+    first = false;
+  });
+  return Sums{sum_lanes(squares), sum_lanes(changes)};
+}
+
+void update_tile(const AdaptiveStep& params, const Tiling& tiling, const Tile& tile,
+                 const AdaptiveRow& row, const AdaptiveSample& sample, Buffers& buffers) {
+  const TileAccess access(tiling, tile);
+  const float* x = access.read(params.x, buffers.x);
+  float* out = access.begin_write(params.x_next, buffers.out);
+  if (sample.alive) {
+    const float* h = access.read(params.h, buffers.h);
+    const float alpha = sample.alpha;
+    for_vectors(tile.count, [=, &row](auto at) __attribute__((always_inline)) {
+      at.store(out, adaptive_update<Vec>(row, alpha, at.load(x), at.load(h)));
+    });
+  } else {
+    memcpy(out, x, sizeof(float) * static_cast<size_t>(tile.count));
+  }
+  access.finish_write(params.x_next, buffers.out);
+}
+
+}  // namespace
+
+void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
+  const AdaptiveRow row = adaptive_row(params.coeffs);
+  const Tiling logical(params.channels, params.pixels, View{});
+  const Tiling tiling(params.channels, params.pixels, params.x);
+  Buffers buffers;
+  for (int64_t i = begin; i < end; ++i) {
+    const Sums sums = sums_of_segment(params, logical, i, buffers);
+    const AdaptiveSample sample = adaptive_sample(row, params.alive[i], sums.square, sums.change);
+    params.alive_next[i] = sample.alive;
+    params.alpha[i] = sample.alpha;
+    for (int64_t item = i * tiling.tiles; item < (i + 1) * tiling.tiles; ++item) {
+      update_tile(params, tiling, tiling[item], row, sample, buffers);
+    }
+  }
+}
+
 void adaptive_change_segments(const AdaptiveStep& params, float* sums, int64_t begin, int64_t end) {
   const Tiling tiling(params.channels, params.pixels, View{});
-  Buffer h_buffer, ahead_buffer, square, change;
+  Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
-    memset(square.data, 0, sizeof(square.data));
-    memset(change.data, 0, sizeof(change.data));
-    for_tiles_of_segment(tiling, item, [&](const Tile& tile) {
-      const TileAccess access(tiling, tile);
-      const float* h = access.read(params.h, h_buffer);
-      const float* ahead = access.read(params.h_ahead, ahead_buffer);
-      float *squares = square.data, *changes = change.data;
-      for_vectors(tile.count, [=](auto at) __attribute__((always_inline)) {
-        const Vec value = at.load(h);
-        at.store(squares, Lanes<Vec>::fma(value, value, at.load(squares)));
-        at.store(changes, Lanes<Vec>::fma(value, value - at.load(ahead), at.load(changes)));
-      });
-    });
-    sums[2 * item] = sum_lanes(square.data);
-    sums[2 * item + 1] = sum_lanes(change.data);
+    const Sums result = sums_of_segment(params, tiling, item, buffers);
+    sums[2 * item] = result.square;
+    sums[2 * item + 1] = result.change;
   }
 }
 
@@ -61,22 +121,10 @@ void adaptive_step_tiles(const AdaptiveStep& params, const AdaptiveSample* sampl
                          int64_t end) {
   const AdaptiveRow row = adaptive_row(params.coeffs);
   const Tiling tiling(params.channels, params.pixels, params.x);
-  Buffer x_buffer, h_buffer, out_buffer;
+  Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
     const Tile tile = tiling[item];
-    const TileAccess access(tiling, tile);
-    const AdaptiveSample& sample = samples[tile.sample];
-    const float* x = access.read(params.x, x_buffer);
-    float* out = access.begin_write(params.x_next, out_buffer);
-    if (sample.alive) {
-      const float* h = access.read(params.h, h_buffer);
-      for_vectors(tile.count, [=, &row](auto at) __attribute__((always_inline)) {
-        at.store(out, adaptive_update<Vec>(row, sample.alpha, at.load(x), at.load(h)));
-      });
-    } else {
-      memcpy(out, x, sizeof(float) * static_cast<size_t>(tile.count));
-    }
-    access.finish_write(params.x_next, out_buffer);
+    update_tile(params, tiling, tile, row, samples[tile.sample], buffers);
   }
 }
 

@@ -6,6 +6,9 @@
 
 namespace coup_fast {
 
+// The whole step. Items: samples, of one segment each.
+COUP_FAST_TILES(void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end))
+
 // Items: segments of all samples (math/reduce.h). sums: two for each item, <h, h> and
 // <h, h - h_ahead>.
 COUP_FAST_TILES(void adaptive_change_segments(const AdaptiveStep& params, float* sums,

@@ -1,6 +1,7 @@
 // Kernels of confidence_cotangent and its backward, compiled once per instruction set. Formulas and
 // order of the sums: math/confidence.h. A row is widened to float32 once, padded with -inf to whole
-// groups of kClassLanes, so that every loop runs over whole vectors and padding adds exact zeros.
+// vectors, so that every loop runs over whole vectors and padding adds exact zeros. Its
+// exponentials then take its place.
 #include "cpu/tiles_confidence.h"
 
 #include <memory>
@@ -18,62 +19,94 @@ class Row {
  public:
   explicit Row(int64_t classes)
       : classes_(classes),
-        padded_((classes + kClassLanes - 1) / kClassLanes * kClassLanes),
+        padded_((classes + kWidth - 1) / kWidth * kWidth),
         data_(new float[static_cast<size_t>(padded_)]) {}
 
   void read(const View& view, int64_t row, float padding) {
-    for (int64_t j = 0; j < classes_; ++j) data_[j] = load_class(view, row, j);
+    if (consecutive(view)) {
+      memcpy(data(), first(view, row), sizeof(float) * static_cast<size_t>(classes_));
+    } else {
+      for (int64_t j = 0; j < classes_; ++j) data_[j] = load_class(view, row, j);
+    }
     for (int64_t j = classes_; j < padded_; ++j) data_[j] = padding;
   }
   void write(const View& view, int64_t row) const {
-    for (int64_t j = 0; j < classes_; ++j) store_class(view, row, j, data_[j]);
+    if (consecutive(view)) {
+      memcpy(first(view, row), data(), sizeof(float) * static_cast<size_t>(classes_));
+    } else {
+      for (int64_t j = 0; j < classes_; ++j) store_class(view, row, j, data_[j]);
+    }
   }
 
   float& operator[](int64_t j) { return data_[j]; }
   float* data() const { return data_.get(); }
-  int64_t classes() const { return classes_; }
   int64_t padded() const { return padded_; }
 
  private:
+  bool consecutive(const View& view) const {
+    return view.dtype == DType::kFloat32 && (view.channel_stride == 1 || classes_ == 1);
+  }
+  static float* first(const View& view, int64_t row) {
+    return static_cast<float*>(view.data) + row * view.sample_stride;
+  }
+
   int64_t classes_, padded_;
   std::unique_ptr<float[]> data_;
 };
 
-// The sum of term(j, lanes so far) over the vectors at j, in canonical order.
+// The sum of term(j) over the vectors at j, in canonical order; term(j, lanes so far) adds.
 template <class Term>
 __attribute__((always_inline)) inline float sum_classes(const Row& row, Term term) {
   Vec lanes[kParts] = {};
-  for (int64_t j = 0; j < row.padded(); j += kClassLanes) {
+  int64_t j = 0;
+  for (; j + kClassLanes <= row.padded(); j += kClassLanes) {
     for (int part = 0; part < kParts; ++part) {
       lanes[part] = term(j + part * kWidth, lanes[part]);
     }
   }
-  float scratch[kClassLanes];
-  for (int part = 0; part < kParts; ++part) store(scratch + part * kWidth, lanes[part]);
-  return halving_tree(scratch, kClassLanes);
+  for (int part = 0; j < row.padded(); j += kWidth, ++part) lanes[part] = term(j, lanes[part]);
+  for (int width = kParts / 2; width > 0; width /= 2) {
+    for (int part = 0; part < width; ++part) lanes[part] += lanes[part + width];
+  }
+  float scratch[kWidth];
+  store(scratch, lanes[0]);
+  return halving_tree(scratch, kWidth);
 }
 
 // The first of the largest logits; NaN is never larger. 0 if there is none above -inf.
-int64_t winner_of(Row& logits) {
-  int64_t winner = 0;
-  float largest = -INFINITY;
-  for (int64_t j = 0; j < logits.classes(); ++j) {
-    if (logits[j] > largest) {
-      largest = logits[j];
-      winner = j;
-    }
+int64_t winner_of(const Row& logits) {
+  Vec largest = Lanes<Vec>::set(-INFINITY);
+  VecI index = {}, at;  // of each lane's first largest
+  for (int lane = 0; lane < kWidth; ++lane) at[lane] = lane;
+  for (int64_t j = 0; j < logits.padded(); j += kWidth) {
+    const Vec value = load(logits.data() + j);
+    const VecI larger = value > largest;
+    largest = larger ? value : largest;
+    index = larger ? at : index;
+    at += kWidth;
+  }
+  float best = largest[0];
+  int winner = index[0];
+  for (int lane = 1; lane < kWidth; ++lane) {  // no branch: none could be predicted
+    const bool first = (largest[lane] == best) & (index[lane] < winner);
+    const bool better = (largest[lane] > best) | first;
+    best = better ? largest[lane] : best;
+    winner = better ? index[lane] : winner;
   }
   return winner;
 }
 
-// What the row's elements need to know. Leaves -inf where the winner was.
+// What the row's elements need to know. Leaves exp(l_j - l_w) in place of the logits, and for the
+// winner 0.
 ConfidenceRow row_of(Row& logits, int64_t winner) {
   const float largest = logits[winner];
   const ConfidenceRow unsummed = confidence_row(largest, 0.0f);
   logits[winner] = -INFINITY;
-  const float* data = logits.data();
-  const float others = sum_classes(logits, [&](int64_t j, Vec lane) __attribute__((always_inline)) {
-    return lane + relative_probability<Vec>(unsummed, load(data + j));
+  float* data = logits.data();
+  const float others = sum_classes(logits, [=](int64_t j, Vec lane) __attribute__((always_inline)) {
+    const Vec relative = relative_probability<Vec>(unsummed, load(data + j));
+    store(data + j, relative);
+    return lane + relative;
   });
   return confidence_row(largest, others);
 }
@@ -81,45 +114,45 @@ ConfidenceRow row_of(Row& logits, int64_t winner) {
 }  // namespace
 
 void confidence_rows(const ConfidenceCotangent& params, int64_t begin, int64_t end) {
-  Row logits(params.classes);
+  Row row(params.classes);
   for (int64_t i = begin; i < end; ++i) {
-    logits.read(params.logits, i, -INFINITY);
-    const int64_t winner = winner_of(logits);
-    const ConfidenceRow row = row_of(logits, winner);
-    float* data = logits.data();
-    for (int64_t j = 0; j < logits.padded(); j += kWidth) {
-      store(data + j, -probability<Vec>(row, load(data + j)));
+    row.read(params.logits, i, -INFINITY);
+    const int64_t winner = winner_of(row);
+    const ConfidenceRow sums = row_of(row, winner);
+    float* data = row.data();
+    for (int64_t j = 0; j < row.padded(); j += kWidth) {
+      store(data + j, -normalised<Vec>(sums, load(data + j)));
     }
-    logits[winner] = winner_cotangent(row);
-    logits.write(params.cotangent, i);
-    params.log_confidence[i] = log_confidence(row);
+    row[winner] = winner_cotangent(sums);
+    row.write(params.cotangent, i);
+    params.log_confidence[i] = log_confidence(sums);
   }
 }
 
 void confidence_backward_rows(const ConfidenceCotangentBackward& params, int64_t begin,
                               int64_t end) {
-  Row logits(params.classes), grads(params.classes);
+  Row row(params.classes), grads(params.classes);
   for (int64_t i = begin; i < end; ++i) {
-    logits.read(params.logits, i, -INFINITY);
+    row.read(params.logits, i, -INFINITY);
     grads.read(params.grad_cotangent, i, 0.0f);
-    const int64_t winner = winner_of(logits);
-    const ConfidenceRow row = row_of(logits, winner);
-    logits[winner] = row.largest;
-    float* data = logits.data();
+    const int64_t winner = winner_of(row);
+    const ConfidenceRow sums = row_of(row, winner);
+    row[winner] = 1.0f;
+    float* data = row.data();
     const float* g = grads.data();
-    const float dot = sum_classes(logits, [&](int64_t j, Vec lane) __attribute__((always_inline)) {
-      return Lanes<Vec>::fma(probability<Vec>(row, load(data + j)), load(g + j), lane);
+    const float dot = sum_classes(row, [&](int64_t j, Vec lane) __attribute__((always_inline)) {
+      return Lanes<Vec>::fma(normalised<Vec>(sums, load(data + j)), load(g + j), lane);
     });
     const float grad_log = params.grad_log_confidence[i];
-    const float p_winner = probability<float>(row, row.largest);
+    const float p_winner = normalised<float>(sums, 1.0f);
     const float at_winner =
-        confidence_gradient<float>(grad_log, dot, winner_cotangent(row), p_winner, grads[winner]);
-    for (int64_t j = 0; j < logits.padded(); j += kWidth) {
-      const Vec p = probability<Vec>(row, load(data + j));
+        confidence_gradient<float>(grad_log, dot, winner_cotangent(sums), p_winner, grads[winner]);
+    for (int64_t j = 0; j < row.padded(); j += kWidth) {
+      const Vec p = normalised<Vec>(sums, load(data + j));
       store(data + j, confidence_gradient<Vec>(grad_log, dot, -p, p, load(g + j)));
     }
-    logits[winner] = at_winner;
-    logits.write(params.grad_logits, i);
+    row[winner] = at_winner;
+    row.write(params.grad_logits, i);
   }
 }
 

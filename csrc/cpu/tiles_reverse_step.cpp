@@ -23,50 +23,75 @@ struct Inputs {
   }
 };
 
-Inputs read_inputs(const ReverseStep& params, const StepTerms& terms, const TileAccess& access,
-                   const Tile& tile, bool noisy, Buffers& buffers) {
-  const bool reads_x = terms.x || (terms.x0 && terms.x0_x);
-  const bool reads_m = terms.m || (terms.x0 && terms.x0_m);
+bool reads_x(const StepTerms& terms) { return terms.x || (terms.x0 && terms.x0_x); }
+bool reads_m(const StepTerms& terms) { return terms.m || (terms.x0 && terms.x0_m); }
+
+// Memory works while the processor makes noise.
+void prefetch(const ReverseStep& params, const StepTerms& terms, const TileAccess& access) {
+  if (reads_x(terms)) access.prefetch(params.x);
+  if (reads_m(terms)) access.prefetch(params.m);
+  if (terms.g) access.prefetch(params.g);
+  if (terms.r) access.prefetch(params.r);
+}
+
+// All but the noise.
+Inputs read_terms(const ReverseStep& params, const StepTerms& terms, const TileAccess& access,
+                  Buffers& buffers) {
   Inputs in{};
-  if (noisy && params.z.data == nullptr) {
-    // Memory works while the processor makes noise.
-    if (reads_x) access.prefetch(params.x);
-    if (reads_m) access.prefetch(params.m);
-    if (terms.g) access.prefetch(params.g);
-    if (terms.r) access.prefetch(params.r);
-    in.z = noise_of(params.keys, tile, buffers.z);
-  } else if (noisy) {
-    in.z = access.read(params.z, buffers.z);
-  }
-  if (reads_x) in.x = access.read(params.x, buffers.x);
-  if (reads_m) in.m = access.read(params.m, buffers.m);
+  if (reads_x(terms)) in.x = access.read(params.x, buffers.x);
+  if (reads_m(terms)) in.m = access.read(params.m, buffers.m);
   if (terms.learned) in.s = access.read(params.s, buffers.s);
   if (terms.g) in.g = access.read(params.g, buffers.g);
   if (terms.r) in.r = access.read(params.r, buffers.r);
   return in;
 }
 
+Inputs read_inputs(const ReverseStep& params, const StepTerms& terms, const TileAccess& access,
+                   const Tile& tile, bool noisy, Buffers& buffers) {
+  const bool drawn = noisy && params.z.data == nullptr;
+  if (drawn) prefetch(params, terms, access);
+  const float* z = drawn   ? noise_of(params.keys, tile, buffers.z)
+                   : noisy ? access.read(params.z, buffers.z)
+                           : nullptr;
+  Inputs in = read_terms(params, terms, access, buffers);
+  in.z = z;
+  return in;
+}
+
 }  // namespace
 
-// One pass over a tile with the terms known to the compiler: x0 and x, or x and m, and of G, r and
-// z those that are named. Bounds are applied even where they are infinite, which changes nothing.
+// x' of one vector with the terms known to the compiler: x0 and x, or x and m, and of G, r and z
+// those that are named. Bounds are applied even where they are infinite, which changes nothing.
+template <bool kX0, bool kG, bool kR, bool kZ, class At>
+static inline __attribute__((always_inline)) Vec value_of(const StepRow& row, float scale,
+                                                          const Inputs& in, At at, Vec z) {
+  constexpr StepTerms kTerms{kX0, kX0, kX0, true, !kX0, kG, kR, kZ, true, true, false};
+  const Vec zero = {};
+  const StepValues<Vec> values{
+      at.load(in.x), at.load(in.m), zero, kG ? at.load(in.g) : zero, kR ? at.load(in.r) : zero, z};
+  return step_value<Vec>(row, kTerms, scale, values);
+}
+
+// One pass over a tile.
 template <bool kX0, bool kG, bool kR, bool kZ>
 static void pass(const StepRow& row, const StepTerms&, float scale, const Inputs& in, float* out,
                  int count) {
   for_vectors(count, [=, &row](auto at) __attribute__((always_inline)) {
-    constexpr StepTerms kTerms{kX0, kX0, kX0, true, !kX0, kG, kR, kZ, true, true, false};
-    const Vec zero = {};
-    const StepValues<Vec> values{at.load(in.x),
-                                 at.load(in.m),
-                                 zero,
-                                 kG ? at.load(in.g) : zero,
-                                 kR ? at.load(in.r) : zero,
-                                 kZ ? at.load(in.z) : zero};
-    at.store(out, step_value<Vec>(row, kTerms, scale, values));
+    const Vec z = kZ ? at.load(in.z) : Vec{};
+    at.store(out, value_of<kX0, kG, kR, kZ>(row, scale, in, at, z));
   });
 }
 
-// The same for any terms, asked about at every vector.
+// The same over a whole tile, its noise used where it is made.
+template <bool kX0, bool kG, bool kR>
+static void drawing_pass(const StepRow& row, float scale, const Inputs& in, float* out,
+                         NoiseKey noise, uint64_t block) {
+  generate(noise, block, kTile / kGroup, [=, &row](int i, Vec z) __attribute__((always_inline)) {
+    store(out + i, value_of<kX0, kG, kR, true>(row, scale, in, Whole{i}, z));
+  });
+}
+
+// pass() for any terms, asked about at every vector.
 static void any_pass(const StepRow& row, const StepTerms& terms, float scale, const Inputs& in,
                      float* out, int count) {
   for_vectors(count, [=, &row, &terms](auto at) __attribute__((always_inline)) {
@@ -74,39 +99,57 @@ static void any_pass(const StepRow& row, const StepTerms& terms, float scale, co
   });
 }
 
-using Pass = decltype(&any_pass);
+// The passes for the terms of a call. drawing: null where the noise is not drawn, or the terms are
+// unusual.
+struct Passes {
+  decltype(&any_pass) plain;
+  decltype(&drawing_pass<false, false, false>) drawing;
+};
 
-template <bool kX0>
-static Pass pass_for(const StepTerms& terms) {
-  static constexpr Pass kPasses[] = {
-      &pass<kX0, false, false, false>, &pass<kX0, false, false, true>,
-      &pass<kX0, false, true, false>,  &pass<kX0, false, true, true>,
-      &pass<kX0, true, false, false>,  &pass<kX0, true, false, true>,
-      &pass<kX0, true, true, false>,   &pass<kX0, true, true, true>};
-  return kPasses[(terms.g ? 4 : 0) + (terms.r ? 2 : 0) + (terms.z ? 1 : 0)];
+template <bool kX0, bool kG, bool kR>
+static Passes passes_for(bool noisy) {
+  if (noisy) return Passes{&pass<kX0, kG, kR, true>, &drawing_pass<kX0, kG, kR>};
+  return Passes{&pass<kX0, kG, kR, false>, nullptr};
 }
 
-static Pass pass_for(const StepTerms& terms) {
-  if (terms.learned || !terms.x) return &any_pass;
-  if (terms.x0 && terms.x0_x && terms.x0_m && !terms.m) return pass_for<true>(terms);
-  if (!terms.x0 && terms.m) return pass_for<false>(terms);
-  return &any_pass;
+template <bool kX0>
+static Passes passes_for(const StepTerms& terms) {
+  if (terms.g && terms.r) return passes_for<kX0, true, true>(terms.z);
+  if (terms.g) return passes_for<kX0, true, false>(terms.z);
+  if (terms.r) return passes_for<kX0, false, true>(terms.z);
+  return passes_for<kX0, false, false>(terms.z);
+}
+
+static Passes passes_for(const ReverseStep& params, const StepTerms& terms) {
+  Passes passes{&any_pass, nullptr};
+  if (terms.learned || !terms.x) return passes;
+  if (terms.x0 && terms.x0_x && terms.x0_m && !terms.m) passes = passes_for<true>(terms);
+  if (!terms.x0 && terms.m) passes = passes_for<false>(terms);
+  if (params.z.data != nullptr) passes.drawing = nullptr;
+  return passes;
 }
 
 void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t begin,
                         int64_t end) {
   const StepRow row = step_row(params.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(params));
-  const Pass pass = pass_for(terms);
+  const Passes passes = passes_for(params, terms);
   const Tiling tiling(params.channels, params.pixels, params.x);
   Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
     const Tile tile = tiling[item];
     const TileAccess access(tiling, tile);
-    const Inputs in = read_inputs(params, terms, access, tile, terms.z, buffers);
     const float scale = scales != nullptr ? scales[tile.sample] : row.c;
     float* out = access.begin_write(params.out, buffers.out);
-    pass(row, terms, scale, in, out, tile.count);
+    if (passes.drawing != nullptr && tile.count == kTile) {
+      prefetch(params, terms, access);
+      const Inputs in = read_terms(params, terms, access, buffers);
+      passes.drawing(row, scale, in, out, noise_key(params.keys, tile.sample),
+                     static_cast<uint64_t>(tile.first / kBlock));
+    } else {
+      const Inputs in = read_inputs(params, terms, access, tile, terms.z, buffers);
+      passes.plain(row, terms, scale, in, out, tile.count);
+    }
     access.finish_write(params.out, buffers.out);
   }
 }

@@ -40,9 +40,15 @@ COUP_FAST_FN F relative_probability(const ConfidenceRow& row, F logit) {
   return exp<F>(logit - Lanes<F>::set(row.largest));
 }
 
+// p_j of exp(l_j - l_w), or of the logit
+template <class F>
+COUP_FAST_FN F normalised(const ConfidenceRow& row, F relative) {
+  return relative / Lanes<F>::set(row.total);
+}
+
 template <class F>
 COUP_FAST_FN F probability(const ConfidenceRow& row, F logit) {
-  return relative_probability<F>(row, logit) / Lanes<F>::set(row.total);
+  return normalised<F>(row, relative_probability<F>(row, logit));
 }
 
 // The cotangent of the winner; that of every other class is -probability.

@@ -1,6 +1,6 @@
-// log, exp, and polar coordinates with angles in turns, in float32 with explicit fused
-// multiply-adds: the same bits wherever they run. Coefficients are minimax fits in relative error,
-// rounded to float32 one after the other from the lowest order, each time refitting the rest.
+// log and exp in float32 with explicit fused multiply-adds: the same bits wherever they run.
+// Coefficients are minimax fits in relative error, rounded to float32 one after the other from the
+// lowest order, each time refitting the rest.
 #pragma once
 
 #include "math/lanes.h"
@@ -17,12 +17,11 @@ COUP_FAST_FN F horner_step(F value, F argument, float coefficient) {
   return Lanes<F>::fma(value, argument, Lanes<F>::set(coefficient));
 }
 
-// ln(value) = high + low for positive normal numbers: high within 0.9 ulp alone, the sum to about
-// 28 bits. value = 2^k m with m in [2/3, 4/3), and ln m = f - f^2/2 + f^3 P(f), f = m - 1 exactly,
-// which keeps its precision up to value = 1. P is evaluated by pairs: half as deep as Horner's
-// rule.
+// ln(value) for positive normal numbers, within 0.9 ulp. value = 2^k m with m in [2/3, 4/3), and
+// ln m = f - f^2/2 + f^3 P(f), f = m - 1 exactly, which keeps its precision up to value = 1. P is
+// evaluated by pairs: half as deep as Horner's rule.
 template <class F>
-COUP_FAST_FN F log_positive(F value, F& low) {
+COUP_FAST_FN F log_positive(F value) {
   using L = Lanes<F>;
   using U = typename L::U;
   const U shifted = L::bits(value) + L::set_bits(0x3f800000u - 0x3f2aaaabu);
@@ -39,16 +38,7 @@ COUP_FAST_FN F log_positive(F value, F& low) {
   const F sum = whole + f;
   const F lost = f - (sum - whole);  // exact: what the sum lost
   const F square = L::fma(f * L::set(-0.5f), f, k * L::set(kLn2Rest));
-  const F rest = L::fma(p, f2 * f, lost + square);
-  const F high = sum + rest;
-  low = rest - (high - sum);
-  return high;
-}
-
-template <class F>
-COUP_FAST_FN F log_positive(F value) {
-  F low;
-  return log_positive(value, low);
+  return sum + L::fma(p, f2 * f, lost + square);
 }
 
 // exp(value), within 1.1 ulp; 0 below the smallest normal result, NaN for NaN.
@@ -70,50 +60,6 @@ COUP_FAST_FN F exp(F value) {
   result = L::select(value < L::set(-87.3365f), L::set(0.0f), result);
   result = L::select(value > L::set(88.7228f), L::from_bits(L::set_bits(0x7f800000u)), result);
   return L::select(value == value, result, value);
-}
-
-// sqrt(-2 ln value) = high + low for value in (0, 1], to about 27 bits. The root of the high part
-// is corrected by its residual over twice the root, for which a reciprocal of four bits will do.
-template <class F>
-COUP_FAST_FN F sqrt_of_minus_two_log(F value, F& low) {
-  using L = Lanes<F>;
-  F square_low;
-  const F square = L::set(-2.0f) * log_positive(value, square_low);
-  const F root = L::sqrt(square);
-  const F residual = L::fma(-root, root, square) - (square_low + square_low);
-  const F half_reciprocal = L::from_bits(L::set_bits(0x7e7311c3u) - L::bits(root));
-  low = residual * half_reciprocal;
-  return root;
-}
-
-// x = radius cos(2 pi turns), y = radius sin(2 pi turns) for radius = high + low and turns in
-// [0, 2^20]. 4 turns = k + f with f in [-1/2, 1/2] exactly; the quadrant is k mod 4.
-template <class F>
-COUP_FAST_FN void polar(F radius, F radius_low, F turns, F& x, F& y) {
-  using L = Lanes<F>;
-  using U = typename L::U;
-  const F shifted = L::fma(turns, L::set(4.0f), L::set(kRoundToInt));
-  const U quadrant = L::bits(shifted);
-  const F f = L::fma(turns, L::set(4.0f), L::set(kRoundToInt) - shifted);
-  const F f2 = f * f;
-  F c = L::set(0x1.d4f632p-11f);  // cos(pi/2 f) = 1 + f^2 c
-  c = horner_step(c, f2, -0x1.55b2b4p-6f);
-  c = horner_step(c, f2, 0x1.03c1b0p-2f);
-  c = horner_step(c, f2, -0x1.3bd3ccp0f);
-  const F along = radius + L::fma(radius, f2 * c, radius_low);
-  F s = L::set(-0x1.2da132p-8f);  // sin(pi/2 f) = f pi/2 + f s, as sine + sine_low
-  s = horner_step(s, f2, 0x1.465ee8p-4f);
-  s = horner_step(s, f2, -0x1.4abbbap-1f);
-  s = horner_step(s, f2, -0x1.a0f374p-25f);
-  s = f * s;
-  const F half_pi = L::set(0x1.921fb6p0f);
-  const F sine = L::fma(f, half_pi, s);
-  const F sine_low = L::fma(f, half_pi, -sine) + s;
-  const F across = L::fma(radius, sine, L::fma(radius, sine_low, radius_low * sine));
-  const U half_turn = (quadrant << 30) & L::set_bits(0x80000000u);  // turns both signs
-  const U odd = quadrant << 31;  // swaps sine and cosine and turns the sign of x
-  x = L::from_bits(L::bits(L::select_by_sign(odd, across, along)) ^ half_turn ^ odd);
-  y = L::from_bits(L::bits(L::select_by_sign(odd, along, across)) ^ half_turn);
 }
 
 }  // namespace coup_fast

@@ -68,7 +68,7 @@ struct Lanes<float> {
   // a where the highest bit is set, b where not
   COUP_FAST_FN float select_by_sign(U bits, float a, float b) { return bits >> 31 ? a : b; }
 
-  // an integer of magnitude below 2^24 as float, exactly; the bits are two's complement
+  // an integer that a float can hold, exactly; the bits are two's complement
   COUP_FAST_FN float from_int(U value) { return static_cast<float>(static_cast<int32_t>(value)); }
 
   // an unsigned integer as float, rounded to nearest even
@@ -90,6 +90,7 @@ struct Lanes<float> {
   }
   COUP_FAST_FN W upper_half(W value) { return value >> 32; }
   COUP_FAST_FN U narrow(W value) { return static_cast<U>(value); }
+  COUP_FAST_FN U narrow_upper(W value) { return static_cast<U>(value >> 32); }
 };
 
 }  // namespace coup_fast
