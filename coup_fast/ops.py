@@ -21,6 +21,7 @@ Gradients are first order: differentiating a gradient again raises; use `coup_fa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +56,28 @@ _confidence_cotangent = _op("confidence_cotangent")
 _confidence_cotangent_backward = _op("confidence_cotangent_backward")
 
 
+_below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", nullcontext
+)
+
+
+def _apply(op: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+    """op(*args), past the autograd layer where it would record nothing.
+
+    That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
+    would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that
+    may require grad.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return op(*args)
+    with _below_autograd():
+        return op(*args)
+
+
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
 
@@ -75,7 +98,8 @@ def perturb(
     z is noise if given, else drawn under keys, else absent with its terms; sign(0) = 1. Returns
     float32. Differentiable with respect to images.
     """
-    out: Tensor = _perturb(images, coeffs, keys, noise)
+    tensors = (images, coeffs, noise)
+    out: Tensor = _apply(_perturb, tensors, images, coeffs, keys, noise)
     return out
 
 
@@ -105,9 +129,9 @@ def reverse_step(
 
     Differentiable with respect to x, model_out, guidance and reference.
     """
-    out: Tensor = _reverse_step(
-        x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm
-    )
+    tensors = (x, model_out, coeffs, guidance, reference, noise)
+    rest = (keys, guidance, reference, noise, guidance_norm)
+    out: Tensor = _apply(_reverse_step, tensors, x, model_out, coeffs, *rest)
     return out
 
 
@@ -151,7 +175,10 @@ def adaptive_step(
     α float32 [B]). x' is differentiable with respect to x, h and h_ahead, through α where it is not
     clipped; alive' and α are not. Source: Yoon, Hwang, Lee 2021, section 3.2.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _adaptive_step(x, h, h_ahead, alive, coeffs)
+    tensors = (x, h, h_ahead, coeffs)
+    out: tuple[Tensor, Tensor, Tensor] = _apply(
+        _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
+    )
     return out
 
 
@@ -161,7 +188,7 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
     [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
     """
-    out: tuple[Tensor, Tensor] = _confidence_cotangent(logits)
+    out: tuple[Tensor, Tensor] = _apply(_confidence_cotangent, (logits,), logits)
     return out
 
 
