@@ -27,6 +27,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     save_network(folder / "rgb.safetensors", UNet(3, (8,)), {"kind": "eps"})
+    save_network(folder / "halving.safetensors", UNet(3, (8, 8)), {"kind": "eps"})
     save_network(folder / "grey.safetensors", UNet(1, (8,)), {"kind": "eps"})
     save_network(folder / "classifier.safetensors", Classifier(3, size=16, width=4, hidden=8), {})
     return folder
@@ -207,7 +208,8 @@ def test_networks_and_pictures_that_do_not_go_together(
         ("in.png", ["--score", rgb, "--score-config", "x"], "--score-config"),
         ("in.png", ["--score-format", "score-sde"], "give --score"),
         ("in.png", ["--score", rgb, "--bundled-settings"], "--bundled-settings"),
-        ("in.png", ["--score", networks / "grey.safetensors"], "1 channels of any size"),
+        ("in.png", ["--score", networks / "grey.safetensors"], "the network takes 1 channel of any size"),
+        ("in.png", ["--score", networks / "halving.safetensors"], "18x27, the picture's own size"),
         ("deep.png", ["--score", networks / "grey.safetensors"], "16 bits"),
     ]
     for source, options, words in cases:

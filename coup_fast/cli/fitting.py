@@ -41,7 +41,8 @@ class Fit:
         channels, height, width = shape
         given = f"{name} is {channels}x{height}x{width} (channels x height x width)"
         size = "" if self.height is None else f"x{self.height}x{self.width}"
-        wanted = f"the network takes {self.channels}{size or ' channels of any size'}"
+        any_size = f" channel{'s' * (self.channels != 1)} of any size"
+        wanted = f"the network takes {self.channels}{size or any_size}"
         if channels not in self.accepted_channels:
             both = {channels, self.channels} <= set(_COLOURS)
             cure = ": --convert-color converts between RGB and grey and back" if both else ""

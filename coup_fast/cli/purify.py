@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,10 +97,25 @@ class _Job:
             for ids in parts:
                 part = pictures[ids.start : ids.stop]
                 batch = torch.cat([self.fit.to_network(picture[None]) for picture in part])
-                with torch.no_grad(), common.plain_errors():
+                with torch.no_grad(), self._plain_errors(batch):
                     clean = self.purifier(batch.to(self.device), list(ids), self.draw)
                 for picture, result in zip(part, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], picture.shape)[0]
+
+    @contextmanager
+    def _plain_errors(self, batch: Tensor) -> Iterator[None]:
+        """`common.plain_errors`; also of a network that cannot take a picture's own size."""
+        try:
+            with common.plain_errors():
+                yield
+        except (CommandError, RuntimeError) as error:
+            if self.fit.height is not None:
+                raise
+            size = "x".join(map(str, batch.shape[2:]))
+            raise CommandError(
+                f"a network failed on {size}, the picture's own size (--size HxW --resize shows "
+                f"it another): {' '.join(str(error).split())}"
+            ) from error
 
     def _parts(self, pictures: Sequence[Tensor]) -> list[range]:
         """Positions of the batches: at most batch_size pictures, of one shape for the network."""
