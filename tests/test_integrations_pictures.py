@@ -208,7 +208,11 @@ def test_networks_and_pictures_that_do_not_go_together(
         ("in.png", ["--score", rgb, "--score-config", "x"], "--score-config"),
         ("in.png", ["--score-format", "score-sde"], "give --score"),
         ("in.png", ["--score", rgb, "--bundled-settings"], "--bundled-settings"),
-        ("in.png", ["--score", networks / "grey.safetensors"], "the network takes 1 channel of any size"),
+        (
+            "in.png",
+            ["--score", networks / "grey.safetensors"],
+            "the network takes 1 channel of any size",
+        ),
         ("in.png", ["--score", networks / "halving.safetensors"], "18x27, the picture's own size"),
         ("deep.png", ["--score", networks / "grey.safetensors"], "16 bits"),
     ]
