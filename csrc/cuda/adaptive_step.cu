@@ -36,7 +36,7 @@ struct Forward {
   static constexpr int kProducts = 2;
   static constexpr bool kRegisters = true;
   static constexpr int kGroups = 3;
-  static constexpr int kSumSteps = 4;
+  static constexpr int kSumSteps = 2;
   static constexpr int kUpdateSteps = 2;
   using State = AdaptiveState;
   template <int kCount>
