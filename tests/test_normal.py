@@ -86,6 +86,15 @@ def test_op_has_the_bits_of_the_scalar_mathematics(shape: tuple[int, ...], batch
         assert (sample.flatten().numpy().view(np.uint32) == expected.view(np.uint32)).all()
 
 
+@pytest.mark.parametrize("offset", [2**32 - 100, 2**32 - 103, 2**40 - 1, 2**63 - 5, 2**64 - 77])
+def test_counters_carry_into_their_upper_word(offset: int) -> None:
+    """Vectors share what follows from the upper word: not where it changes among their blocks."""
+    key = 2**63 + 12345
+    signed = [v - 2**64 if v >= 2**63 else v for v in (key, offset)]
+    z = ops.normal(torch.tensor([signed]), (1, 3000))
+    assert (z[0].numpy().view(np.uint32) == host.normals(key, offset, 3000).view(np.uint32)).all()
+
+
 def test_reference_agrees() -> None:
     keys = keys_of(33, (3, 32, 32))
     z = ops.normal(keys, (33, 3, 32, 32))
