@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from coup_fast import PurifiedClassifier, Purifier
+from coup_fast.attacks.pgd import PGD
 from coup_fast.evaluation import Proportion, accuracy, environment, render_table, write_json
 from coup_fast.evaluation.config import from_dict, read_toml
 from coup_fast.evaluation.defence import measure_defence, operator_share, score
@@ -232,6 +233,9 @@ def test_toml_says_the_same(tmp_path: Path) -> None:
         read_toml(path)
 
 
+NAMED = (("one step", 1), ("two steps", 2))
+
+
 def run(tables: dict, out: Path, count: int = 6) -> Report:
     images, labels = eval_models.images(count)
     report = evaluate(from_dict(tables), out, models=eval_models.load, data=(images, labels))
@@ -270,6 +274,32 @@ def test_an_evaluation_counts_what_the_attack_returns(tmp_path: Path) -> None:
     assert union.average == Average(int(least.sum()), 3, 6)
     assert union.worst == Proportion(int((least == 3).sum()), 6)
     assert report.complete
+
+
+def test_an_attack_that_ignores_the_purifier_runs_once_for_all_defences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = eval_models.tables(
+        4,
+        draws=1,
+        batch_size=2,
+        controls=False,
+        defence=[{"method": "diffpure", "name": n, "options": {"num_steps": s}} for n, s in NAMED],
+        attack=[{"preset": "classifier", "steps": 1, "eps": e} for e in (0.1, 0.2)],
+    )
+    alone = {}
+    for name, steps in NAMED:
+        only = {**tables, "defence": [tables["defence"][steps - 1]]}
+        alone |= {(name, x.attack_label): x.attacked for x in run(only, tmp_path / name, 4).lines}
+    calls = []
+    attack_run = PGD.run
+    monkeypatch.setattr(
+        PGD, "run", lambda self, *a, **k: calls.append(self.eps) or attack_run(self, *a, **k)
+    )
+    together = run(tables, tmp_path / "both", 4)
+    assert calls == [0.1, 0.2, 0.1, 0.2]  # two batches
+    for line in together.lines:
+        assert line.attacked == alone[line.row.defence.name, line.attack_label]
 
 
 def test_numbers_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import coup_fast
+from coup_fast.attacks import Attack
+from coup_fast.attacks.attack import AttackResult
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.sources import ModelLoader, model_digest, score_for, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
@@ -47,6 +49,8 @@ class Worker:
         self.config, self.images, self.labels, self.device = config, images, labels, device
         self.batches = config.batches()
         self._networks: dict[str, tuple[coup_fast.ScoreModel, Classifier]] = {}
+        # What attacks that ignore the purifier found on one batch: the same for every defence.
+        self._bare: tuple[int, dict[tuple[int, Attack], AttackResult]] = (-1, {})
         self.defences: dict[str, PurifiedClassifier | Classifier] = {}
         for row in config.rows:
             if row.defence.name not in self.defences:
@@ -105,13 +109,7 @@ class Worker:
         model = self.defences[row.defence.name]
         result: dict[str, Any] = {"sample_ids": list(ids), "labels": labels.tolist()}
         if row.attack is not None:
-            found = row.attack.run(
-                model,
-                images,
-                labels,
-                sample_ids=sample_ids,
-                memory_budget=self.config.memory_budget,
-            )
+            found = self._attack(row.attack, unit[0], model, images, labels, sample_ids)
             images = found.images
             result["attack"] = {
                 "loss": found.loss.tolist(),
@@ -123,6 +121,28 @@ class Worker:
             }
         result["predictions"] = self._predict(model, images, sample_ids).tolist()
         return result
+
+    def _attack(
+        self,
+        attack: Attack,
+        batch: int,
+        model: PurifiedClassifier | Classifier,
+        images: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor,
+    ) -> AttackResult:
+        def compute() -> AttackResult:
+            budget = self.config.memory_budget
+            return attack.run(model, images, labels, sample_ids=sample_ids, memory_budget=budget)
+
+        if attack.gradient != "classifier" or not isinstance(model, PurifiedClassifier):
+            return compute()
+        if self._bare[0] != batch:
+            self._bare = (batch, {})
+        found, key = self._bare[1], (id(model.classifier), attack)
+        if key not in found:
+            found[key] = compute()
+        return found[key]
 
     @torch.no_grad()
     def _predict(
