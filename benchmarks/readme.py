@@ -70,7 +70,6 @@ def _cases(rows: Rows, start: str, threads: int | None = None) -> list[list[Row]
 def source(rows: Rows, path: Path) -> str:
     """Where the numbers come from."""
     stamps = [row.stamp or {} for row in rows]
-    commits = dict.fromkeys(str(s["commit"]) for s in stamps)
     first = stamps[0]
     count = sum(row.timing is not None for row in rows)
     unsteady = sum(row.timing is not None and row.timing.unsteady for row in rows)
@@ -78,34 +77,44 @@ def source(rows: Rows, path: Path) -> str:
     packages = [f"{n} {versions[n]}" for n in ("torch", "torchsde", "diffusers") if n in versions]
     return (
         f"Measured {first['date']} on {first['device_name']} ({first['instruction_set']}), "
-        f"{', '.join(packages)}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}. "
+        f"{', '.join(packages)}; one thread by processor time. "
         f"`~` marks the {unsteady} of {count} medians that a busy machine made unsteady. "
-        f"All numbers: [benchmarks/results/{path.name}](benchmarks/results/{path.name})."
+        f"All numbers, with the commit of each: [{path.name}](benchmarks/results/{path.name})."
     )
+
+
+def _two_threads(rows: Rows, one: Row | None) -> str:
+    """By the fastest samples: two threads are what a busy machine disturbs most."""
+    for group in _cases(rows, "guided COUP step", threads=2):
+        two = _find(group, "fused in place")
+        if one and two and one.timing and two.timing and one.images == two.images:
+            return f"{one.timing.fastest / two.timing.fastest:.2g}×"
+    return ""
 
 
 def step(rows: Rows, _: Path) -> str:
     """The guided step against eager PyTorch, whole and in its two shares."""
     body = []
-    for group in _cases(rows, "guided COUP step"):
+    for group in _cases(rows, "guided COUP step", threads=1):
         eager = {p: _find(group, "eager", p) for p in ("whole", "noise", "arithmetic")}
         fused, in_place = _find(group, "fused"), _find(group, "fused in place")
         per_element = "" if in_place is None else f"{_mark(in_place)}{in_place.ns_per_element:.2f}"
         body.append(
             [
                 str(group[0].images),
-                str(_threads(group[0])),
                 per_element,
                 _times(eager["whole"], in_place),
                 _times(eager["whole"], fused),
                 _times(_find(group, "torch.compile"), fused),
                 _times(eager["noise"], _find(group, "fused", "noise")),
                 _times(eager["arithmetic"], _find(group, "fused", "arithmetic")),
+                _two_threads(rows, in_place),
             ]
         )
-    headers = ["images 3×32×32", "threads", "in place, ns/element", "in place against eager"]
+    headers = ["images 3×32×32", "in place, ns/element", "in place against eager"]
     headers += ["fused against eager", "fused against torch.compile"]
     headers += ["noise alone against eager", "arithmetic alone against eager"]
+    headers.append("in place, two threads against one (fastest samples)")
     return _table(headers, body)
 
 

@@ -138,8 +138,12 @@ def test_traffic_counts_every_byte_once() -> None:
 def test_a_busy_machine_is_said() -> None:
     rows = report.run_case(case.without(operators.adaptive_case(1, CPU), "torch.compile"), **SHORT)
     assert rows[0].timing is not None
-    steady = replace(rows[0].timing, lower_quartile=1.0, median=1.0, upper_quartile=1.0)
+    steady = replace(
+        rows[0].timing, fastest=1.0, lower_quartile=1.0, median=1.0, upper_quartile=1.0
+    )
     busy = replace(steady, upper_quartile=2.0)
+    assert not steady.unsteady
+    assert replace(steady, fastest=0.6).unsteady  # all but the fastest were disturbed alike
     assert "busy" not in tables.tables([replace(rows[0], timing=steady)])
     assert "busy" in tables.tables([replace(rows[0], timing=busy)])
 

@@ -34,8 +34,10 @@ class Timing:
 
     @property
     def unsteady(self) -> bool:
-        """The middle half of the samples spreads over more than a quarter of the median."""
-        return self.upper_quartile - self.lower_quartile > 0.25 * self.median
+        """The middle half of the samples spreads over more than a quarter of the median, or most of
+        them took half as long again as the fastest."""
+        spread = self.upper_quartile - self.lower_quartile
+        return spread > 0.25 * self.median or self.median > 1.5 * self.fastest
 
 
 def clock_for(device: torch.device) -> tuple[str, Callable[[], float]]:
