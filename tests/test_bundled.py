@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,15 @@ def test_load_bundled_gives_modules_ready_for_use() -> None:
 def test_weights_are_small_and_described() -> None:
     sizes = {path.name: path.stat().st_size for path in bundled.WEIGHTS.glob("*.safetensors")}
     assert set(sizes) == set(bundled.CHECKSUMS)
-    assert sum(sizes.values()) < 4_000_000
-    card = (bundled.WEIGHTS / "MODEL_CARD.md").read_text()
-    for file, facts in describe_bundled().items():
-        assert file in card
-        assert facts["images"] == 55_000  # the 5,000 held-out digits are not among them
-        assert facts["training"]["seed"] == 0
+    assert sum(sizes.values()) < 20_000_000
+    for name, images in (("mnist", 55_000), ("cifar10", 45_000)):  # without those held out
+        card = (bundled.WEIGHTS / f"MODEL_CARD_{name}.md").read_text()
+        described = describe_bundled(name)
+        assert len(described) == 3
+        for file, facts in described.items():
+            assert file in card
+            assert facts["images"] == images
+            assert facts["training"]["seed"] == 0
 
 
 def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +60,43 @@ def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_classifier_is_right_on_held_out_digits() -> None:
     images, labels = demo_digits(1000)
     assert count_correct(load_bundled()[1], images, labels) >= 985
+
+
+@pytest.mark.parametrize("score", ["vp", "ncsn"])
+def test_cifar10_models_are_ready_for_use(score: str) -> None:
+    score_model, classifier = load_bundled("cifar10", score=score)
+    x = torch.rand(2, 3, 32, 32)
+    assert not score_model.training
+    assert not classifier.training
+    assert score_model.kind == {"vp": "eps", "ncsn": "ncsn"}[score]
+    assert score_model(x, torch.tensor([0.1, 0.2])).shape == x.shape
+    assert classifier(x).shape == (2, 10)
+    torch.testing.assert_close(classifier(x)[:1], classifier(x[:1]))  # no batch statistics
+    if score == "vp":
+        assert score_model.t_max == 0.2
+        with pytest.raises(ValueError, match=r"trained for t up to 0\.2"):
+            Purifier(score_model, method="diffpure", t_star=0.3)
+
+
+def test_cifar10_models_on_test_images() -> None:
+    images, labels = cifar10_test_images(200)
+    score_model, classifier = load_bundled("cifar10")
+    assert count_correct(classifier, images, labels) >= 170
+    errors = error_per_level(score_model.network, images, "eps", [0.02, 0.05, 0.1, 0.2])
+    for error, bound in zip(errors, (0.31, 0.18, 0.107, 0.056), strict=True):
+        assert error < bound
+
+
+def cifar10_test_images(count: int) -> tuple[Tensor, Tensor]:
+    """The first test images; skips where there are none beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
+    if not (folder / "test_0.webp").is_file():
+        pytest.skip("CIFAR-10 images are not in ../shared/data/cifar10")
+    picture = pytest.importorskip("PIL.Image").open(folder / "test_0.webp").convert("RGB")
+    pixels = torch.from_numpy(np.asarray(picture).copy())
+    tiles = pixels.unfold(0, 32, 32).unfold(1, 32, 32).flatten(0, 1)[:count]  # [N, 3, 32, 32]
+    labels = torch.from_numpy(np.load(folder / "test_labels.npy")[:count]).long()
+    return tiles.float() / 255.0, labels
 
 
 # (validation error of the shipped weights) x 1.15, per level

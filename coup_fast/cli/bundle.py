@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from coup_fast import ScoreModel
 
 # Channels, height and width of the images each bundled set takes.
-IMAGE_SHAPES = {"mnist": (1, 28, 28)}
+IMAGE_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
 def score_for(method: str) -> str:

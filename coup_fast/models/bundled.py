@@ -1,6 +1,7 @@
 """The weights that come with the package, and the settings that suit them.
 
-`weights/MODEL_CARD.md` says how they were trained and what they reach. Needs torch and safetensors.
+`weights/MODEL_CARD_<set>.md` says how they were trained and what they reach. Needs torch and
+safetensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ CHECKSUMS = {
     "mnist_classifier.safetensors": (
         "2fad9a3d89acca61410234527a8c98692578ee0e39e8af9a09fe51081c428cf2"
     ),
+    "cifar10_vp.safetensors": (
+        "440e7a1e38df1cfac11aeddb3ea67db95fe997430005de76ade43f79a851011f"
+    ),
+    "cifar10_ncsn.safetensors": (
+        "384d13da3203c6f393dc3663891ac73444467b1a6a4f1f8d2d274bbb475a436f"
+    ),
+    "cifar10_classifier.safetensors": (
+        "5ec3930c88b94b8afbf20d055681b770d173d2329f9157a010e2a5289d6fdf38"
+    ),
 }
 SCORES = ("vp", "ncsn")
 
@@ -43,6 +53,15 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "adp": {"sigma": 0.1, "step_lambda": 0.5},
         },
     },
+    "cifar10": {
+        "epsilon": 8 / 255,
+        "attack_steps": 40,
+        "methods": {
+            "coup": {"t_star": 0.05},
+            "diffpure": {"t_star": 0.1},
+            "adp": {"sigma": 0.1},
+        },
+    },
 }
 BUNDLED = tuple(_SETTINGS)
 
@@ -53,12 +72,13 @@ def load_bundled(
     """The bundled score model and the classifier it defends, in eval mode, float32.
 
     Args:
-        name: a set's name: "mnist".
+        name: "mnist" or "cifar10".
         score: "vp" predicts the noise of the VP-SDE (every method but ADP); "ncsn" is the
             unconditional NCSNv2 network of ADP.
         device: where to put both.
     Returns:
-        (score_model, classifier). The classifier maps pixels [B, 1, 28, 28] in [0, 1] to logits.
+        (score_model, classifier). The classifier maps pixels in [0, 1], [B, 1, 28, 28] or
+        [B, 3, 32, 32], to logits [B, 10].
     Raises:
         ValueError: unknown name or score. RuntimeError: a weights file is damaged.
         ImportError: safetensors is missing.

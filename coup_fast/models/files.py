@@ -53,6 +53,8 @@ def save_network(
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a file (float32, eval mode) and the description stored with it.
 
+    Weights are in channels_last, in which convolutions are faster (docs/design.md, The loop).
+
     Raises:
         ValueError: if the file was not written by `save_network`.
     """
@@ -71,6 +73,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     description: dict[str, Any] = json.loads(metadata["coup_fast"])
     network = build_network(description["network"], description["arguments"])
     network.load_state_dict(tensors)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval(), description
 
 
