@@ -6,7 +6,7 @@ GroupNorm, SiLU and 3x3 convolutions, the time entering each block as a scale an
 Normalisation is per sample (GroupNorm), so an image's score does not depend on its batch.
 
 Why a module of ours and not diffusers' UNet2DModel: loading the bundled weights must need nothing
-beyond torch and safetensors, and at this size it is faster; MODEL_CARD_mnist.md has the measurement.
+beyond torch and safetensors, and at this size it is faster (measured in MODEL_CARD_mnist.md).
 """
 
 from __future__ import annotations
