@@ -26,9 +26,7 @@ CHECKSUMS = {
     "mnist_classifier.safetensors": (
         "2fad9a3d89acca61410234527a8c98692578ee0e39e8af9a09fe51081c428cf2"
     ),
-    "cifar10_vp.safetensors": (
-        "440e7a1e38df1cfac11aeddb3ea67db95fe997430005de76ade43f79a851011f"
-    ),
+    "cifar10_vp.safetensors": ("440e7a1e38df1cfac11aeddb3ea67db95fe997430005de76ade43f79a851011f"),
     "cifar10_ncsn.safetensors": (
         "384d13da3203c6f393dc3663891ac73444467b1a6a4f1f8d2d274bbb475a436f"
     ),
