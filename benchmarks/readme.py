@@ -1,16 +1,18 @@
-"""Write README's speed tables from the newest results, between `<!-- bench:NAME -->` markers.
+"""Write README's tables from stored results, between markers.
 
     python benchmarks/readme.py            # rewrites README.md
     python benchmarks/readme.py --check    # exit status 1 if README.md says something else
     python benchmarks/readme.py --results FILE.json --readme FILE.md
 
-Numbers marked with ~ are medians of samples whose middle half spreads over more than a quarter of
-the median: the machine was busy.
+`<!-- bench:NAME -->` is speed, from the newest results of a device; numbers marked with ~ are
+medians of samples whose middle half spreads over more than a quarter of the median: the machine was
+busy. `<!-- eval:NAME -->` is the report benchmarks/results/NAME.json that `coup-fast eval` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -186,23 +188,57 @@ BLOCKS: dict[str, Callable[[Rows, Path], str]] = {
 }
 
 
+def _percent(number: dict[str, float] | None) -> str:
+    if number is None:
+        return ""
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * number[k] for k in ("rate", "low", "high")))
+
+
+def evaluation(path: Path) -> str:
+    """The rows of a stored report under attack, in percent, with 95 % Wilson intervals."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    attacked = [row for row in report["rows"] if row["attacked"] is not None]
+    draws = max(row["draws"] for row in attacked)
+    clean = {row["defence"]["name"]: row["clean"]["one_draw"] for row in attacked}
+    body = []
+    for row in attacked:
+        under, name = row["attacked"], row["defence"]["name"]
+        label = row["attack_label"]
+        worst = [] if draws == 1 else [_percent(under["worst"])]
+        body.append([name, label, _percent(clean[name]), _percent(under["average"]), *worst])
+    several = [] if draws == 1 else [f"worst of {draws}"]
+    average = "attacked" if draws == 1 else f"average of {draws}"
+    table = _table(["defence", "attack", "clean", average, *several], body)
+    return (
+        f"{table}\n\n{report['images']} images, in percent, with 95 % Wilson intervals; commit "
+        f"{report['run']['environment']['commit']}. Every number and setting: "
+        f"[{path.name}](benchmarks/results/{path.name})."
+    )
+
+
 def fill(text: str, path: Path) -> str:
-    """README's text with the blocks filled from this results file.
+    """README's text with its blocks filled, those of speed from this results file.
 
     Raises ValueError for a marker of an unknown name or without its end.
     """
     rows = results.load(path)
 
     def block(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in BLOCKS:
-            raise ValueError(f"there is no block {name!r}; there are {', '.join(BLOCKS)}")
-        return f"<!-- bench:{name} -->\n{BLOCKS[name](rows, path)}\n<!-- /bench:{name} -->"
+        kind, name = match[1], match[2]
+        report = FOLDER / f"{name}.json"
+        if kind == "eval" and report.is_file():
+            content = evaluation(report)
+        elif kind == "bench" and name in BLOCKS:
+            content = BLOCKS[name](rows, path)
+        else:
+            known = ", ".join([*BLOCKS, *(f.stem for f in FOLDER.glob("*.json"))])
+            raise ValueError(f"there is no block {kind}:{name}; there are {known}")
+        return f"<!-- {kind}:{name} -->\n{content}\n<!-- /{kind}:{name} -->"
 
     filled, count = re.subn(
-        r"<!-- bench:(\w+) -->\n(?:.*?\n)?<!-- /bench:\1 -->", block, text, flags=re.DOTALL
+        r"<!-- (bench|eval):(\w+) -->\n(?:.*?\n)?<!-- /\1:\2 -->", block, text, flags=re.DOTALL
     )
-    if count != len(re.findall(r"<!-- /?bench:", text)) / 2:
+    if count != len(re.findall(r"<!-- /?(?:bench|eval):", text)) / 2:
         raise ValueError("a marker <!-- bench:NAME --> has no <!-- /bench:NAME --> after it")
     return filled
 

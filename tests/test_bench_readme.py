@@ -69,5 +69,17 @@ def test_broken_markers_are_errors(readme: ModuleType) -> None:
     path = results.newest(ROOT / "benchmarks" / "results", "cpu")
     with pytest.raises(ValueError, match="no <!-- /bench"):
         readme.fill("<!-- bench:step -->\n\ntext", path)
-    with pytest.raises(ValueError, match="no block 'stpe'"):
+    with pytest.raises(ValueError, match="no block bench:stpe"):
         readme.fill("<!-- bench:stpe -->\n<!-- /bench:stpe -->", path)
+    with pytest.raises(ValueError, match="no block eval:imagenet"):
+        readme.fill("<!-- eval:imagenet -->\n<!-- /eval:imagenet -->", path)
+
+
+def test_a_report_becomes_a_table(readme: ModuleType) -> None:
+    folder = ROOT / "benchmarks" / "results"
+    table = readme.evaluation(folder / "mnist.json")
+    rows = [line for line in table.splitlines() if line.startswith("| DiffPure")]
+    assert len(rows) == 3
+    assert rows[0].startswith("| DiffPure | PGD-40 ce, EOT 8, exact gradient, ℓ∞ 0.15 | 98.4 [")
+    assert "| WEAK PGD-40" in rows[1]
+    assert "64 images" in table
