@@ -43,7 +43,7 @@ def test_files_fill_an_architecture(tmp_path: Path, prefix: str) -> None:
     for architecture in (TinyClassifier(seed=1), TinyClassifier):
         found = load_classifier(path, architecture=architecture, key="net.state")
         assert not found.training
-        assert torch.equal(found(images()), network(images()))
+        torch.testing.assert_close(found(images()), network(images()))
     scaled = load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN, std=STD)
     assert torch.equal(scaled(images()), Normalised(network, MEAN, STD)(images()))
     with pytest.raises(ValueError, match=r"a dict of 2 entries \(net, acc\); name .* key="):
@@ -66,7 +66,7 @@ def test_files_of_ours_need_no_architecture(tmp_path: Path) -> None:
     network = fill(Classifier(3, 7, size=8, width=4, hidden=5))
     save_network(tmp_path / "own.safetensors", network, {"kind": "classifier"})
     found = load_classifier(tmp_path / "own.safetensors")
-    assert torch.equal(found(images()), network(images()))
+    torch.testing.assert_close(found(images()), network(images()))
 
 
 @pytest.mark.parametrize("name", ["robustbench", "timm"])
