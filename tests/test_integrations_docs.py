@@ -117,7 +117,11 @@ def test_the_examples_run(
 def test_the_commands_run(command: str, names: dict[str, Any]) -> None:
     torch.manual_seed(0)
     save_network(Path("score.safetensors"), UNet(3, (8,)), {"kind": "eps"})
-    save_network(Path("classifier.safetensors"), Classifier(3, size=8, width=4, hidden=8), {})
+    save_network(
+        Path("classifier.safetensors"),
+        Classifier(3, size=8, width=4, hidden=8),
+        {"kind": "classifier"},
+    )
     Path("folder").mkdir()
     Image.new("RGB", (9, 7)).save("folder/one.png")
     program, *words = shlex.split(command)

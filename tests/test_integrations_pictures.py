@@ -21,6 +21,9 @@ RGB = np.random.default_rng(0).integers(0, 256, (18, 27, 3), dtype=np.uint8)
 QUICK = ("--method", "diffpure", "--set", "num_steps=1")
 
 
+KIND = {"kind": "classifier"}  # as coup-fast train writes it
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a user's own networks, as `coup-fast train` writes them."""
@@ -29,7 +32,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_network(folder / "rgb.safetensors", UNet(3, (8,)), {"kind": "eps"})
     save_network(folder / "halving.safetensors", UNet(3, (8, 8)), {"kind": "eps"})
     save_network(folder / "grey.safetensors", UNet(1, (8,)), {"kind": "eps"})
-    save_network(folder / "classifier.safetensors", Classifier(3, size=16, width=4, hidden=8), {})
+    save_network(folder / "classifier.safetensors", Classifier(3, size=16, width=4, hidden=8), KIND)
     return folder
 
 

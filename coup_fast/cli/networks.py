@@ -112,7 +112,7 @@ def _score_model(path: Path, kind: str | None, config: str | None) -> ScoreModel
     if isinstance(loaded, ScoreModel):
         return loaded
     network, facts = loaded
-    if "kind" not in facts:
+    if facts.get("kind", "classifier") == "classifier":
         raise CommandError(f"{path} holds a {facts['network']}, which is no score network")
     return ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max")).eval()
 
@@ -128,7 +128,7 @@ def _classifier(source: str, device: torch.device) -> nn.Module:
     if not Path(source).exists():
         raise CommandError(f"{source} does not exist")
     network, facts = _read(load_network, Path(source))
-    if "kind" in facts:
+    if facts.get("kind", "classifier") != "classifier":
         raise CommandError(
             f"{source} holds a score network ({facts['kind']}), which is no classifier"
         )
