@@ -288,7 +288,7 @@ def draw_images(demo: Demo, path: Path) -> None:
             captions = [str(int(label)) for label in predicted]
             right = (predicted == truth).tolist()
             rows.append(GridRow(NAMES.get(name, name), pixels, captions, right))
-    title = "Prediction above each digit; rows below “attacked”: that image, purified (draw 0)"
+    title = "Prediction above each image; rows below “attacked”: that image, purified (draw 0)"
     image_grid(rows, path, title)
 
 
