@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,19 +12,20 @@ from coup_fast.chain import AnyChain, State
 
 def run_recorded(chain: AnyChain, images: Tensor) -> State:
     """The final state, each step made anew: differentiable where grad is on."""
-    state, reference = chain.start(images), chain.reference(images)
-    for k in range(chain.num_steps):
-        state = chain.step(k, state, reference)
-        if chain.finished(state):
-            break
-    return state
+    return _run(chain, images, chain.step)
 
 
 def run_in_place(chain: AnyChain, images: Tensor) -> State:
     """The final state, each step written over the one before. Call it with grad off."""
+    return _run(chain, images, chain.step_)
+
+
+def _run(
+    chain: AnyChain, images: Tensor, step: Callable[[int, State, Tensor | None], State]
+) -> State:
     state, reference = chain.start(images), chain.reference(images)
     for k in range(chain.num_steps):
-        state = chain.step_(k, state, reference)
+        state = step(k, state, reference)
         if chain.finished(state):
             break
     return state

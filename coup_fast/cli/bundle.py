@@ -21,7 +21,7 @@ def score_for(method: str) -> str:
     return "ncsn" if method == "adp" else "vp"
 
 
-def settings_for(method: str, name: str = "mnist") -> dict[str, Any]:
+def settings_for(method: str, name: str) -> dict[str, Any]:
     """The options chosen for a method on a bundled set; none where there are none."""
     from coup_fast.models.bundled import bundled_settings
 

@@ -29,6 +29,11 @@ class VPNoise:
     focus_share: float = 0.75
     time_scale: float = 999.0
 
+    @property
+    def t_max(self) -> float:
+        """The latest time that is trained on."""
+        return self.t_focus if self.focus_share == 1.0 else 1.0
+
     def alpha_bar(self, t: Tensor) -> Tensor:
         """Squared signal scale at t, float64."""
         t = t.double()

@@ -137,8 +137,8 @@ def train(
         torch.manual_seed(config.seed)
         network = build_network(name, arguments)
     facts: dict[str, Any] = {"kind": kind, "dataset": dataset, "images": len(images)}
-    if kind == "eps" and recipe.vp.focus_share == 1.0:
-        facts["t_max"] = recipe.vp.t_focus
+    if task == "score" and recipe.vp.t_max < 1.0:
+        facts["t_max"] = recipe.vp.t_max
     if isinstance(network, ConvNet):
         network.whiten_patches(images[:5000].float() / 255.0)
     if init is not None:
@@ -232,8 +232,7 @@ def _report(
     if task == "ncsn":
         levels = recipe.ncsn.levels()[:: max(1, recipe.ncsn.num_levels // 8)].tolist()
     else:
-        trained_to = recipe.vp.t_focus if recipe.vp.focus_share == 1.0 else 1.0
-        levels = [t for t in TIMES if t <= trained_to]
+        levels = [t for t in TIMES if t <= recipe.vp.t_max]
     return {
         "level": [round(level, 4) for level in levels],
         "train": error_per_level(network, seen, kind, levels),
