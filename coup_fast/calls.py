@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coup_fast.score_model import ScoreModel, in_dtype_of, module_of
+from coup_fast.score_model import ScoreModel, dtype_of, module_of, output_of
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -47,22 +48,23 @@ class Calls:
             return images
         return images.contiguous(memory_format=torch.channels_last)
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score network's output at x [B, C, H, W] and t [B] in [0, 1]."""
+    def score(self, x: Tensor, time: Tensor) -> Tensor:
+        """The score network's output at x [B, C, H, W] and time [B] in the network's units."""
+        x = _cast_to(self._network_dtype, x)
         with self._cast(x):
             if self.compiled_network is not None:
-                return self.score_model.call(self.compiled_network, x, t)
-            out: Tensor = self.score_model(x, t)
+                return output_of(self.compiled_network(x, time))
+            out: Tensor = self.score_model(x, time, converted=True)
         return out
 
     def classify(self, pixels: Tensor) -> Tensor:
         """The classifier's logits [B, K], with a graph where grad is on."""
-        classifier = self.compiled_classifier
-        if classifier is None:
-            classifier = self.classifier
+        classifier = self.classifier
+        if self.compiled_classifier is not None:
+            classifier = self.compiled_classifier
         assert classifier is not None
         with self._cast(pixels):
-            return classifier(in_dtype_of(self.classifier, pixels))
+            return classifier(_cast_to(self._classifier_dtype, pixels))
 
     def classify_twice_differentiably(self, pixels: Tensor) -> Tensor:
         """`classify` by the classifier as it is: compiled ones have no second derivatives."""
@@ -82,8 +84,21 @@ class Calls:
         """Whether the compiled networks are CUDA graphs by themselves."""
         return self.compile in SELF_CAPTURING
 
+    @cached_property
+    def _network_dtype(self) -> torch.dtype | None:
+        """What the network takes, looked up once a run."""
+        return dtype_of(self.score_model.network)
+
+    @cached_property
+    def _classifier_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.classifier)
+
     def _cast(self, x: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext()
+
+
+def _cast_to(dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    return x if dtype is None or dtype == x.dtype else x.to(dtype)
 
 
 class Compiled:

@@ -19,6 +19,7 @@ from coup_fast.backends import Operators
 from coup_fast.calls import Calls
 from coup_fast.guidance import confidence_gradient
 from coup_fast.plan import AdaptivePlan, Plan, V, W, blank_row, start_row
+from coup_fast.score_model import network_time
 
 # What a step carries: the image-shaped state first; ADP adds its alive mask and last step sizes.
 State = tuple[Tensor, ...]
@@ -53,6 +54,9 @@ class InOrder:
         """Nothing has branched off."""
 
 
+IN_ORDER = InOrder()
+
+
 @dataclass(frozen=True)
 class Noise:
     """A run's noise tensors, numbered in order of need: generated from keys, or given."""
@@ -81,30 +85,38 @@ class Tables:
     pixel_map: Tensor  # [8], perturb: the attacked image in diffusion space
     rows: Rows  # reverse_step [19] each, or adaptive_step [8] each
     look_ahead: Tensor | None  # reverse_step [19]: x + δ m, ADP's second point
-    times: Rows  # float64 [1] each; nan where the row calls no network
+    times: Rows  # [1] each, as the network is called with them; nan where the row calls none
     noise_index: tuple[int | None, ...]  # the noise tensor of each row
 
 
-def tables_of(plan: Plan | AdaptivePlan, device: torch.device, dtype: torch.dtype) -> Tables:
-    """The plan's tables, rounded once from float64 to the state's dtype."""
+def tables_of(
+    plan: Plan | AdaptivePlan, device: torch.device, dtype: torch.dtype, time_scale: float = 1.0
+) -> Tables:
+    """The plan's tables, rounded once from float64 to the state's dtype.
 
-    def put(values: object, dtype: torch.dtype = dtype) -> Tensor:
+    time_scale: of the `ScoreModel` that will be called at these times.
+    """
+
+    def put(values: object) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float64).to(dtype).to(device)
+
+    def times_of(values: object) -> tuple[Tensor, ...]:
+        t = torch.as_tensor(values, dtype=torch.float64).reshape(-1, 1)
+        return tuple(network_time(t, time_scale, dtype).to(device).unbind(0))
 
     start, pixel_map = put(plan.start), put(start_row())
     rows = tuple(put(plan.coeffs).unbind(0))
     if isinstance(plan, AdaptivePlan):
         look_ahead = blank_row()
         look_ahead[[V, W]] = 1.0, plan.delta
-        times: tuple[Tensor, ...] = (put([0.0], torch.float64),) * plan.num_steps
+        times = times_of([0.0]) * plan.num_steps
         return Tables(start, pixel_map, rows, put(look_ahead), times, (None,) * plan.num_steps)
-    times = tuple(put(plan.times, torch.float64).reshape(-1, 1).unbind(0))
     index: list[int | None] = []
     count = int(plan.start_noisy)
     for noisy in plan.noisy.tolist():
         index.append(count if noisy else None)
         count += int(noisy)
-    return Tables(start, pixel_map, rows, None, times, tuple(index))
+    return Tables(start, pixel_map, rows, None, times_of(plan.times), tuple(index))
 
 
 def _share_memory(a: Tensor | None, b: Tensor) -> bool:
@@ -120,7 +132,7 @@ class _ModelCalls:
     """What both chains do with their models."""
 
     evaluated: tuple[str, str]  # names of the two tensors that `evaluate` returns
-    beside: Beside = InOrder()
+    beside: Beside = IN_ORDER
 
     def __init__(
         self,
@@ -145,20 +157,22 @@ class _ModelCalls:
     def predict(self, x: Tensor, time: Tensor, variance: bool) -> Tensor:
         """The network's output, [B, C, ...]; [B, 2C, ...] if the plan uses variance channels."""
         out = self.calls.score(x, time.expand(x.shape[0]))
+        if not variance and out.shape == x.shape:
+            return out
         doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         if variance and out.shape != doubled:
             raise ValueError(
                 f"{self.method} with learned variance needs network outputs {list(doubled)} (mean "
                 f"and variance channels), got {list(out.shape)}"
             )
-        if not variance and out.shape == doubled:
-            return out[:, : x.shape[1]]
-        if not variance and out.shape != x.shape:
+        if variance:
+            return out
+        if out.shape != doubled:
             raise ValueError(
                 f"the score network returned {list(out.shape)} for a state {list(x.shape)}; it "
                 f"must return that shape, or {list(doubled)} with variance channels"
             )
-        return out
+        return out[:, : x.shape[1]]
 
 
 class Chain(_ModelCalls):
@@ -196,7 +210,7 @@ class Chain(_ModelCalls):
         """Network output and guidance gradient of step k at state x."""
         out = guidance = None
         if self.timed[k]:
-            with self.beside if self.guided[k] else InOrder():
+            with self.beside if self.guided[k] else IN_ORDER:
                 out = self.predict(x, self.tables.times[k], self.plan.learned_variance)
         if self.guided[k]:
             graph = self.full_guidance and torch.is_grad_enabled() and x.requires_grad

@@ -323,7 +323,7 @@ class Purifier(nn.Module):
         dtype = torch.promote_types(images.dtype, torch.float32)
         key = (images.device, dtype)
         if key not in self._tables:
-            self._tables[key] = tables_of(self.plan, *key)
+            self._tables[key] = tables_of(self.plan, *key, self.score_model.time_scale)
         return self._tables[key]
 
     @contextmanager

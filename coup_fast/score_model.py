@@ -41,10 +41,16 @@ def first_parameter(function: Any) -> Tensor | None:
     return None
 
 
+def dtype_of(function: Any) -> torch.dtype | None:
+    """The dtype of the callable's parameters, or None where it has none."""
+    parameter = first_parameter(function)
+    return None if parameter is None else parameter.dtype
+
+
 def in_dtype_of(function: Any, x: Tensor) -> Tensor:
     """x in the dtype of the callable's parameters; x itself where it has none."""
-    parameter = first_parameter(function)
-    return x if parameter is None else x.to(parameter.dtype)
+    dtype = dtype_of(function)
+    return x if dtype is None else x.to(dtype)
 
 
 def declared_channels(function: Any) -> int | None:
@@ -75,6 +81,22 @@ def grad_leaf(x: Tensor) -> Tensor:
     """
     leaf = x.clone() if x.is_inference() else x.detach()
     return leaf.requires_grad_()
+
+
+def network_time(t: Tensor, time_scale: float, dtype: torch.dtype) -> Tensor:
+    """Times t in [0, 1] in a network's units: multiplied in float64, then rounded to dtype."""
+    return (t.to(torch.float64) * time_scale).to(dtype)
+
+
+def output_of(returned: Any) -> Tensor:
+    """The tensor in what a score network returned: itself, or its `.sample`. Raises TypeError."""
+    out = returned if isinstance(returned, Tensor) else getattr(returned, "sample", returned)
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the score network returned {type(out).__name__}; a tensor shaped as its input "
+            "is needed (wrap the network in a function that picks it out)"
+        )
+    return out
 
 
 class ScoreModel(nn.Module):
@@ -138,28 +160,18 @@ class ScoreModel(nn.Module):
         """Image channels the network declares, or None."""
         return declared_channels(self.network)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, converted: bool = False) -> Tensor:
         """The network's raw output at x [B, C, ...] and times t [B] in [0, 1].
+
+        converted: x is in the network's dtype and t in its units already, as in a run's loop.
 
         Raises TypeError if the network returns anything but a tensor (or an object with a tensor
         `.sample`).
         """
-        return self.call(self.network, x, t)
-
-    def call(self, network: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Tensor:
-        """`forward` with another form of the same network, such as a compiled one."""
-        time = (t.to(torch.float64) * self.time_scale).to(
-            torch.promote_types(x.dtype, torch.float32)
-        )
-        out = network(in_dtype_of(self.network, x), time)
-        if not isinstance(out, Tensor):
-            out = getattr(out, "sample", out)
-        if not isinstance(out, Tensor):
-            raise TypeError(
-                f"the score network returned {type(out).__name__}; a tensor shaped as its input "
-                "is needed (wrap the network in a function that picks it out)"
-            )
-        return out
+        if not converted:
+            t = network_time(t, self.time_scale, torch.promote_types(x.dtype, torch.float32))
+            x = in_dtype_of(self.network, x)
+        return output_of(self.network(x, t))
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
