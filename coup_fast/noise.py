@@ -10,6 +10,7 @@ Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,33 +21,29 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word, both < 2^32, without leaving 63 bits."""
-    low_part = constant * (word & 0xFFFF)
-    middle = constant * (word >> 16) + (low_part >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
-
-
-def philox(
-    key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: four 32-bit words of a (key, counter) pair.
 
-    All tensors are int64 holding values in [0, 2^32), low word first, and broadcast together.
+    The counter's words are int64 tensors, or int64 NumPy arrays, holding values in [0, 2^32), low
+    word first; the key's words are the same or ints. All broadcast together.
+
+    int64 products of 32-bit words wrap and so have all of their 64 bits. Words 1 and 3 are lower
+    halves of products, whose upper bits are cut off where the words are next used.
     """
     key0, key1 = key
     word0, word1, word2, word3 = counter
     for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], word0)
-        high1, low1 = _multiply(_MULTIPLIERS[1], word2)
-        word0, word1, word2, word3 = high1 ^ word1 ^ key0, low1, high0 ^ word3 ^ key1, low0
+        product0, product1 = word0 * _MULTIPLIERS[0], word2 * _MULTIPLIERS[1]
+        word0 = ((product1 >> 32) ^ word1 ^ key0) & _MASK
+        word2 = ((product0 >> 32) ^ word3 ^ key1) & _MASK
+        word1, word3 = product1, product0
         key0 = (key0 + _KEY_INCREMENTS[0]) & _MASK
         key1 = (key1 + _KEY_INCREMENTS[1]) & _MASK
-    return word0, word1, word2, word3
+    return word0, word1 & _MASK, word2, word3 & _MASK
 
 
-def _split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Low and high 32-bit words of int64 bit patterns."""
+def _split(value: Any) -> tuple[Any, Any]:
+    """Low and high 32-bit words of 64-bit patterns."""
     return value & _MASK, (value >> 32) & _MASK
 
 
@@ -72,11 +69,6 @@ def uniform(word: Tensor) -> Tensor:
     The product is exact, so one rounding after the conversion: the bits of a fused multiply-add.
     """
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bit pattern of an unsigned 64-bit value."""
-    return value - 2**64 if value >= 2**63 else value
 
 
 def _integer(name: str, value: int, minimum: int, maximum: int) -> int:
@@ -119,12 +111,19 @@ def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tenso
     an int64 tensor [B] of one draw per sample.
     Raises TypeError or ValueError for anything else.
     """
-    seed = _signed(_integer("seed", seed, 0, 2**64 - 1))
+    key = _split(_integer("seed", seed, 0, 2**64 - 1))
     ids = _sample_ids(sample_ids)
-    key = _split(torch.full_like(ids, seed))
-    low, high, _, _ = philox(key, (*_split(ids), *_split(_draws(draw, ids))))
-    high = torch.where(high >= 2**31, high - 2**32, high)
-    return high * 2**32 + low
+    draws = _draws(draw, ids)
+    if ids.device.type == "cpu":  # NumPy starts an operator in a fraction of the time
+        return torch.from_numpy(_joined(key, ids.numpy(), draws.numpy()))
+    result: Tensor = _joined(key, ids, draws)
+    return result
+
+
+def _joined(key: tuple[int, int], ids: Any, draws: Any) -> Any:
+    """Words 0 and 1 as one 64-bit pattern; the upper one shifts its bits into the sign."""
+    low, high, _, _ = philox(key, (*_split(ids), *_split(draws)))
+    return (high << 32) | low
 
 
 def step_keys(
@@ -145,6 +144,8 @@ def step_keys(
     num_steps = _integer("num_steps", num_steps, 0, 2**31 - 1)
     numel = _integer("numel", numel, 0, 2**31 - 1)
     key = sample_keys(seed, sample_ids, draw)
-    steps = torch.arange(num_steps, dtype=torch.int64, device=key.device)
-    offset = (steps * ((numel + 3) // 4))[:, None].expand(num_steps, key.shape[0])
-    return torch.stack((key.expand(num_steps, -1), offset), dim=-1)
+    rows = key.new_empty((num_steps, key.shape[0], 2))
+    rows[..., 0] = key
+    blocks = (numel + 3) // 4
+    rows[..., 1] = torch.arange(num_steps, device=key.device)[:, None] * blocks
+    return rows
