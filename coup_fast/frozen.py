@@ -19,6 +19,15 @@ _lock = threading.Lock()
 _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders
 
 
+def _parameters(functions: tuple[Any, ...]) -> Iterator[nn.Parameter]:
+    """Those of the modules behind the callables, no module visited twice (a run asks each time)."""
+    visited: set[nn.Module] = set()
+    for module in map(module_of, functions):
+        if module is not None:
+            for _, part in module.named_modules(visited):
+                yield from (p for p in part._parameters.values() if p is not None)
+
+
 @contextmanager
 def frozen_parameters(*functions: Any) -> Iterator[None]:
     """requires_grad off for every parameter of these modules within the context.
@@ -28,8 +37,7 @@ def frozen_parameters(*functions: Any) -> Iterator[None]:
 
     Raises ValueError for a parameter that is itself the result of a differentiable computation.
     """
-    modules = [module for module in map(module_of, functions) if module is not None]
-    unique = {id(p): p for module in modules for p in module.parameters()}
+    unique = {id(parameter): parameter for parameter in _parameters(functions)}
     if not all(parameter.is_leaf for parameter in unique.values()):
         raise ValueError(
             "a model has parameters computed from other tensors (functional_call?): purification "
