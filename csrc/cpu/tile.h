@@ -169,6 +169,7 @@ struct Whole {
   int i;
   Vec load(const float* data) const { return COUP_FAST_ISA::load(data + i); }
   void store(float* data, Vec value) const { COUP_FAST_ISA::store(data + i, value); }
+  void stream(float* data, Vec value) const { COUP_FAST_ISA::stream(data + i, value); }
 };
 
 struct Rest {
@@ -181,6 +182,7 @@ struct Rest {
   void store(float* data, Vec value) const {
     for (int k = 0; k < count; ++k) data[i + k] = value[k];
   }
+  void stream(float* data, Vec value) const { store(data, value); }
 };
 
 // Calls body(vector) for all vectors of a tile of `count` elements.
@@ -198,12 +200,17 @@ static inline void add_products(const float* a, const float* b, int count, float
   });
 }
 
+// The halving tree over the lanes, two of its levels at a time. Uses them as scratch.
 static inline float sum_lanes(float* lanes) {
-  for (int width = kReduceLanes / 2; width >= kWidth; width /= 2) {
-    for (int j = 0; j < width; j += kWidth)
-      store(lanes + j, load(lanes + j) + load(lanes + j + width));
+  int width = kReduceLanes / 4;
+  for (; width >= kWidth; width /= 4) {
+    for (int j = 0; j < width; j += kWidth) {
+      const float* at = lanes + j;
+      store(lanes + j,
+            (load(at) + load(at + 2 * width)) + (load(at + width) + load(at + 3 * width)));
+    }
   }
-  return halving_tree(lanes, kWidth);
+  return halving_tree(lanes, 4 * width);
 }
 
 }  // namespace coup_fast::COUP_FAST_ISA

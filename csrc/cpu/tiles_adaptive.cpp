@@ -8,6 +8,7 @@ namespace coup_fast::COUP_FAST_ISA {
 namespace {
 
 constexpr int64_t kTilesPerSegment = kSegment / kTile;
+constexpr int64_t kStreamedBytes = 4 << 20;  // docs/kernels.md
 
 // Calls visit(tile) for the tiles of segment number `item` of the batch, in order.
 template <class Visit>
@@ -46,45 +47,96 @@ struct Sums {
   float square, change;
 };
 
+// Adds the products of whole tiles to the lanes, or starts them with these. A lane is read and
+// written once for all tiles.
+template <bool kStart>
+void add_whole_tiles(const float* h, const float* ahead, int tiles, float* squares,
+                     float* changes) {
+  for (int lane = 0; lane < kTile; lane += kWidth) {
+    Vec square = {}, change = {};
+    if (!kStart) square = load(squares + lane), change = load(changes + lane);
+    for (int i = lane; i < tiles * kTile; i += kTile) {
+      const Vec value = load(h + i);
+      square = Lanes<Vec>::fma(value, value, square);
+      change = Lanes<Vec>::fma(value, value - load(ahead + i), change);
+    }
+    store(squares + lane, square);
+    store(changes + lane, change);
+  }
+}
+
+// Adds those of a tile, whole or not.
+void add_tile(const float* h, const float* ahead, int count, float* squares, float* changes) {
+  for_vectors(count, [=](auto at) __attribute__((always_inline)) {
+    const Vec value = at.load(h);
+    at.store(squares, Lanes<Vec>::fma(value, value, at.load(squares)));
+    at.store(changes, Lanes<Vec>::fma(value, value - at.load(ahead), at.load(changes)));
+  });
+}
+
 Sums sums_of_segment(const AdaptiveStep& params, const Tiling& tiling, int64_t item,
                      Buffers& buffers) {
+  constexpr int64_t kTogether = 4;  // tiles; their lines share a set of the first-level cache
+  const int64_t numel = tiling.channels * tiling.pixels, segments = num_segments(numel);
+  const int64_t sample = item / segments, begin = (item - sample * segments) * kSegment;
+  const int64_t end = begin + kSegment < numel ? begin + kSegment : numel;
   float *squares = buffers.square.data, *changes = buffers.change.data;
-  bool first = true;
-  for_tiles_of_segment(tiling, item, [&](const Tile& tile) {
+  for (int64_t first = begin; first < end;) {
+    const Tile tile = tiling.at(sample, first / kTile);
     const TileAccess access(tiling, tile);
-    access.prefetch(params.x);  // the update will want it
     const float* h = access.read(params.h, buffers.h);
     const float* ahead = access.read(params.h_ahead, buffers.h_ahead);
-    if (first && tile.count < kTile) {
-      memset(squares, 0, sizeof(buffers.square.data));
-      memset(changes, 0, sizeof(buffers.change.data));
+    const bool staged = h == buffers.h.data || ahead == buffers.h_ahead.data;
+    const int64_t whole = (end - first) / kTile, most = staged ? 1 : kTogether;
+    const int tiles = static_cast<int>(whole < most ? whole : most);
+    if (tiles > 0 && first == begin) {
+      add_whole_tiles<true>(h, ahead, tiles, squares, changes);
+    } else if (tiles > 0) {
+      add_whole_tiles<false>(h, ahead, tiles, squares, changes);
+    } else {
+      if (first == begin) memset(squares, 0, sizeof(buffers.square.data));
+      if (first == begin) memset(changes, 0, sizeof(buffers.change.data));
+      add_tile(h, ahead, tile.count, squares, changes);
     }
-    const bool add = !first || tile.count < kTile;
-    const Vec zero = {};
-    for_vectors(tile.count, [=](auto at) __attribute__((always_inline)) {
-      const Vec value = at.load(h);
-      const Vec square = add ? at.load(squares) : zero, change = add ? at.load(changes) : zero;
-      at.store(squares, Lanes<Vec>::fma(value, value, square));
-      at.store(changes, Lanes<Vec>::fma(value, value - at.load(ahead), change));
-    });
-    first = false;
-  });
+    first += tiles > 0 ? tiles * kTile : tile.count;
+  }
   return Sums{sum_lanes(squares), sum_lanes(changes)};
 }
 
+// Whether x' is written past the caches: it would not stay in them, and reading what it replaces
+// takes as long as writing it.
+bool streams(const AdaptiveStep& params) {
+  return params.batch * params.channels * params.pixels * size_of(params.x_next.dtype) >=
+         kStreamedBytes;
+}
+
+// x' of a tile of a living sample.
+template <bool kStreamed>
+void update_values(const AdaptiveRow& coefficients, float alpha, const float* x, const float* h,
+                   float* out, int count) {
+  const AdaptiveRow row = coefficients;  // in registers: out might be where it came from
+  for_vectors(count, [=](auto at) __attribute__((always_inline)) {
+    const Vec value = adaptive_update<Vec>(row, alpha, at.load(x), at.load(h));
+    if constexpr (kStreamed) {
+      at.stream(out, value);
+    } else {
+      at.store(out, value);
+    }
+  });
+}
+
 void update_tile(const AdaptiveStep& params, const Tiling& tiling, const Tile& tile,
-                 const AdaptiveRow& row, const AdaptiveSample& sample, Buffers& buffers) {
+                 const AdaptiveRow& row, const AdaptiveSample& sample, bool streamed,
+                 Buffers& buffers) {
   const TileAccess access(tiling, tile);
   const float* x = access.read(params.x, buffers.x);
   float* out = access.begin_write(params.x_next, buffers.out);
-  if (sample.alive) {
-    const float* h = access.read(params.h, buffers.h);
-    const float alpha = sample.alpha;
-    for_vectors(tile.count, [=, &row](auto at) __attribute__((always_inline)) {
-      at.store(out, adaptive_update<Vec>(row, alpha, at.load(x), at.load(h)));
-    });
-  } else {
+  if (!sample.alive) {
     memcpy(out, x, sizeof(float) * static_cast<size_t>(tile.count));
+  } else {
+    const float* h = access.read(params.h, buffers.h);
+    const bool past = streamed && out != buffers.out.data && aligned(out);
+    (past ? update_values<true> : update_values<false>)(row, sample.alpha, x, h, out, tile.count);
   }
   access.finish_write(params.x_next, buffers.out);
 }
@@ -95,6 +147,7 @@ void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
   const AdaptiveRow row = adaptive_row(params.coeffs);
   const Tiling logical(params.channels, params.pixels, View{});
   const Tiling tiling(params.channels, params.pixels, params.x);
+  const bool streamed = streams(params);
   Buffers buffers;
   for (int64_t i = begin; i < end; ++i) {
     const Sums sums = sums_of_segment(params, logical, i, buffers);
@@ -102,9 +155,10 @@ void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
     params.alive_next[i] = sample.alive;
     params.alpha[i] = sample.alpha;
     for (int64_t item = i * tiling.tiles; item < (i + 1) * tiling.tiles; ++item) {
-      update_tile(params, tiling, tiling[item], row, sample, buffers);
+      update_tile(params, tiling, tiling[item], row, sample, streamed, buffers);
     }
   }
+  if (streamed) end_streams();
 }
 
 void adaptive_change_segments(const AdaptiveStep& params, float* sums, int64_t begin, int64_t end) {
@@ -121,11 +175,13 @@ void adaptive_step_tiles(const AdaptiveStep& params, const AdaptiveSample* sampl
                          int64_t end) {
   const AdaptiveRow row = adaptive_row(params.coeffs);
   const Tiling tiling(params.channels, params.pixels, params.x);
+  const bool streamed = streams(params);
   Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
     const Tile tile = tiling[item];
-    update_tile(params, tiling, tile, row, samples[tile.sample], buffers);
+    update_tile(params, tiling, tile, row, samples[tile.sample], streamed, buffers);
   }
+  if (streamed) end_streams();
 }
 
 void adaptive_dot_segments(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
