@@ -59,6 +59,23 @@ def test_given_noise_is_used_as_generated_noise_is(dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+def test_rows_without_bounds_have_the_bits_of_rows_with_some(scale: float) -> None:
+    """They have a loop of their own. Sums of -0, as underflow leaves them, become +0 in both."""
+    bare = step_row(v=0.9 * scale, w=-0.3 * scale, c=0.2 * scale, d=0.1 if scale == 1 else 2e-45)
+    call = step((2, 3, 32, 32)).map(lambda t: scale * t)
+    bounded = bare.clone()
+    bounded[10], bounded[11] = -3e38, 3e38  # out_lo, out_hi
+    actual, expected = (
+        ops.reverse_step(*replace(call, coeffs=row).args).view(torch.int32)
+        for row in (bare, bounded)
+    )
+    assert torch.equal(actual, expected)
+    if scale != 1:
+        assert (actual == 0).any()
+        assert (actual != torch.iinfo(torch.int32).min).all()
+
+
 def test_absent_inputs_contribute_nothing() -> None:
     call = replace(step(), coeffs=step_row(v=0.5, w=2, c=3, e=4, d=5, u=1, p=0.5, q=7))
     assert torch.equal(ops.reverse_step(call.x, None, call.coeffs), call.x)

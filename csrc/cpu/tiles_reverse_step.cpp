@@ -60,34 +60,44 @@ Inputs read_inputs(const ReverseStep& params, const StepTerms& terms, const Tile
 
 }  // namespace
 
+// Whether x' is the sum itself: no bounds, times 1, plus +0.
+static bool is_bare(const StepRow& row) {
+  return !bounded(row.out_lo, row.out_hi) && row.out_scale == 1.0f &&
+         Lanes<float>::bits(row.out_bias) == 0;
+}
+
 // x' of one vector with the terms known to the compiler: x0 and x, or x and m, and of G, r and z
-// those that are named. Bounds are applied even where they are infinite, which changes nothing.
-template <bool kX0, bool kG, bool kR, bool kZ, class At>
+// those that are named. kBare: see is_bare(). Other bounds are applied even where they are
+// infinite, which changes nothing.
+template <bool kX0, bool kG, bool kR, bool kZ, bool kBare, class At>
 static inline __attribute__((always_inline)) Vec value_of(const StepRow& row, float scale,
                                                           const Inputs& in, At at, Vec z) {
   constexpr StepTerms kTerms{kX0, kX0, kX0, true, !kX0, kG, kR, kZ, true, true, false};
   const Vec zero = {};
   const StepValues<Vec> values{
       at.load(in.x), at.load(in.m), zero, kG ? at.load(in.g) : zero, kR ? at.load(in.r) : zero, z};
-  return step_value<Vec>(row, kTerms, scale, values);
+  if (!kBare) return step_value<Vec>(row, kTerms, scale, values);
+  const StepFactors<Vec> factors = step_factors<Vec>(row, kTerms, scale, zero);
+  return step_sum<Vec>(row, kTerms, factors, values) + zero;  // as the map would: -0 becomes +0
 }
 
 // One pass over a tile.
 template <bool kX0, bool kG, bool kR, bool kZ>
-static void pass(const StepRow& row, const StepTerms&, float scale, const Inputs& in, float* out,
-                 int count) {
-  for_vectors(count, [=, &row](auto at) __attribute__((always_inline)) {
+static void pass(const StepRow& coefficients, const StepTerms&, float scale, const Inputs& in,
+                 float* out, int count) {
+  const StepRow row = coefficients;  // in registers: for all the compiler knows, out holds them
+  for_vectors(count, [=](auto at) __attribute__((always_inline)) {
     const Vec z = kZ ? at.load(in.z) : Vec{};
-    at.store(out, value_of<kX0, kG, kR, kZ>(row, scale, in, at, z));
+    at.store(out, value_of<kX0, kG, kR, kZ, false>(row, scale, in, at, z));
   });
 }
 
 // The same over a whole tile, its noise used where it is made.
-template <bool kX0, bool kG, bool kR>
+template <bool kX0, bool kG, bool kR, bool kBare>
 static void drawing_pass(const StepRow& row, float scale, const Inputs& in, float* out,
                          NoiseKey noise, uint64_t block) {
   generate(noise, block, kTile / kGroup, [=, &row](int i, Vec z) __attribute__((always_inline)) {
-    store(out + i, value_of<kX0, kG, kR, true>(row, scale, in, Whole{i}, z));
+    store(out + i, value_of<kX0, kG, kR, true, kBare>(row, scale, in, Whole{i}, z));
   });
 }
 
@@ -103,28 +113,33 @@ static void any_pass(const StepRow& row, const StepTerms& terms, float scale, co
 // unusual.
 struct Passes {
   decltype(&any_pass) plain;
-  decltype(&drawing_pass<false, false, false>) drawing;
+  decltype(&drawing_pass<false, false, false, false>) drawing;
 };
 
-template <bool kX0, bool kG, bool kR>
+template <bool kX0, bool kG, bool kR, bool kBare>
 static Passes passes_for(bool noisy) {
-  if (noisy) return Passes{&pass<kX0, kG, kR, true>, &drawing_pass<kX0, kG, kR>};
+  if (noisy) return Passes{&pass<kX0, kG, kR, true>, &drawing_pass<kX0, kG, kR, kBare>};
   return Passes{&pass<kX0, kG, kR, false>, nullptr};
 }
 
-template <bool kX0>
+template <bool kX0, bool kBare>
 static Passes passes_for(const StepTerms& terms) {
-  if (terms.g && terms.r) return passes_for<kX0, true, true>(terms.z);
-  if (terms.g) return passes_for<kX0, true, false>(terms.z);
-  if (terms.r) return passes_for<kX0, false, true>(terms.z);
-  return passes_for<kX0, false, false>(terms.z);
+  if (terms.g && terms.r) return passes_for<kX0, true, true, kBare>(terms.z);
+  if (terms.g) return passes_for<kX0, true, false, kBare>(terms.z);
+  if (terms.r) return passes_for<kX0, false, true, kBare>(terms.z);
+  return passes_for<kX0, false, false, kBare>(terms.z);
 }
 
-static Passes passes_for(const ReverseStep& params, const StepTerms& terms) {
+static Passes passes_for(const ReverseStep& params, const StepRow& row, const StepTerms& terms) {
   Passes passes{&any_pass, nullptr};
   if (terms.learned || !terms.x) return passes;
-  if (terms.x0 && terms.x0_x && terms.x0_m && !terms.m) passes = passes_for<true>(terms);
-  if (!terms.x0 && terms.m) passes = passes_for<false>(terms);
+  const bool bare = is_bare(row);
+  if (terms.x0 && terms.x0_x && terms.x0_m && !terms.m) {
+    passes = bare ? passes_for<true, true>(terms) : passes_for<true, false>(terms);
+  }
+  if (!terms.x0 && terms.m) {
+    passes = bare ? passes_for<false, true>(terms) : passes_for<false, false>(terms);
+  }
   if (params.z.data != nullptr) passes.drawing = nullptr;
   return passes;
 }
@@ -133,7 +148,7 @@ void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t 
                         int64_t end) {
   const StepRow row = step_row(params.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(params));
-  const Passes passes = passes_for(params, terms);
+  const Passes passes = passes_for(params, row, terms);
   const Tiling tiling(params.channels, params.pixels, params.x);
   Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
