@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,45 +37,53 @@ def _missing(*_: Any, **__: Any) -> Any:
     )
 
 
-def _op(name: str) -> Callable[..., Any]:
+class _Operator(NamedTuple):
+    call: Callable[..., Any]  # torch.ops.coup_fast.<name>.default, which torch.compile knows
+    direct: Callable[..., Any]  # what that calls in turn, 0.3 us later
+
+
+def _operator(name: str) -> _Operator:
     if not _extension.available():
-        return _missing
-    op: Callable[..., Any] = getattr(torch.ops.coup_fast, name).default
-    return op
+        return _Operator(_missing, _missing)
+    op = getattr(torch.ops.coup_fast, name).default
+    return _Operator(op, getattr(op, "_op", op))
 
 
-_normal = _op("normal")
-_perturb = _op("perturb")
-_perturb_backward = _op("perturb_backward")
-_reverse_step = _op("reverse_step")
-_reverse_step_ = _op("reverse_step_")
-_reverse_step_backward = _op("reverse_step_backward")
-_adaptive_step = _op("adaptive_step")
-_adaptive_step_backward = _op("adaptive_step_backward")
-_confidence_cotangent = _op("confidence_cotangent")
-_confidence_cotangent_backward = _op("confidence_cotangent_backward")
+_normal = _operator("normal")
+_perturb = _operator("perturb")
+_perturb_backward = _operator("perturb_backward")
+_reverse_step = _operator("reverse_step")
+_reverse_step_ = _operator("reverse_step_")
+_reverse_step_backward = _operator("reverse_step_backward")
+_adaptive_step = _operator("adaptive_step")
+_adaptive_step_backward = _operator("adaptive_step_backward")
+_confidence_cotangent = _operator("confidence_cotangent")
+_confidence_cotangent_backward = _operator("confidence_cotangent_backward")
 
-
+# Found once: a call of a small step takes 5 us, and looking these up 0.3.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_increment_version = torch.autograd.graph.increment_version
 _below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", nullcontext
 )
 
 
-def _apply(op: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
-    """op(*args), past the autograd layer where it would record nothing.
+def _apply(operator: _Operator, tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+    """The operator of args, past the autograd layer where it would record nothing.
 
     That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
     would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that
     may require grad.
     """
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if torch.is_grad_enabled():
+    if _is_compiling():
+        return operator.call(*args)
+    if _is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return op(*args)
+                return operator.call(*args)
     with _below_autograd():
-        return op(*args)
+        return operator.direct(*args)
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -84,7 +92,7 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     keys: int64 [B, 2]. shape: sizes, shape[0] == B. Philox4x32-10 and Box-Muller, within 2 ulp of
     the exact value for the same words. Not differentiable.
     """
-    out: Tensor = _normal(keys, shape)
+    out: Tensor = _normal.call(keys, shape)
     return out
 
 
@@ -149,16 +157,19 @@ def reverse_step_(
 
     Raises RuntimeError if gradients are on and an input requires them.
     """
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         for tensor in (x, model_out, guidance, reference):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     "reverse_step_ is not differentiable, and one of its inputs requires grad: "
                     "use reverse_step, or call it under torch.no_grad()"
                 )
-    _reverse_step_(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
-    if not torch.compiler.is_compiling() and not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+    if _is_compiling():
+        _reverse_step_.call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
+        return
+    _reverse_step_.direct(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
+    if not x.is_inference():
+        _increment_version(x)
 
 
 def adaptive_step(
@@ -276,7 +287,7 @@ def _save_perturb(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_perturb(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (_perturb_backward(grad, *ctx.saved_tensors), None, None, None))
+    return _needed(ctx, (_perturb_backward.call(grad, *ctx.saved_tensors), None, None, None))
 
 
 def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -285,7 +296,7 @@ def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_reverse_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gx, gm, gg, gr = _reverse_step_backward(grad, *ctx.saved_tensors, ctx.guidance_norm)
+    gx, gm, gg, gr = _reverse_step_backward.call(grad, *ctx.saved_tensors, ctx.guidance_norm)
     return _needed(ctx, (gx, gm, None, None, gg, gr, None, None))
 
 
@@ -295,7 +306,7 @@ def _save_adaptive_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_adaptive_step(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (*_adaptive_step_backward(grad, *ctx.saved_tensors), None, None))
+    return _needed(ctx, (*_adaptive_step_backward.call(grad, *ctx.saved_tensors), None, None))
 
 
 def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -303,7 +314,7 @@ def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 
 def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> Tensor:
-    out: Tensor = _confidence_cotangent_backward(*grads, *ctx.saved_tensors)
+    out: Tensor = _confidence_cotangent_backward.call(*grads, *ctx.saved_tensors)
     return out
 
 
