@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_report.py FOLDER --commit COMMIT --device NAME
 
-Reads steps.jsonl (the last run of each step counts), kernels.json, operators.json, loops.json and
-profile.csv, as far as they exist. What was not run is said to be missing, never filled in.
+Reads steps.jsonl (the last run of each step counts), kernels.json, operators-*.json, loops-*.json
+and profile.csv, as far as they exist. What was not run is said to be missing, never filled in.
 """
 
 from __future__ import annotations
@@ -64,8 +64,20 @@ def profile(folder: Path) -> list[dict[str, str]]:
     return [{new: row[old] for old, new in names.items()} for row in csv.DictReader(lines)]
 
 
+def part(folder: Path, name: str) -> dict[str, Any] | None:
+    """NAME.json, or the files NAME-CASE.json as one: the environment of the first, all rows."""
+    files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
+    if not files:
+        return None
+    whole, *others = (json.loads(path.read_text()) for path in files)
+    whole["rows"] += [row for other in others for row in other["rows"]]
+    return whole
+
+
 def _step_line(step: dict[str, Any]) -> str:
-    status = {None: "not run", 0: "passed"}.get(step["status"], f"FAILED ({step['status']})")
+    status = {None: "not run", 0: "passed", 124: "cut off", 137: "cut off"}.get(
+        step["status"], f"FAILED ({step['status']})"
+    )
     return f"| {step['stage']} | {step['name']} | {status} | {step['seconds']} |"
 
 
@@ -91,7 +103,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", "Kernels, measured here: times on the device, of one launch.", ""]
         lines += ["| case | images | us | GB/s | % of copy | eager/ours | compile/ours | call us |"]
         lines += ["|---|---|---|---|---|---|---|---|", *map(_kernel_line, kernels["rows"])]
-    missing = [part for part in PARTS if part not in results]
+    missing = [name for name in PARTS if name not in results]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     if about["device"] == "none":
@@ -110,10 +122,9 @@ def main() -> None:
     about |= {"torch": torch.__version__, "CUDA of torch": torch.version.cuda}
     about |= {"toolkit": toolkit(), "nvidia-smi": device_facts(), "versions": package_versions()}
     results: dict[str, Any] = {"about": about, "steps": steps(options.folder)}
-    for part in PARTS:
-        path = options.folder / f"{part}.json"
-        if path.exists():
-            results[part] = json.loads(path.read_text())
+    for name in PARTS:
+        if (whole := part(options.folder, name)) is not None:
+            results[name] = whole
     rows = profile(options.folder)
     if rows:
         results["profile"] = rows
