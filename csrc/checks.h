@@ -120,14 +120,13 @@ class Arguments {
  public:
   // state: the tensor that sets device and shape, called `name` in messages.
   Arguments(const char* op, const char* name, const Tensor& state)
-      : op_(op), name_(name), state_(state) {
-    const int64_t ndim = state.dim();
-    require(ndim >= 2, name, "must be [B, C, ...] with two dimensions or more, got ", state);
-    const auto sizes = state.sizes();
-    batch = sizes[0];
-    channels = sizes[1];
+      : op_(op), name_(name), state_(state), sizes_(state.sizes()), on_cpu_(state.is_cpu()) {
+    require(sizes_.size() >= 2, name, "must be [B, C, ...] with two dimensions or more, got ",
+            state);
+    batch = sizes_[0];
+    channels = sizes_[1];
     pixels = 1;
-    for (int64_t dim = 2; dim < ndim; ++dim) pixels *= sizes[static_cast<size_t>(dim)];
+    for (size_t dim = 2; dim < sizes_.size(); ++dim) pixels *= sizes_[dim];
   }
 
   int64_t batch, channels, pixels;
@@ -239,21 +238,22 @@ class Arguments {
 
  private:
   void same_device(const char* name, const Tensor& tensor) const {
-    const bool same = tensor.is_cpu() == state_.is_cpu() && tensor.is_cuda() == state_.is_cuda() &&
-                      (tensor.is_cpu() || tensor.get_device_index() == state_.get_device_index());
+    const bool same = tensor.is_cpu() == on_cpu_ &&
+                      (on_cpu_ || (tensor.is_cuda() == state_.is_cuda() &&
+                                   tensor.get_device_index() == state_.get_device_index()));
     STD_TORCH_CHECK(same, "coup_fast::", op_, ": ", name, " is on ", device_of(tensor), ", but ",
                     name_, " is on ", device_of(state_), "; they must be on the same device");
   }
 
   View shaped(const char* name, const Tensor& tensor, int64_t expected_channels) {
     const auto sizes = tensor.sizes();
-    bool same = tensor.dim() == state_.dim() && sizes[1] == expected_channels;
-    for (int64_t dim = 0; same && dim < state_.dim(); ++dim) {
-      same = dim == 1 || tensor.size(dim) == state_.size(dim);
+    bool same = sizes.size() == sizes_.size() && sizes[1] == expected_channels;
+    for (size_t dim = 0; same && dim < sizes_.size(); ++dim) {
+      same = dim == 1 || sizes[dim] == sizes_[dim];
     }
     if (!same) {
       std::string expected = "must have the shape of " + std::string(name_) + ", " +
-                             sizes_text(state_.sizes().data(), state_.dim());
+                             sizes_text(sizes_.data(), state_.dim());
       if (std::string(name) == "model_out") expected += ", or twice its channels";
       require(false, name, expected + ", got ", tensor);
     }
@@ -276,17 +276,18 @@ class Arguments {
       default:
         require(false, name, "must be float32, float16 or bfloat16, got ", given);
     }
-    Tensor tensor = given;
+    const Tensor* tensor = &given;
     int64_t pixel_stride =
-        pixel_stride_of(tensor.sizes().data(), tensor.strides().data(), tensor.dim());
+        pixel_stride_of(given.sizes().data(), given.strides().data(), given.dim());
     if (pixel_stride < 0) {
-      tensor = torch::stable::contiguous(given);
+      kept_.push_back(torch::stable::contiguous(given));
+      tensor = &kept_.back();
       pixel_stride = 1;
-      kept_.push_back(tensor);
     }
-    out.data = tensor.data_ptr();
-    out.sample_stride = tensor.stride(0);
-    out.channel_stride = expected_channels == 1 ? pixels : tensor.stride(1);
+    const auto strides = tensor->strides();
+    out.data = tensor->data_ptr();
+    out.sample_stride = strides[0];
+    out.channel_stride = expected_channels == 1 ? pixels : strides[1];
     out.pixel_stride = pixel_stride;
     return out;
   }
@@ -294,6 +295,8 @@ class Arguments {
   const char* op_;
   const char* name_;
   const Tensor& state_;
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes_;  // of the state
+  const bool on_cpu_;                                     // the state
   std::vector<Tensor> kept_;
 };
 
