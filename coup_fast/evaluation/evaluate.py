@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coup_fast.evaluation.config import EvalConfig
 from coup_fast.evaluation.distributed import World, local_device, world
+from coup_fast.evaluation.heap import give_back_freed_memory
 from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
 from coup_fast.evaluation.summary import Report
@@ -148,6 +149,7 @@ def _run_one(worker: Worker, ranks: World, unit: Unit | None) -> dict[str, Any]:
                 raise
             name = "" if isinstance(found, EvaluationError) else f"{type(found).__name__}: "
             error = f"rank {ranks.rank}: {name}{found}"
+        give_back_freed_memory()
     run = {
         "seconds": round(time.perf_counter() - start, 3),
         "host": platform.node(),
