@@ -13,8 +13,8 @@ import copy
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class Recorder(Protocol):
     def in_order(self) -> Any:
         """Context of one run: after the one before, wherever that was enqueued."""
 
+    def in_use(self, tensors: Iterable[Tensor]) -> None:
+        """These are worked on where the caller is: their memory is not to be given away before."""
+
 
 class _SideStream:
     """A stream that branches off the current one on entry, and joins it again on `join`."""
@@ -55,9 +58,11 @@ class _SideStream:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.entered: list[Any] = []
+        self.branched = False
 
     def __enter__(self) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
+        self.branched = True
         self.entered.append(torch.cuda.stream(self.stream))
         self.entered[-1].__enter__()
 
@@ -66,6 +71,7 @@ class _SideStream:
 
     def join(self) -> None:
         torch.cuda.current_stream().wait_stream(self.stream)
+        self.branched = False
 
 
 class CudaRecorder:
@@ -102,12 +108,29 @@ class CudaRecorder:
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """Capture the body. Other threads may go on using the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            body()
+        self.side.branched = False
+        try:
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    body()
+                finally:  # a model's own exception: let the capture end as it should
+                    if self.side.branched:
+                        self.side.join()
+        except BaseException:
+            self._mend()
+            raise
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _mend(self) -> None:
+        """After a capture that CUDA ended, torch's generator refuses to draw until one ends well,
+        and the allocator believes that the pool is being filled."""
+        with suppress(AttributeError, RuntimeError):  # it is not, after an exception of the body
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=self.device)
 
     def beside(self) -> Beside:
         return self.side
@@ -120,6 +143,11 @@ class CudaRecorder:
             yield
             self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.done.record()
+
+    def in_use(self, tensors: Iterable[Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
 
 class _Lookup:
@@ -148,6 +176,8 @@ class CapturedLoop:
             self.state: State = chain.start(images)
             self.reference = chain.reference(images)
             self.keys = _clone(chain.noise.keys)
+            self.memory = [self.step, *self.state]  # of this loop, but not of its graphs' pool
+            self.memory += [t for t in (self.reference, self.keys) if t is not None]
             static = self._static(chain)
             kinds: dict[Any, Callable[[], None]] = {}
             self.replays = []
@@ -162,11 +192,12 @@ class CapturedLoop:
         tables, steps = chain.tables, range(chain.num_steps)
         numbers = torch.tensor([index or 0 for index in tables.noise_index], dtype=torch.int64)
         numbers = numbers.to(self.step.device)
+        rows = torch.stack([tables.rows[k] for k in steps])
+        times = torch.stack([tables.times[k] for k in steps])
+        self.memory += [numbers, rows, times]
         static = copy.copy(chain)
         static.tables = replace(
-            tables,
-            rows=_Lookup(torch.stack([tables.rows[k] for k in steps]), self.step),
-            times=_Lookup(torch.stack([tables.times[k] for k in steps]), self.step),
+            tables, rows=_Lookup(rows, self.step), times=_Lookup(times, self.step)
         )
         static.noise = Noise(
             keys=None if self.keys is None else _Lookup(self.keys, self.step, numbers)
@@ -182,6 +213,15 @@ class CapturedLoop:
                     buffer.copy_(value)
             self.step.add_(1)
 
+        cached = torch.is_autocast_cache_enabled()
+        if torch.is_autocast_enabled(self.step.device.type):
+            torch.set_autocast_cache_enabled(False)  # a caller's is emptied before the replays
+        try:
+            return self._recorded(body, k)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _recorded(self, body: Callable[[], None], k: int) -> Callable[[], None]:
         self.step.fill_(k)
         self.recorder.warm_up(body)
         self.step.fill_(k)
@@ -209,6 +249,7 @@ class CapturedLoop:
             self.step.zero_()
             for replay in self.replays:
                 replay()
+            self.recorder.in_use(self.memory)
             return tuple(buffer.clone() for buffer in self.state)
 
 
@@ -294,7 +335,8 @@ class Graphs:
         device = images.device.type
         cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         layout = images.is_contiguous(memory_format=torch.channels_last)
-        key = (images.shape, images.dtype, images.device, layout, id(chain.tables), cast, settings)
+        kind = (images.shape, images.dtype, images.device, layout, id(chain.tables))
+        key = (*kind, cast, settings, _algorithms())
         known = self._loops.get(key)
         if known is None and choice == "auto" and key not in self._loops:
             self._keep(key, None)
@@ -326,6 +368,19 @@ class Graphs:
         self._loops.move_to_end(key)
         while len(self._loops) > _KEPT:
             self._loops.popitem(last=False)
+
+
+def _algorithms() -> tuple[Any, ...]:
+    """PyTorch's flags of the process by which it chooses kernels, once and for all in a graph."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return (
+        matmul.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        cudnn.enabled,
+        cudnn.deterministic,
+        cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _places(chain: AnyChain) -> tuple[Any, ...]:

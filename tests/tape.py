@@ -92,6 +92,9 @@ class TapeRecorder:
     def in_order(self):
         return nullcontext()
 
+    def in_use(self, tensors) -> None:
+        assert all(isinstance(tensor, Tensor) for tensor in tensors)
+
 
 class TapeGraphs(Graphs):
     """A purifier's graphs where the CPU has tapes for graphs."""

@@ -104,6 +104,34 @@ def test_a_kind_of_run_is_shape_dtype_layout_and_options() -> None:
     assert len(clean._graphs._loops) == 8  # the oldest are let go
 
 
+def test_kernels_are_chosen_anew_where_pytorch_is_set_otherwise() -> None:
+    clean = taped("diffpure")
+    for deterministic, captures in ((False, 1), (True, 2), (False, 2)):
+        with torch.backends.cudnn.flags(deterministic=deterministic):
+            clean(images())
+        assert clean._graphs.tapes.captures == captures
+
+
+def test_no_weights_of_a_callers_autocast_get_into_a_graph() -> None:
+    seen = []
+
+    class Looking(TinyNetwork):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_autocast_cache_enabled())
+            return super().forward(x, t)
+
+    clean = Purifier(ScoreModel(Looking(), "eps"), method="diffpure", num_steps=2)
+    clean._graphs, clean.cuda_graph = TapeGraphs(), True
+    with torch.autocast("cpu", torch.bfloat16):
+        clean(images())
+        assert torch.is_autocast_cache_enabled()
+    assert seen
+    assert not any(seen)
+    seen.clear()
+    clean(images())  # without one nothing is done, which compiled networks would notice
+    assert all(seen)
+
+
 def test_auto_captures_the_second_run_of_a_kind() -> None:
     clean = taped(cuda_graph="auto")
     assert clean.graph_reason == "nothing has run yet"

@@ -181,6 +181,41 @@ def test_a_network_that_waits_runs_eagerly_and_leaves_no_damage() -> None:
     assert other.graph_reason is None
 
 
+class Waiting(Asking):
+    """A network that waits in a way that torch's debug mode does not see."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        torch.cuda.synchronize()
+        return self.inner(x, t)
+
+
+class Refusing(Asking):
+    """A network that does not like to be captured."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise KeyError("refused")
+        return self.inner(x, t)
+
+
+@pytest.mark.parametrize("method", ["diffpure", "coup"])  # coup: on a stream of its own
+@pytest.mark.parametrize("network", [Waiting, Refusing])
+def test_a_capture_that_fails_leaves_no_damage(network: type[nn.Module], method: str) -> None:
+    clean = purifier(method, network())
+    want = clean(pictures())
+    with pytest.warns(UserWarning, match="the step cannot be captured"):
+        assert torch.equal(clean(pictures()), want)
+    assert torch.randn(4, device="cuda").isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = torch.randn(4, device="cuda")
+    graph.replay()
+    assert drawn.isfinite().all()
+    other = purifier(cuda_graph=True)
+    other(pictures())
+    assert other.graph_reason is None
+
+
 def test_moved_weights_are_captured_anew() -> None:
     clean = purifier(cuda_graph=True)
     first = clean(pictures())
