@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from coup_fast import Purifier, ScoreModel, load_bundled
+from coup_fast.heap import keep_freed_memory
 from coup_fast.models import Classifier, UNet
 
 
@@ -42,7 +43,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE, of Purifier")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="as the package's commands do; compare processes"
+    )
     args = parser.parse_args()
+    if args.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: the C library is not glibc, or its settings are given")
 
     score_model, classifier, shape = models(args.model)
     images = torch.rand(args.batch, *shape, generator=torch.Generator().manual_seed(0))
