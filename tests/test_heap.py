@@ -35,7 +35,7 @@ def resident() -> int:
 
 
 def run(how: str, **environment: str) -> tuple[str, int]:
-    """What a fresh process answers, and its page faults for five blocks of 2560 pages that it had before."""
+    """What a fresh process answers, and its page faults for blocks whose memory it had before."""
     known = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", FAULTS, how]
     text = subprocess.check_output(command, env=known | environment, text=True)
