@@ -103,6 +103,20 @@ def test_a_wrong_rival_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         report.run_case(operators.step_case(1, CPU), **SHORT)
 
 
+@needs_kernels
+def test_a_wrong_case_does_not_cost_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, table = rivals.guided_step_arithmetic, tmp_path / "bench.json"
+    monkeypatch.setattr(rivals, "guided_step_arithmetic", lambda *args: 1.001 * right(*args))
+    argv = ["bench", "--quick", "--batches", "2", "--no-compile", "--threads", "1"]
+    assert main([*argv, "--cases", "step", "confidence-10", "--json", str(table)]) == 1
+    assert "guided COUP step, 2 images: not timed" in capsys.readouterr().err
+    rows = json.loads(table.read_text())["rows"]
+    assert {row["case"] for row in rows} == {"confidence_cotangent [512,10]"}
+    assert main([*argv, "--cases", "step"]) == 1
+
+
 def test_noise_that_is_not_normal_is_noticed() -> None:
     z = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     case.require_standard_normal("z", z)
