@@ -88,12 +88,14 @@ def test_forward_diffusion_is_discrete() -> None:
 
 
 def test_published_defaults() -> None:
-    """methods.md, as a table: steps, noise tensors, guidance, clamps."""
+    """As in methods.md, but for the short chains: steps, noise tensors, guidance, clamps."""
     expected = {
         "coup": (100, 100, True, True),
         "coup-l2": (75, 75, True, True),
+        "coup-short": (10, 10, True, True),
         "diffpure": (100, 101, False, False),
         "diffpure-l2": (75, 76, False, False),
+        "diffpure-short": (10, 11, False, False),
         "diffpure-imagenet": (150, 151, False, False),
         "vp-ode": (100, 1, False, False),
         "ldsde": (10, 10, False, False),

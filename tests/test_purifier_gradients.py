@@ -10,7 +10,7 @@ from tiny import short_purifier as purifier
 from coup_fast import EnergyModel, Purifier, ScoreModel, _extension, reference
 
 METHODS = sorted(SHORT)
-GUIDED = ["coup", "coup-l2"]
+GUIDED = ["coup", "coup-l2", "coup-short"]
 needs_compiled = pytest.mark.skipif(not _extension.available(), reason="needs the extension")
 BACKENDS = [pytest.param("compiled", marks=needs_compiled), "reference"]
 

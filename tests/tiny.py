@@ -77,8 +77,10 @@ def score_model(kind: str = "eps", **options) -> coup_fast.ScoreModel:
 SHORT = {
     "coup": ("eps", {"num_steps": 3}),
     "coup-l2": ("eps", {"num_steps": 3}),
+    "coup-short": ("eps", {"num_steps": 3}),
     "diffpure": ("eps", {"num_steps": 3}),
     "diffpure-l2": ("eps", {"num_steps": 3}),
+    "diffpure-short": ("eps", {"num_steps": 3}),
     "diffpure-imagenet": ("eps", {"num_steps": 3}),
     "vp-ode": ("eps", {"num_steps": 3}),
     "ldsde": ("eps", {"num_steps": 3}),

@@ -17,13 +17,25 @@ from .adp import adp
 from .discrete import ddim, ddpm, gradual
 from .gdmp import gdmp
 from .one_shot import one_shot
-from .sde import coup, coup_l2, diffpure, diffpure_imagenet, diffpure_l2, ldsde, vp_ode
+from .sde import (
+    coup,
+    coup_l2,
+    coup_short,
+    diffpure,
+    diffpure_imagenet,
+    diffpure_l2,
+    diffpure_short,
+    ldsde,
+    vp_ode,
+)
 
 METHODS: dict[str, Callable[..., Plan | AdaptivePlan]] = {
     "coup": coup,
     "coup-l2": coup_l2,
+    "coup-short": coup_short,
     "diffpure": diffpure,
     "diffpure-l2": diffpure_l2,
+    "diffpure-short": diffpure_short,
     "diffpure-imagenet": diffpure_imagenet,
     "vp-ode": vp_ode,
     "ldsde": ldsde,
@@ -40,11 +52,13 @@ __all__ = [
     "adp",
     "coup",
     "coup_l2",
+    "coup_short",
     "ddim",
     "ddpm",
     "diffpure",
     "diffpure_imagenet",
     "diffpure_l2",
+    "diffpure_short",
     "gdmp",
     "gradual",
     "ldsde",
