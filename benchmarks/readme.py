@@ -179,12 +179,50 @@ def components(rows: Rows, _: Path) -> str:
     return _table(["networks", "images", "loop", "a step", *COMPONENTS], body)
 
 
+PUBLISHED = ("euler", 100)
+
+
+def steps(_: Rows, __: Path) -> str:
+    """Accuracy against the number of steps, where benchmarks/steps*.toml measured it."""
+    counts: set[int] = set()
+    lines: list[tuple[list[str], dict[int, str]]] = []
+    sources = []
+    for path in sorted(FOLDER.glob("steps*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        networks = {"mnist": "digits", "cifar10": "CIFAR-10"}[
+            report["identity"]["config"]["models"]
+        ]
+        attacked = [row for row in report["rows"] if row["attacked"] is not None]
+        for kind in ("clean", "attacked"):
+            known: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+            for row in attacked:
+                settings = row["defence"]["options"]
+                number = row["clean"]["one_draw"] if kind == "clean" else row["attacked"]["average"]
+                by_count = known.setdefault((row["defence"]["method"], settings["solver"]), {})
+                by_count[settings["num_steps"]] = number
+            for (method, solver), by_count in known.items():
+                counts |= set(by_count)
+                published = known[method, PUBLISHED[0]][PUBLISHED[1]]
+                cells = {n: _percent(number) for n, number in by_count.items()}
+                for n, number in by_count.items():
+                    if published["low"] <= number["rate"] <= published["high"]:
+                        cells[n] = f"**{cells[n]}**"
+                label = "clean" if kind == "clean" else attacked[0]["attack_label"]
+                lines.append(([f"{report['images']} {networks}", label, method, solver], cells))
+        sources.append(f"[{path.name}](benchmarks/results/{path.name})")
+    order = sorted(counts)
+    headers = ["images", "attack", "method", "solver", *map(str, order)]
+    body = [[*names, *(cells.get(n, "") for n in order)] for names, cells in lines]
+    return f"{_table(headers, body)}\n\nEvery number and setting: {', '.join(sources)}."
+
+
 BLOCKS: dict[str, Callable[[Rows, Path], str]] = {
     "source": source,
     "step": step,
     "operators": operators,
     "loop": loop,
     "components": components,
+    "steps": steps,
 }
 
 
