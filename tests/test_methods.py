@@ -87,6 +87,14 @@ def test_forward_diffusion_is_discrete() -> None:
     assert build("diffpure", t_star=0.0755).start[2] > build("diffpure", t_star=0.075).start[2]
 
 
+@pytest.mark.parametrize("name", ["coup", "diffpure"])
+def test_short_chains_are_ten_exponential_steps(name: str) -> None:
+    made = build(f"{name}-short")
+    expected = build(name, num_steps=10, solver="exponential")
+    np.testing.assert_array_equal(made.coeffs, expected.coeffs)
+    np.testing.assert_array_equal(made.start, expected.start)
+
+
 def test_published_defaults() -> None:
     """As in methods.md, but for the short chains: steps, noise tensors, guidance, clamps."""
     expected = {

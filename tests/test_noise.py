@@ -76,6 +76,18 @@ def test_uniforms_are_exact_and_in_range() -> None:
     assert float(result.max()) == 1.0
 
 
+@given(
+    seed=st.integers(0, M64),
+    ids=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
+    draw=st.integers(0, 2**63 - 1),
+)
+def test_keys_are_the_same_by_torch_as_by_numpy(seed: int, ids: list[int], draw: int) -> None:
+    """Devices other than the CPU take the first way; here both are taken on the CPU."""
+    words = (seed & M32, seed >> 32)
+    by_torch = noise._joined(words, torch.tensor(ids), torch.full((len(ids),), draw))
+    assert torch.equal(by_torch, noise.sample_keys(seed, ids, draw))
+
+
 @given(seed=st.integers(0, M64), ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5))
 def test_sample_keys(seed: int, ids: list[int]) -> None:
     for draw in (0, 1, 2**63 - 1):
