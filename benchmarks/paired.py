@@ -1,0 +1,62 @@
+"""Compare the defences of an evaluation image by image with one of them.
+
+    coup-fast eval benchmarks/steps.toml --out DIR
+    python benchmarks/paired.py DIR --reference "COUP, Euler num_steps=100" --match COUP
+
+All rows of an evaluation are about the same images, so two defences differ by the images that only
+one of them gets right: *lost* and *won* against the reference, and the exact test of McNemar (1947)
+whether as many were lost as won. The intervals of a report treat rows as if their images differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from coup_fast.evaluation.tables import render_table
+
+
+def right(folder: Path) -> dict[tuple[str, str], NDArray[np.bool_]]:
+    """Whether each image is classified rightly under draw 0, by (defence, attack or "clean")."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    rows = report["identity"]["config"]["rows"]
+    found: dict[tuple[str, str], list[bool]] = {}
+    for path in sorted((folder / "state").glob("batch-*-row-*.json")):
+        unit = json.loads(path.read_text(encoding="utf-8"))
+        row, result = rows[unit["row"]], unit["result"]
+        name = row["defence"]["name"], (row["attack"] or {"name": "clean"})["name"]
+        pairs = zip(result["predictions"], result["labels"], strict=True)
+        found.setdefault(name, []).extend(draws[0] == label for draws, label in pairs)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of a finished evaluation")
+    parser.add_argument("--reference", required=True, help="name of a defence in its report")
+    parser.add_argument("--match", default="", help="only defences whose names hold this")
+    args = parser.parse_args()
+    found = right(args.folder)
+    defences = sorted({defence for defence, _ in found})
+    if args.reference not in defences:
+        parser.error(f"--reference {args.reference!r} is none of {', '.join(defences)}")
+    body = []
+    for (defence, attack), values in found.items():
+        reference = found.get((args.reference, attack))
+        if reference is None or defence == args.reference or args.match not in defence:
+            continue
+        lost, won = int((reference & ~values).sum()), int((values & ~reference).sum())
+        p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        rates = f"{100 * values.mean():.1f} %", f"{100 * reference.mean():.1f} %"
+        body.append([defence, attack, *rates, str(lost), str(won), f"{p:.3f}"])
+    print(render_table(["defence", "attack", "right", "reference", "lost", "won", "p"], body))
+
+
+if __name__ == "__main__":
+    main()
