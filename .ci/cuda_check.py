@@ -80,7 +80,8 @@ def torch_include() -> Path:
 
 def compile_source(nvcc: Path, source: Path) -> tuple[Path, int, str]:
     command: list[str | Path] = [nvcc, "-c", source, "-o", BUILD / f"{source.stem}.o", "-O3"]
-    command += ["-std=c++17", "-Xptxas=-v", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
+    command += ["-std=c++17", "-Werror=all-warnings", "-Xptxas=-v", "-DUSE_CUDA"]
+    command += [f"-I{ROOT / 'csrc'}"]
     command += ["-isystem", torch_include(), "-Xcompiler=-fPIC", *cuda_flags()]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
