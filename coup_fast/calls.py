@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.score_model import ScoreModel, dtype_of, module_of, output_of
+from coup_fast.score_model import ScoreModel, dtype_of, in_dtype, module_of, output_of
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -50,7 +50,7 @@ class Calls:
 
     def score(self, x: Tensor, time: Tensor) -> Tensor:
         """The score network's output at x [B, C, H, W] and time [B] in the network's units."""
-        x = _cast_to(self._network_dtype, x)
+        x = in_dtype(self._network_dtype, x)
         with self._cast(x):
             if self.compiled_network is not None:
                 return output_of(self.compiled_network(x, time))
@@ -64,7 +64,7 @@ class Calls:
             classifier = self.compiled_classifier
         assert classifier is not None
         with self._cast(pixels):
-            return classifier(_cast_to(self._classifier_dtype, pixels))
+            return classifier(in_dtype(self._classifier_dtype, pixels))
 
     def classify_twice_differentiably(self, pixels: Tensor) -> Tensor:
         """`classify` by the classifier as it is: compiled ones have no second derivatives."""
@@ -95,10 +95,6 @@ class Calls:
 
     def _cast(self, x: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext()
-
-
-def _cast_to(dtype: torch.dtype | None, x: Tensor) -> Tensor:
-    return x if dtype is None or dtype == x.dtype else x.to(dtype)
 
 
 class Compiled:

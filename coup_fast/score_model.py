@@ -47,10 +47,14 @@ def dtype_of(function: Any) -> torch.dtype | None:
     return None if parameter is None else parameter.dtype
 
 
+def in_dtype(dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    """x in this dtype; x itself for None."""
+    return x if dtype is None or dtype == x.dtype else x.to(dtype)
+
+
 def in_dtype_of(function: Any, x: Tensor) -> Tensor:
     """x in the dtype of the callable's parameters; x itself where it has none."""
-    dtype = dtype_of(function)
-    return x if dtype is None else x.to(dtype)
+    return in_dtype(dtype_of(function), x)
 
 
 def declared_channels(function: Any) -> int | None:
