@@ -5,9 +5,8 @@
 
 Each option is a run of the same models on the same images, in turns with the plain float32 loop,
 whose weights are in torch's default format; "weights" is that loop on models that store theirs in
-channels_last. Shown
-are medians of wall time and of processor time: on a machine that is not alone the second is the
-one to read. "difference" is the largest one between results, of pixels in [0, 1].
+channels_last. Shown are medians of wall time and of processor time: on a machine that is not alone
+the second is the one to read. "difference" is the largest one between results, of pixels in [0, 1].
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A network on a CPU allocates and frees its activations in every layer. glibc ret
 heap to the system each time, which then has to clear and map the same pages again: a sixth of the
 time of a run on the bundled digits (docs/design.md). What it does not return are the holes between
 blocks in use, and before version 2.38 an aligned request does not reuse a hole of its own size
-(sourceware bug 14581): one evaluation grew to 24 GB in 350 batches, of which 113 MB were in use.
+(sourceware bug 14581): the heap of an evaluation grew with every batch until there was none left.
 
 So this package's commands keep what they free, and give it all back between batches. A library does
 not decide that for its callers: nothing here runs on import.
