@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -43,7 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_random_numbers() -> Iterator[None]:
-    """Each test starts from the same generator state and leaves the outer one as it was."""
+    """Each test starts from the same states of torch's, NumPy's and Python's generators."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (attack libraries draw from the global generator)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
