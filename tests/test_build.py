@@ -74,6 +74,23 @@ def test_building_without_torch_ends_with_one_sentence() -> None:
     assert "--no-build-isolation" in done.stderr
 
 
+def test_a_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> None:
+    code = (
+        f"import os, runpy, sys; os.chdir({str(ROOT)!r}); "
+        f"sys.argv = ['setup.py', '--quiet', 'egg_info', '--egg-base', {str(tmp_path)!r}]; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    listed = set((tmp_path / "coup_fast.egg-info" / "SOURCES.txt").read_text().splitlines())
+    files = [path for name in ("csrc", "cmake") for path in (ROOT / name).rglob("*")]
+    files += (ROOT / "coup_fast").rglob("*.py")
+    files += (ROOT / "coup_fast").rglob("*.safetensors")
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.is_file()}
+    assert wanted | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= listed
+    assert not any(name.startswith("tests/") for name in listed)
+
+
 @needs_cmake
 @pytest.mark.skipif(torch.version.cuda is not None, reason="is about torch without CUDA")
 def test_asking_for_cuda_without_a_cuda_torch_is_refused(tmp_path: Path) -> None:
