@@ -187,6 +187,21 @@ def test_ddpm_rows() -> None:
     assert large[0, D] == pytest.approx(math.sqrt(schedule.betas[99]))
 
 
+@pytest.mark.parametrize("count", [1, 2, 36])
+def test_index_0_has_the_posterior_variance_of_index_1(count: int) -> None:
+    """logvar[0] = log(posterior_variance[1]) in released code, however short the run."""
+    schedule = DiscreteSchedule()
+    now, then = (float(schedule.alpha_bar(i)) for i in (1, 0))
+    floor = schedule.betas[1] * (1 - then) / (1 - now)
+    large = build("ddpm", schedule, t_star=count / 1000, variance="fixed-large", guidance_scale=2.0)
+    assert large.coeffs[-1, C] == pytest.approx(2 * floor, rel=1e-9)
+    learned = build("ddpm", schedule, t_star=count / 1000, variance="learned").coeffs[-1]
+    assert learned[plan.LOG_VAR_LO] == pytest.approx(math.log(floor), rel=1e-9)
+    kappa = 2 * floor * 3 * 60000 * 255 / 16 / 307200 * math.sqrt((1 - then) / then)
+    drawn = build("gdmp", schedule, t_star=count / 1000, rounds=1).coeffs[-1]
+    assert drawn[E] == pytest.approx(kappa * math.sqrt(then), rel=1e-9)
+
+
 def test_ddim_row() -> None:
     schedule, eta = DiscreteSchedule(), 0.6
     row = build("ddim", schedule, eta=eta).coeffs[40]

@@ -100,9 +100,17 @@ def fixed_variance(level: Level, floor: float, variance: str) -> float:
     return floor if level.last else level.beta
 
 
-def floor_of(steps: Sequence[Level]) -> float:
-    """The last but one step's posterior variance; it stands in for the last step's, which is 0."""
-    return steps[-2].beta_tilde if len(steps) > 1 else steps[0].beta
+def floor_of(steps: Sequence[Level], schedule: DiscreteSchedule) -> float:
+    """The last but one step's posterior variance; it stands in for the last step's, which is 0.
+
+    Index 0 alone has that of index 1 all the same, as in released code. Where one jump from
+    further up is the only step there is no other, and its own β stands in.
+    """
+    if len(steps) > 1:
+        return steps[-2].beta_tilde
+    if steps[0].index == 0 and schedule.num_steps > 1:
+        return posterior(float(schedule.alpha_bar(1)), steps[0].alpha_bar)[1]
+    return steps[0].beta
 
 
 def forward_rows(schedule: DiscreteSchedule, index: int) -> Rows:

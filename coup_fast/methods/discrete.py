@@ -63,9 +63,9 @@ def ddpm(
     guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
     steps = levels(chain, count, num_steps)
+    floor = floor_of(steps, chain)
     rows = [
-        ancestral_row(level, floor_of(steps), kind, variance, clip, guidance.scale)
-        for level in steps
+        ancestral_row(level, floor, kind, variance, clip, guidance.scale) for level in steps
     ]
     times = model.index_time([level.index for level in steps])
     return make_plan(

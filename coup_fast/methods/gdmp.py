@@ -73,16 +73,17 @@ def gdmp(
     clip = checks.flag("clip_denoised", clip_denoised)
 
     steps = levels(chain, count, count)
+    floor = floor_of(steps, chain)
     rows = []
     for level in steps:
-        row = ancestral_row(level, floor_of(steps), kind, variance, clip, guidance.scale)
+        row = ancestral_row(level, floor, kind, variance, clip, guidance.scale)
         signal, noise = math.sqrt(level.alpha_bar), math.sqrt(1 - level.alpha_bar)
         strength = 3 * mse_scale * 255 / (2 * ptb) * noise / signal
         kappa = 2 * strength / (GDMP_BATCH * numel)  # per unit of variance
         if variance == "learned":
             row[[X_VAR, E, Z_VAR]] = -kappa, kappa * signal, kappa * noise
         else:
-            kappa *= fixed_variance(level, floor_of(steps), variance)
+            kappa *= fixed_variance(level, floor, variance)
             row[V] -= kappa
             row[[E, D]] = kappa * signal, math.hypot(row[D], kappa * noise)
         rows.append(row)
