@@ -64,9 +64,7 @@ def ddpm(
     clip = checks.flag("clip_denoised", clip_denoised)
     steps = levels(chain, count, num_steps)
     floor = floor_of(steps, chain)
-    rows = [
-        ancestral_row(level, floor, kind, variance, clip, guidance.scale) for level in steps
-    ]
+    rows = [ancestral_row(level, floor, kind, variance, clip, guidance.scale) for level in steps]
     times = model.index_time([level.index for level in steps])
     return make_plan(
         "ddpm",
