@@ -138,3 +138,21 @@ ptxas info    : Used 255 registers, used 0 barriers
     assert cuda_check.kernels_of(report) == [("_Z3addv", "80", 12, 0), ("_Z3mulv", "90a", 255, 32)]
     assert "--fmad=false" in cuda_check.cuda_flags()
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in cuda_check.cuda_flags()
+
+
+def test_an_editable_installation_works_beside_its_clone(tmp_path: Path) -> None:
+    """A folder coup_fast in the working folder, as `git clone` leaves it, hides no package."""
+    clone, site = tmp_path / "coup_fast", tmp_path / "site"
+    (clone / "coup_fast").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "coup_fast/_version.py"):
+        shutil.copy(ROOT / name, clone / name)
+    (clone / "coup_fast" / "__init__.py").write_text("place = 'the package'\n")
+    build = "from setuptools.build_meta import build_editable; build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    look = f"import site; site.addsitedir({str(site)!r}); import coup_fast; print(coup_fast.place)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", look], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "the package"
