@@ -15,7 +15,9 @@ call live on one device, the CPU or CUDA. Unless a docstring says otherwise:
   the logical index alone: not on device, layout, batch or threads, bit for bit;
 - wrong dtypes, shapes and devices raise RuntimeError with argument, given and expected.
 
-Gradients are first order: differentiating a gradient again raises; use `coup_fast.reference`.
+Gradients are first order and by reverse mode: differentiating a gradient again, tangents of forward
+mode and gradients inside torch.func raise RuntimeError; use `coup_fast.reference`. `torch.vmap`
+works, one sample after another, except in place.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import _extension
+from coup_fast.transforms import FORWARD_MODE, refuse_tangents, wrapped
 
 
 def _missing(*_: Any, **__: Any) -> Any:
@@ -38,15 +41,16 @@ def _missing(*_: Any, **__: Any) -> Any:
 
 
 class _Operator(NamedTuple):
+    name: str
     call: Callable[..., Any]  # torch.ops.coup_fast.<name>.default, which torch.compile knows
     direct: Callable[..., Any]  # what that calls in turn, 0.3 us later
 
 
 def _operator(name: str) -> _Operator:
     if not _extension.available():
-        return _Operator(_missing, _missing)
+        return _Operator(name, _missing, _missing)
     op = getattr(torch.ops.coup_fast, name).default
-    return _Operator(op, getattr(op, "_op", op))
+    return _Operator(name, op, getattr(op, "_op", op))
 
 
 _normal = _operator("normal")
@@ -78,12 +82,24 @@ def _apply(operator: _Operator, tensors: tuple[Tensor | None, ...], *args: Any) 
     """
     if _is_compiling():
         return operator.call(*args)
+    if FORWARD_MODE._current_level >= 0:
+        refuse_tangents(f"coup_fast.ops.{operator.name}", tensors)
     if _is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return operator.call(*args)
+                return _recorded(operator, tensors, args)
     with _below_autograd():
         return operator.direct(*args)
+
+
+def _recorded(operator: _Operator, tensors: tuple[Tensor | None, ...], args: Any) -> Any:
+    """The operator of args by way of the autograd layer, which torch.func cannot look into."""
+    if any(tensor is not None and wrapped(tensor) for tensor in tensors):
+        raise RuntimeError(
+            f"coup_fast.ops.{operator.name} cannot be differentiated inside a transform of "
+            "torch.func; use torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
+        )
+    return operator.call(*args)
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -167,6 +183,10 @@ def reverse_step_(
     if _is_compiling():
         _reverse_step_.call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
         return
+    if FORWARD_MODE._current_level >= 0:
+        refuse_tangents(
+            "coup_fast.ops.reverse_step_", (x, model_out, coeffs, guidance, reference, noise)
+        )
     _reverse_step_.direct(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
     if not x.is_inference():
         _increment_version(x)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coup_fast.score_model import declared_channels, first_parameter
+from coup_fast.transforms import refuse_transforms
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
@@ -33,7 +34,10 @@ def check_times(times: NDArray[np.float64], t_max: float | None, method: str) ->
 
 
 def check_images(images: Any) -> None:
-    """images: [B, C, H, W], floating, strided. Raises TypeError or ValueError."""
+    """images: [B, C, H, W], floating, strided; TypeError or ValueError otherwise.
+
+    RuntimeError inside transforms that a run cannot follow (`coup_fast.transforms`).
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch tensor, got {type(images).__name__}")
     if images.dtype not in IMAGE_DTYPES:
@@ -46,6 +50,7 @@ def check_images(images: Any) -> None:
         raise ValueError(f"images must be [B, C, H, W], got shape {list(images.shape)}{hint}")
     if images.layout != torch.strided:
         raise TypeError(f"images must be a dense tensor, got layout {images.layout}")
+    refuse_transforms(images)
 
 
 def check_values(images: Tensor) -> None:

@@ -1,0 +1,78 @@
+"""What PyTorch's transforms do to tensors, recognised: tangents, torch.func wrappers, tracing.
+
+The operators and the purifier have reverse-mode derivatives. What they cannot carry through they
+refuse by name, because PyTorch would drop it (a tangent) or fail elsewhere (a wrapper). Knows
+tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda tensor: False
+)
+
+_unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
+# `_current_level` is that of the innermost dual_level, torch.func's included, and negative outside:
+# what to look at where a call of unpack_dual takes too long. Without it, there is no telling.
+FORWARD_MODE: Any = (
+    forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
+)
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a transform of torch.func: grad, vjp, jvp, vmap, ..."""
+    return _is_wrapped(tensor)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows the tensor (or, inside torch.func, may)."""
+    if FORWARD_MODE._current_level < 0 or not tensor.is_floating_point():
+        return False
+    return wrapped(tensor) or _unpack_dual(tensor).tangent is not None
+
+
+def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError if any of the tensors carries a tangent that `name` would drop."""
+    if any(tensor is not None and has_tangent(tensor) for tensor in tensors):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp and "
+            "jacfwd), and an input carries a tangent, which would be lost; use reverse mode "
+            "(torch.autograd.grad), or coup_fast.reference"
+        )
+
+
+def refuse_transforms(images: Tensor) -> None:
+    """Raises RuntimeError for images that a purifier cannot follow through a transform.
+
+    These are images with a tangent, images inside a torch.func transform, and runs that
+    torch.jit.trace or torch.export record: a run's noise is computed on the host from sample ids,
+    and its exact gradient by steps that are run again, neither of which a recording would hold.
+    """
+    if _is_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a purifier cannot be recorded by torch.jit.trace or torch.export: noise and exact "
+            "gradient are computed at each call; export the networks, and run the purifier's loop "
+            "in Python"
+        )
+    if has_tangent(images):
+        raise RuntimeError(
+            "a purifier has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp "
+            "and jacfwd), and the images carry a tangent, which would be lost; use reverse mode "
+            "(torch.autograd.grad), or torch.autograd.functional.jvp of a purifier with "
+            "backend='reference', gradient='autograd'"
+        )
+    if wrapped(images):
+        raise RuntimeError(
+            "a purifier cannot run inside a transform of torch.func (grad, vjp, jacrev, vmap, "
+            "...); differentiate it with torch.autograd (grad, functional.jacobian), and give it a "
+            "batch in place of vmap"
+        )
