@@ -216,10 +216,38 @@ def test_controls_are_added_and_sweeps_expanded() -> None:
         ({"attack": [{"preset": "pgd"}]}, "pgd40"),
         ({"attack": [{"preset": "pgd40", "defences": ["adp"]}]}, "adp"),
         ({"attack": [{"preset": "pgd40", "eps": []}]}, "empty list"),
+        ({"attack": [{"preset": "pgd40", "epz": 1}]}, r"\[\[attack\]\] has no 'epz'"),
+        ({"defence": [{"name": "x"}]}, "needs a method"),
+        ({"defence": [{"method": "none", "options": {}}]}, "takes no options"),
+        ({"defence": [{"method": "coup", "options": {"seed": 1}}]}, "it is the seed of the conf"),
     ],
 )
 def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        from_dict(eval_models.tables(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "digits"}, r"\[data\] must be a table, got 'digits'"),
+        ({"data": {"name": 3}}, r"name of \[data\] must be a string, got 3"),
+        ({"data": {"images": "many"}}, r"images of \[data\] must be an int, got 'many'"),
+        ({"models": 3}, "models must be a string, got 3"),
+        ({"controls": "yes"}, "controls must be true or false, got 'yes'"),
+        ({"defence": "coup"}, r"defence must be tables, each under \[\[defence\]\], got 'coup'"),
+        ({"defence": {"method": "coup"}}, r"each under \[\[defence\]\]"),
+        ({"defence": [{"method": "coup", "name": 3}]}, "name of .* must be a string, got 3"),
+        ({"defence": [{"method": "coup", "options": 3}]}, "options of .* must be a table, got 3"),
+        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star must be a number"),
+        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, r"numbers, got \['a'\]"),
+        ({"attack": 3}, r"each under \[\[attack\]\], got 3"),
+        ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a number .* got 'big'"),
+        ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, "must be a list of strings"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(changes: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         from_dict(eval_models.tables(**changes))
 
 

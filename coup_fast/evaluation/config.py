@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast import methods, validation
-from coup_fast.attacks import WEAK_GRADIENTS, Attack, preset
+from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
+from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
 
 UNDEFENDED = "none"
 SWEPT_BY_ATTACKS = ("eps", "eot", "steps")
 SWEPT_BY_DEFENCES = ("t_star", "num_steps", "guidance_scale")
+# Arguments of a `Purifier` that are no options of a defence, and what decides them.
+DECIDED_ELSEWHERE = {
+    "method": "method of [[defence]]",
+    "seed": "seed of the configuration",
+    "score_model": "models of the configuration",
+    "classifier": "models of the configuration",
+}
 
 
 @dataclass(frozen=True)
@@ -113,57 +121,42 @@ class EvalConfig:
         return [range(i, min(i + step, total)) for i in range(0, total, step)]
 
 
-def _known(section: str, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """A copy of a section, all of whose keys exist."""
-    names = list(known)
-    unknown = [key for key in given if key not in names]
-    if unknown:
-        raise ValueError(f"{section} has no {', '.join(map(repr, unknown))}; it takes {names}")
-    return dict(given)
-
-
-def _count(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _expand(given: Mapping[str, Any], swept: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
-    """One dictionary for each value of swept keys that hold a list, and what to call it."""
-    found: list[tuple[dict[str, Any], str]] = [(dict(given), "")]
-    for key in swept:
-        if isinstance(given.get(key), list | tuple):
-            if not given[key]:
-                raise ValueError(f"{key} is an empty list")
-            symbol = {"t_star": "t*", "guidance_scale": "λ"}.get(key, key)
-            found = [
-                ({**one, key: value}, f"{name} {symbol}={value:g}")
-                for one, name in found
-                for value in given[key]
-            ]
-    return found
+def _data(given: Any) -> Data:
+    """The [data] table."""
+    data = Data(**reading.known("[data]", given, [f.name for f in fields(Data)]))
+    for name in ("name", "split", "folder"):
+        reading.text(f"{name} of [data]", getattr(data, name))
+    reading.count("images of [data]", data.images)
+    reading.count("seed of [data]", data.seed, 0)
+    return data
 
 
 def _defences(given: Mapping[str, Any]) -> list[Defence]:
     """The defences of one [[defence]] table; several where an option is a list."""
     keys = [f.name for f in fields(Defence) if f.name != "base"]
-    table = _known("[[defence]]", given, keys)
-    method = table.get("method")
+    table = reading.known("[[defence]]", given, keys)
+    if "method" not in table:
+        raise ValueError('a [[defence]] needs a method, as in method = "coup"')
+    method = reading.text("method of [[defence]]", table["method"])
     if method == UNDEFENDED:
-        name = table.get("name", "undefended")
+        more = sorted({*table} - {"name", "method"})
+        if more:
+            raise ValueError(f"method 'none' is the bare classifier and takes no {', '.join(more)}")
+        name = reading.text("name of [[defence]]", table.get("name", "undefended"))
         return [Defence(name, UNDEFENDED, base=name)]
-    known = methods.options(str(method))  # raises for an unknown method
-    options = table.get("options", {})
-    name = table.get("name", str(method))
-    num_draws = _count("num_draws", table.get("num_draws", 1))
+    known = methods.options(method)  # raises for an unknown method
+    options = reading.table("options of [[defence]]", table.get("options", {}))
+    for key, place in DECIDED_ELSEWHERE.items():
+        if key in options:
+            raise ValueError(f"{key} is no option of a defence: it is the {place}")
+    name = reading.text("name of [[defence]]", table.get("name", method))
+    num_draws = reading.count("num_draws", table.get("num_draws", 1))
     vote = table.get("vote", "logits")
     validation.check_choice("vote", vote, VOTES)
     swept = [key for key in SWEPT_BY_DEFENCES if key in known]
     return [
-        Defence(name + suffix, str(method), one, num_draws, vote, name)
-        for one, suffix in _expand(options, swept)
+        Defence(name + suffix, method, one, num_draws, vote, name)
+        for one, suffix in reading.expand(options, swept)
     ]
 
 
@@ -199,14 +192,20 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
     """Clean images for every defence, then every attack on every defence it applies to."""
     rows = [Row(defence, None) for defence in defences]
     for given in tables:
-        table = dict(given)
-        if "preset" not in table:
+        if "preset" not in given:
             raise ValueError('an [[attack]] needs a preset, as in preset = "pgd40"')
-        name, targets = table.pop("preset"), table.pop("defences", None)
+        name = given["preset"]
+        validation.check_choice("preset of [[attack]]", name, tuple(PRESETS))
+        keys = [f.name for f in fields(PRESETS[name])]
+        table = reading.known("[[attack]]", given, ["preset", "defences", *keys])
+        targets = table.pop("defences", None)
+        del table["preset"]
+        if targets is not None:
+            targets = reading.texts("defences of [[attack]]", targets)
         names = {d.name for d in defences} | {d.base for d in defences}
         for target in targets or ():
             validation.check_choice("defence of an attack", target, tuple(sorted(names)))
-        for options, _ in _expand(table, SWEPT_BY_ATTACKS):
+        for options, _ in reading.expand(table, SWEPT_BY_ATTACKS):
             attack = preset(name, **options)
             for defence in defences:
                 wanted = targets is None or {defence.name, defence.base} & set(targets)
@@ -225,26 +224,27 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     """
     plain = {f.name: f.default for f in fields(EvalConfig) if f.name not in ("data", "rows")}
     known = [*plain, "data", "defence", "attack", "controls"]
-    table = _known("the configuration", given, known)
-    data = Data(**_known("[data]", table.get("data", {}), [f.name for f in fields(Data)]))
-    _count("images", data.images)
-    _count("seed of [data]", data.seed, 0)
-    defences = [d for one in table.get("defence", []) for d in _defences(one)]
+    table = reading.known("the configuration", given, known)
+    data = _data(table.get("data", {}))
+    defences = [
+        d for one in reading.tables("defence", table.get("defence", [])) for d in _defences(one)
+    ]
     if not defences:
         raise ValueError("there is no [[defence]]; method = 'none' is the bare classifier")
-    if table.get("controls", True):
+    if reading.flag("controls", table.get("controls", True)):
         defences = _controls(defences)
     names = [d.name for d in defences]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two defences are called {', '.join(twice)}; give each a name")
     numbers = {
-        name: _count(name, table[name], 0 if name == "seed" else 1)
+        name: reading.count(name, table[name], 0 if name == "seed" else 1)
         for name in ("draws", "batch_size", "seed", "threads", "memory_budget")
         if name in table
     }
-    models = table.get("models", "mnist")
-    return EvalConfig(data, models, _rows(defences, table.get("attack", [])), **numbers)
+    models = reading.text("models", table.get("models", "mnist"))
+    rows = _rows(defences, reading.tables("attack", table.get("attack", [])))
+    return EvalConfig(data, models, rows, **numbers)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
