@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TinyClassifier, TinyNetwork, images
 
-from coup_fast import Purifier, ScoreModel, _extension, reference
+from coup_fast import Purifier, ScoreModel, _extension, methods, reference
 from coup_fast.guidance import confidence_gradient
 from coup_fast.schedules import DiscreteSchedule
 
@@ -119,6 +119,29 @@ def test_torchsde_probability_flow() -> None:
     torch.testing.assert_close(2 * result - 1, end, rtol=0, atol=1e-11)
 
 
+def test_imagenet_network_is_told_the_index_of_the_exact_time() -> None:
+    """DiffPure sums time up in float32 before it cuts 1000 t off (docs/design.md)."""
+    torchsde = pytest.importorskip("torchsde")
+
+    class Times(ReverseVP):
+        def f(self, tau, y):
+            told.append(int(((1 - tau).float() * 1000).long()))
+            return torch.zeros_like(y)
+
+        def g(self, tau, y):
+            return torch.zeros_like(y)
+
+    told: list[int] = []
+    ts = torch.linspace(1 - 0.15, 1 - 1e-5, 2)
+    torchsde.sdeint(Times(None, None), torch.zeros(1, 3), ts, method="euler", dt=1e-3)
+    theirs = torch.tensor(told[-150:])
+    times = methods.diffpure_imagenet(DiscreteSchedule()).times
+    ours = (1000 * torch.from_numpy(times)).round().long()
+    assert ours.tolist() == list(range(150, 0, -1))
+    assert theirs[:4].tolist() == [149, 148, 148, 147]
+    assert int((theirs != ours).sum()) == 2
+
+
 def in_float64(scheduler):
     """Its tables in float64: in float32, 1 - ᾱ cancels to five digits at low noise."""
     scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -171,7 +194,7 @@ def compare(scheduler, method: str, network, timesteps, backend: str, eta=None, 
 
 
 class BoundedVariance(TinyNetwork):
-    """Variance channels in [-1, 1]: beyond, guided-diffusion clips and diffusers does not."""
+    """Variance channels in [-1, 1]: we clip log V; diffusers and guided-diffusion do not."""
 
     def __init__(self) -> None:
         super().__init__(out=6)
