@@ -330,7 +330,7 @@ def test_respaced_chains(count: int) -> None:
         assert used[-1] >= 0
 
 
-def test_gradual_with_the_papers_attack_stride() -> None:
+def test_gradual_with_a_stride() -> None:
     made = build("gradual", DiscreteSchedule(), stride=5)
     assert made.num_network_calls == 4 * 6 + 2 * 10 + 2 * 25
     first = np.round(made.times[:6] * 1000).tolist()

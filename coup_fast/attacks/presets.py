@@ -2,14 +2,19 @@
 
 | name | what | source of its numbers |
 |---|---|---|
-| pgd-linf | PGD-200, step 0.007, EOT 20, exact gradient | evaluations after Lee & Kim, ICCV 2023 |
-| pgd-l2 | PGD-200, normalised steps, EOT 20 | the same; step 2.5 · eps / steps is ours |
+| pgd-linf | PGD-200, step 0.007, EOT 20, exact gradient | Lee & Kim, ICCV 2023 (a) |
+| pgd-l2 | PGD-200, normalised steps, EOT 20 | the same (a); step 2.5 · eps / steps is ours |
 | pgd40 | PGD-40, EOT 8: what one CPU can do | the demo's |
-| apgd-ce, apgd-dlr | APGD-100, EOT 20 | AutoAttack `rand`: Croce & Hein, ICML 2020 |
+| apgd-ce, apgd-dlr | APGD-100, EOT 20 | AutoAttack `rand`: Croce & Hein, ICML 2020 (b) |
 | fixed-noise | PGD-200 under draw 0 throughout | Liu et al., arXiv 2404.14309 |
 | stopped | pgd-linf with the guidance held constant; weak | released COUP attack |
-| bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 |
+| bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 (c) |
 | classifier | PGD-40 on the bare classifier; weak | |
+
+Where released code differs: (a) It starts at the image, `random_start=False`; its ℓ2 attack takes
+steps of 0.007 along signs. (b) It starts on the ball's surface, here anywhere in the ball, and
+calls an image broken by its last draw alone. (c) Its loss is that of the mean logits of the 15
+draws: `eot=1` on a `PurifiedClassifier(num_draws=15)`; it stops at the first success.
 """
 
 from __future__ import annotations

@@ -154,8 +154,9 @@ def gradual(
 
     Args:
         rounds: T of each round, indices in [1, N]; round T diffuses to index T - 1.
-        stride: use every stride-th index; T/stride steps a round. 5 is the paper's attack
-            surrogate.
+        stride: use every stride-th index (about, where it does not divide T); T/stride steps a
+            round, rounded down. The released attack's surrogate is none of these: rounds (30, 50,
+            125) in 1, 1 and 5 steps.
         The others are those of `ddim`.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
