@@ -6,16 +6,17 @@ fills their .grad and makes the backward pass of DiffPure ten times as expensive
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from coup_fast.locks import lock_across_forks
 from coup_fast.score_model import module_of
+from coup_fast.transforms import any_wrapped
 
-_lock = threading.Lock()
+_lock = lock_across_forks()
 _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders
 
 
@@ -32,25 +33,26 @@ def _parameters(functions: tuple[Any, ...]) -> Iterator[nn.Parameter]:
 def frozen_parameters(*functions: Any) -> Iterator[None]:
     """requires_grad off for every parameter of these modules within the context.
 
-    Callables that are no modules are passed over. Flags are as found afterwards, whatever is
-    raised inside; contexts may nest and overlap in several threads, and the last to leave restores.
+    Callables that are no modules are passed over, and parameters made under torch.inference_mode,
+    whose flags cannot be put back. Flags are as found afterwards, whatever is raised inside;
+    contexts may nest and overlap in several threads, and the last to leave restores.
 
     Raises ValueError for a parameter that is itself the result of a differentiable computation.
     """
     unique = {id(parameter): parameter for parameter in _parameters(functions)}
-    if not all(parameter.is_leaf for parameter in unique.values()):
+    if not all(p.is_leaf for p in unique.values()) or any_wrapped(unique.values()):
         raise ValueError(
             "a model has parameters computed from other tensors (functional_call?): purification "
             "does not differentiate parameters; detach them first"
         )
     held: list[nn.Parameter] = []
-    with _lock:
-        for key, parameter in unique.items():
-            if parameter.requires_grad or key in _held:
-                _held[key] = (parameter, _held.get(key, (parameter, 0))[1] + 1)
-                held.append(parameter)
-                parameter.requires_grad_(False)
     try:
+        with _lock:
+            for key, parameter in unique.items():
+                if key in _held or (parameter.requires_grad and not parameter.is_inference()):
+                    _held[key] = (parameter, _held.get(key, (parameter, 0))[1] + 1)
+                    held.append(parameter)
+                    parameter.requires_grad_(False)
         yield
     finally:
         with _lock:

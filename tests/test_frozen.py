@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
 import pytest
 import torch
 from tiny import TinyClassifier, TinyNetwork, images
@@ -9,6 +13,7 @@ from torch import nn
 
 from coup_fast import Purifier, ScoreModel
 from coup_fast.frozen import frozen_parameters
+from coup_fast.locks import lock_across_forks
 
 
 def flags(*modules: nn.Module) -> list[bool]:
@@ -56,3 +61,43 @@ def test_computed_parameters_are_refused() -> None:
     module._parameters["weight"] = nn.Parameter(torch.ones(2, 2)) * 2  # type: ignore[assignment]
     with pytest.raises(ValueError, match="computed from other tensors"), frozen_parameters(module):
         pass
+
+
+def test_parameters_inside_torch_func_are_refused() -> None:
+    module = nn.Linear(2, 2)
+    values = {name: p.detach() for name, p in module.named_parameters()}
+
+    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        def inside(_: nn.Module, __: tuple) -> None:
+            with frozen_parameters(module):
+                pytest.fail("not refused")
+
+        handle = module.register_forward_pre_hook(inside)
+        try:
+            return torch.func.functional_call(module, values, (torch.ones(2),)).sum()
+        finally:
+            handle.remove()
+
+    with pytest.raises(ValueError, match="does not differentiate parameters"):
+        torch.func.grad(run)(values)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_does_not_find_the_lock_held() -> None:
+    """Workers of data loaders are forked while other threads may be purifying."""
+    lock, held = lock_across_forks(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if lock.acquire(timeout=0) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
