@@ -127,7 +127,6 @@ def eot_gradient(
     ids = validation.sample_ids_of(images, sample_ids)
     if labels.shape != ids.shape:
         raise ValueError(f"labels must be [{len(ids)}], got {list(labels.shape)}")
-    first = model._first_draw(draw)
     runs = draws * len(images)
     memory = None
     if micro_batch is None and runs > 0:
@@ -138,25 +137,24 @@ def eot_gradient(
 
     total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
     losses, scores = [], []
-    for start in range(0, runs, micro_batch):
-        run = torch.arange(start, min(start + micro_batch, runs), device=images.device)
-        which = run % len(images)
-        first_draw = first + run // len(images) * model.num_draws
-        gradient, values, rows = _micro_batch(
-            model, images[which], ids[which], labels[which], first_draw, loss
-        )
-        losses.append(values)
-        scores.append(rows)
-        del values, rows  # so that the next micro-batch has their memory
-        position = 0
-        while position < len(run):  # one draw of consecutive images after the other
-            image = (start + position) % len(images)
-            count = min(len(images) - image, len(run) - position)
-            total[image : image + count] += gradient[position : position + count]
-            position += count
-        del gradient
-    if model.fresh_draws:
-        model.next_draw += draws * model.num_draws
+    with model.draws_from(draw, draws * model.num_draws) as first:
+        for start in range(0, runs, micro_batch):
+            run = torch.arange(start, min(start + micro_batch, runs), device=images.device)
+            which = run % len(images)
+            first_draw = first + run // len(images) * model.num_draws
+            gradient, values, rows = _micro_batch(
+                model, images[which], ids[which], labels[which], first_draw, loss
+            )
+            losses.append(values)
+            scores.append(rows)
+            del values, rows  # so that the next micro-batch has their memory
+            position = 0
+            while position < len(run):  # one draw of consecutive images after the other
+                image = (start + position) % len(images)
+                count = min(len(images) - image, len(run) - position)
+                total[image : image + count] += gradient[position : position + count]
+                position += count
+            del gradient
     if not losses:
         empty = total.new_zeros(draws, 0)
         return EotGradient(images.clone(), empty, empty[..., None], micro_batch, memory)

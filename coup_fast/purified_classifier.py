@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor, nn
 from coup_fast import validation
 from coup_fast.frozen import frozen_parameters
 from coup_fast.gradient_guards import refuse_training_mode
+from coup_fast.locks import lock_across_forks
 from coup_fast.purifier import Classifier, Purifier
 from coup_fast.score_model import in_dtype_of
 
 VOTES = ("logits", "softmax", "majority")
+
+_lock = lock_across_forks()  # of every `next_draw`
 
 
 def combine_votes(logits: Tensor, vote: str) -> Tensor:
@@ -105,10 +110,8 @@ class PurifiedClassifier(nn.Module):
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)
-        logits = self.logits_at(images, ids, self._first_draw(draw))
-        if self.fresh_draws:
-            self.next_draw += self.num_draws
-        return logits
+        with self.draws_from(draw, self.num_draws) as first:
+            return self.logits_at(images, ids, first)
 
     def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
@@ -135,12 +138,30 @@ class PurifiedClassifier(nn.Module):
             raise ValueError(f"the classifier must return logits [{len(purified)}, K]; got {got}")
         return logits
 
-    def _first_draw(self, draw: int) -> int:
+    @contextmanager
+    def draws_from(self, draw: int, count: int) -> Iterator[int]:
+        """The first of `count` draws to use, counted from `draw`.
+
+        With `fresh_draws` counted from `next_draw` as well, and then no other call, in any thread,
+        gets these draws, unless an error is raised within.
+        """
         if isinstance(draw, bool) or not isinstance(draw, int):
             raise TypeError(f"draw must be an int, got {type(draw).__name__}")
         if draw < 0:
             raise ValueError(f"draw must be at least 0, got {draw}")
-        return draw + (self.next_draw if self.fresh_draws else 0)
+        if not self.fresh_draws:
+            yield draw
+            return
+        with _lock:
+            taken = self.next_draw
+            self.next_draw = following = taken + count
+        try:
+            yield draw + taken
+        except BaseException:
+            with _lock:
+                if self.next_draw == following:  # nobody has taken more
+                    self.next_draw = taken
+            raise
 
     def extra_repr(self) -> str:
         return f"num_draws={self.num_draws}, vote={self.vote!r}, fresh_draws={self.fresh_draws}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import SHORT, TinyClassifier, images, score_model
@@ -167,3 +170,26 @@ def test_classifiers_that_return_no_logits_are_refused() -> None:
     for bad, got in ((lambda u: u.mean((1, 2, 3)), r"\[6\]"), (lambda u: None, "NoneType")):
         with pytest.raises(ValueError, match=rf"must return logits \[6, K\]; got {got}"):
             PurifiedClassifier(purifier, bad, num_draws=2)(images())
+
+
+def test_calls_at_once_get_draws_of_their_own() -> None:
+    model = defended("diffpure", num_draws=2, fresh_draws=True)
+    both = threading.Barrier(2, timeout=60)
+
+    def meet(*_: object) -> None:
+        both.wait()
+
+    model.purifier.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(model.draw_logits, [images(), images()])
+    assert model.next_draw == 4
+    assert not torch.equal(first, second)
+
+
+def test_draws_of_a_failed_call_are_used_again() -> None:
+    model = defended("diffpure", num_draws=2, fresh_draws=True)
+    handle = model.purifier.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(images())
+    handle.remove()
+    assert model.next_draw == 0
