@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.score_model import ScoreModel, dtype_of, in_dtype, module_of, output_of
+from coup_fast.score_model import ScoreModel, dtype_of, in_dtype, module_of, no_wider, output_of
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -50,12 +50,13 @@ class Calls:
 
     def score(self, x: Tensor, time: Tensor) -> Tensor:
         """The score network's output at x [B, C, H, W] and time [B] in the network's units."""
-        x = in_dtype(self._network_dtype, x)
+        state, x = x.dtype, in_dtype(self._network_dtype, x)
         with self._cast(x):
             if self.compiled_network is not None:
-                return output_of(self.compiled_network(x, time))
-            out: Tensor = self.score_model(x, time, converted=True)
-        return out
+                out = output_of(self.compiled_network(x, time))
+            else:
+                out = self.score_model(x, time, converted=True)
+        return no_wider(out, state)
 
     def classify(self, pixels: Tensor) -> Tensor:
         """The classifier's logits [B, K], with a graph where grad is on."""

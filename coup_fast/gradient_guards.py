@@ -166,7 +166,7 @@ def check_replay(
     if torch.is_autocast_enabled(stored.device.type):
         dtype = torch.get_autocast_dtype(stored.device.type)
     dtype = chain.calls.autocast or dtype
-    rounding = 256 * torch.finfo(dtype).eps
+    rounding = 256 * max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps)
 
     def difference(value: Tensor) -> float:
         gap = (value - stored).abs().max() / stored.abs().max().clamp_min(1e-30)

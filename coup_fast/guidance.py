@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.backends import Operators
-from coup_fast.score_model import grad_leaf, in_dtype_of
+from coup_fast.score_model import grad_leaf, in_dtype_of, no_wider
 
 GUIDANCE_GRADIENTS = ("full", "stopped")
 
@@ -29,7 +29,7 @@ def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             "the classifier's logits carry no gradient with respect to the image, and guidance is "
             "that gradient; compute them with torch operations and without torch.no_grad()"
         )
-    return logits
+    return no_wider(logits, x.dtype)
 
 
 def confidence_gradient(
@@ -61,7 +61,8 @@ def confidence_gradient(
                 raise RuntimeError(
                     "the gradient through the guidance needs a classifier that can be "
                     "differentiated twice, and this one cannot (torch.compile'd modules, for "
-                    "example); give its plain module, or guidance_gradient='stopped'"
+                    "example); give its plain module, or guidance_gradient='stopped'. "
+                    f"PyTorch says: {error}"
                 ) from error
         return gradient
     with torch.inference_mode(False), torch.enable_grad():

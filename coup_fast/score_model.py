@@ -57,6 +57,14 @@ def in_dtype_of(function: Any, x: Tensor) -> Tensor:
     return in_dtype(dtype_of(function), x)
 
 
+def no_wider(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a network returned for a state of `dtype`: rounded to it where it alone is float64.
+
+    Half types stay: the operators read those in place, but no float64.
+    """
+    return x.to(dtype) if x.dtype == torch.float64 != dtype else x
+
+
 def declared_channels(function: Any) -> int | None:
     """The image channels a network says it takes, or None where it says nothing.
 
