@@ -97,11 +97,14 @@ def tables_of(
     time_scale: of the `ScoreModel` that will be called at these times.
     """
 
+    def host(values: object) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
     def put(values: object) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float64).to(dtype).to(device)
+        return host(values).to(dtype).to(device)
 
     def times_of(values: object) -> tuple[Tensor, ...]:
-        t = torch.as_tensor(values, dtype=torch.float64).reshape(-1, 1)
+        t = host(values).reshape(-1, 1)
         return tuple(network_time(t, time_scale, dtype).to(device).unbind(0))
 
     start, pixel_map = put(plan.start), put(start_row())

@@ -88,7 +88,9 @@ def sample_ids_of(images: Tensor, sample_ids: Any) -> Tensor:
     batch = images.shape[0]
     if sample_ids is None:
         return torch.arange(batch, device=images.device)
-    ids = sample_ids if isinstance(sample_ids, Tensor) else torch.as_tensor(sample_ids)
+    ids = sample_ids
+    if not isinstance(ids, Tensor):
+        ids = torch.as_tensor(ids, device="cpu")  # whatever PyTorch's default device is
     if ids.numel() == 0 and not isinstance(sample_ids, Tensor):
         ids = ids.to(torch.int64)  # an empty list is float32 to torch
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
