@@ -33,7 +33,8 @@ STATES = ("device", "host", "sqrt")
 
 _SECOND_DERIVATIVE = (
     'gradient="exact" recomputes steps in its backward pass and gives first derivatives only; for '
-    'second derivatives build the purifier with gradient="autograd", which keeps the whole graph'
+    'second derivatives build the purifier with gradient="autograd", which keeps the whole graph, '
+    'and backend="reference", whose operators have them (float64 images run on it anyway)'
 )
 
 
@@ -217,7 +218,7 @@ class _ExactGradient(torch.autograd.Function):
             return None, None
         images, *flat = ctx.saved_tensors
         kept = [tuple(flat[i : i + ctx.width]) for i in range(0, len(flat), ctx.width)]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             gradient = ctx.run.backward(images, kept, grad)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _apply(_FirstDerivativeOnly, gradient, images, grad)

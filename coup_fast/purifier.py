@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,11 @@ from coup_fast.score_model import ScoreModel
 
 __all__ = ["Classifier", "Purifier", "purify"]
 
+_compiler_disable: Callable[..., Any] = torch.compiler.disable
+_NOT_COMPILED = (
+    "the loop of a coup_fast.Purifier is not compiled; compile=True compiles its networks"
+)
+
 
 class Purifier(nn.Module):
     """Cleans attacked images with a score model: COUP, ADP, DiffPure and their relatives.
@@ -62,7 +67,9 @@ class Purifier(nn.Module):
                 NaN after it. Each look waits for the device once; False never waits;
             compile: call the networks through `torch.compile` (True, or the name of one of its
                 modes). Values are those of the networks up to rounding. Where the gradient through
-                the guidance is "full", the exact gradient differentiates the classifier as it is;
+                the guidance is "full", the exact gradient differentiates the classifier as it is.
+                This is the way to compiled networks: `torch.compile` of a model around a purifier
+                leaves the purifier's loop alone;
             cuda_graph: of runs without gradient: capture a step (network, classifier and its
                 vector-Jacobian product on a second stream, update) once per kind of run and replay
                 it for every step. "auto": on CUDA, from the second run of its kind, where the
@@ -180,9 +187,17 @@ class Purifier(nn.Module):
         With `gradient="exact"` and images that require grad, ValueError for models in a training
         mode that the exact gradient cannot repeat, and what else `exact_run` lists.
         """
+        run = self._forward
+        if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
+            run = _compiler_disable(run, reason=_NOT_COMPILED)
+        return run(images, sample_ids, draw, noise)
+
+    def _forward(
+        self, images: Tensor, sample_ids: Any, draw: int | Tensor, noise: Tensor | None
+    ) -> Tensor:
         run_noise = self._checked(images, sample_ids, draw, noise)
         if images.numel() == 0:
-            return images.clone()
+            return images.detach().clone() if self.gradient == "none" else images.clone()
         with self._frozen():
             parts = [
                 self._purified(part, run_noise.of(rows), rows.start)
@@ -295,7 +310,8 @@ class Purifier(nn.Module):
         needed = self.plan.num_noise
         if noise is not None:
             validation.check_noise(noise, needed, images, self.method)
-            run_noise = Noise(tensors=noise.detach())
+            recordable = torch.is_inference_mode_enabled() or not noise.is_inference()
+            run_noise = Noise(tensors=noise.detach() if recordable else noise.clone())
         else:
             keys = step_keys(self.seed, ids, draw, needed, images[0].numel() if len(ids) else 0)
             run_noise = Noise(keys=keys)
@@ -323,7 +339,8 @@ class Purifier(nn.Module):
         dtype = torch.promote_types(images.dtype, torch.float32)
         key = (images.device, dtype)
         if key not in self._tables:
-            self._tables[key] = tables_of(self.plan, *key, self.score_model.time_scale)
+            with torch.inference_mode(False):  # later runs may record gradients with them
+                self._tables[key] = tables_of(self.plan, *key, self.score_model.time_scale)
         return self._tables[key]
 
     @contextmanager

@@ -228,7 +228,7 @@ def test_second_derivatives_are_refused_and_autograd_has_them() -> None:
     out = purifier("coup", torch.float64)(u)
     (first,) = torch.autograd.grad(loss_of(out), u, create_graph=True)
     assert torch.equal(first.detach(), gradient(purifier("coup", torch.float64), u.detach())[1])
-    with pytest.raises(RuntimeError, match='gradient="autograd"'):
+    with pytest.raises(RuntimeError, match=r'gradient="autograd".*backend="reference"'):
         torch.autograd.grad(first.sum(), u)
     out = purifier("coup", torch.float64, gradient="autograd")(u)
     (first,) = torch.autograd.grad(loss_of(out), u, create_graph=True)
