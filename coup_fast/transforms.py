@@ -15,10 +15,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+_functorch: Any = getattr(torch._C, "_functorch", None)
 _is_wrapped: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda tensor: False
+    _functorch, "is_functorch_wrapped_tensor", lambda tensor: False
 )
-
+_innermost: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 _unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
 # `_current_level` is that of the innermost dual_level, torch.func's included, and negative outside:
 # what to look at where a call of unpack_dual takes too long. Without it, there is no telling.
@@ -29,8 +30,18 @@ _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defi
 
 
 def wrapped(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to a transform of torch.func: grad, vjp, jvp, vmap, ..."""
-    return _is_wrapped(tensor)
+    """Whether the tensor belongs to a transform of torch.func: grad, vjp, jvp, vmap, ...
+
+    The compiler cannot look; it has its own understanding of torch.func.
+    """
+    return not torch.compiler.is_compiling() and _is_wrapped(tensor)
+
+
+def any_wrapped(tensors: Iterable[Tensor]) -> bool:
+    """`wrapped` of many; looks at none outside torch.func."""
+    if torch.compiler.is_compiling() or _innermost() is None:
+        return False
+    return any(map(wrapped, tensors))
 
 
 def has_tangent(tensor: Tensor) -> bool:
