@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sampling import DTYPES, LOW, NORMS, STEP_ROWS, keys_of, perturb_row, step, views_of
+from sampling import DTYPES, LOW, NORMS, STEP_ROWS, VIEWS, keys_of, perturb_row, step, views_of
 from torch import Tensor
 
 Arguments = tuple[Any, ...]
@@ -20,7 +20,6 @@ Arguments = tuple[Any, ...]
 # a cluster of 2, of 8 with one turn, of 8 with two.
 SHAPES = [(1, 1), (33, 1, 7), (2, 5), (1, 1003), (5, 3, 13, 17), (2, 3, 32, 32)]
 LARGE = [(2, 1, 141, 141), (1, 3, 160, 160), (2, 4, 225, 226)]
-VIEWS = ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
 
 
 def _last(tensor: Tensor | None) -> Tensor | None:

@@ -153,8 +153,14 @@ def step(
     )
 
 
+VIEWS = [
+    *("slice", "every_other", "unaligned", "channels_apart"),
+    *("channels_last", "slice_last", "transposed"),
+]
+
+
 def views_of(tensor: Tensor) -> dict[str, Tensor]:
-    """The same values in memory in every way the operators read."""
+    """The same values in memory in every way the operators read; the last three in 4 dimensions."""
     batch, channels, *space = tensor.shape
     wide = tensor.new_empty(batch, channels + 2, *space)
     wide[:, 1:-1] = tensor
@@ -162,7 +168,10 @@ def views_of(tensor: Tensor) -> dict[str, Tensor]:
     rows[::2] = tensor
     shifted = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
     shifted.copy_(tensor)
+    apart = tensor.new_empty(batch, 2 * channels, *space)
+    apart[:, ::2] = tensor
     views = {"slice": wide[:, 1:-1], "every_other": rows[::2], "unaligned": shifted}
+    views["channels_apart"] = apart[:, ::2]
     if tensor.ndim == 4:
         views["channels_last"] = tensor.contiguous(memory_format=torch.channels_last)
         views["slice_last"] = wide.contiguous(memory_format=torch.channels_last)[:, 1:-1]

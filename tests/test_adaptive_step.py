@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_cases import adaptive_arguments, same_bits
-from sampling import DTYPES, views_of
+from sampling import DTYPES, VIEWS, views_of
 
 from coup_fast import ops, reference
 
@@ -65,9 +65,7 @@ def test_low_precision_is_read_exactly(h_dtype, ahead_dtype) -> None:
         assert same_bits(grad, wide_grad.to(of.dtype))
 
 
-@pytest.mark.parametrize(
-    "name", ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
-)
+@pytest.mark.parametrize("name", VIEWS)
 def test_memory_formats_do_not_matter(name: str) -> None:
     *states, alive, coeffs = adaptive_arguments((5, 3, 13, 17))
     viewed = [views_of(t)[name] for t in states]
@@ -151,6 +149,29 @@ def test_growing_score_stops_the_sample() -> None:
     args = one_sample([0.5, -0.25], [0.6, -0.3])  # gamma > 1: alpha clips below tau
     x_next, alive, alpha = ops.adaptive_step(*args)
     assert (alpha == args[-1][1]).all()
+    assert not alive.any()
+    assert same_bits(x_next, args[0])
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 9.0), (1e-5, 1.0)])
+def test_a_step_size_at_its_bound_is_not_clipped(low: float, high: float) -> None:
+    args = one_sample([0.25, 0.25], [0.125, 0.125])  # 1 - gamma is 1/2, exactly
+    args[-1][:3] = torch.tensor([0.5, low, high])
+    assert ops.adaptive_step(*args)[2] == 1.0
+    *states, alive, coeffs = in_float64(args)
+    leaves = [t.requires_grad_() for t in states]
+    out, _, _ = reference.adaptive_step(*leaves, alive, coeffs)
+    expected = torch.autograd.grad(out.sum(), leaves)
+    assert expected[2].all()  # through alpha
+    for actual, wanted in zip(backward(torch.ones(1, 2), *args), expected, strict=True):
+        torch.testing.assert_close(actual.double(), wanted)
+
+
+def test_a_step_size_of_tau_stops_the_sample() -> None:
+    args = one_sample([0.25, 0.25], [0.125, 0.125])
+    args[-1][:4] = torch.tensor([0.5, 1e-5, 9.0, 1.0])
+    x_next, alive, alpha = ops.adaptive_step(*args)
+    assert alpha == 1.0
     assert not alive.any()
     assert same_bits(x_next, args[0])
 

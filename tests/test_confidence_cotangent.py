@@ -78,10 +78,12 @@ def test_low_precision_is_rounded_once(shape, dtype) -> None:
 
 def test_first_index_wins_ties() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, -1.0, -1.0]])
-    logits = torch.cat([logits, torch.full((3, 60), -5.0)], 1)
+    logits = torch.cat([logits, torch.full((1, 4), -5.0)])
+    logits = torch.cat([logits, torch.full((4, 60), -5.0)], 1)
     logits[1, 40:] = 0
+    logits[3, [3, 16, 33]] = 4  # 16 comes first in vectors of 4, 8 and 16 lanes
     _, cotangent = ops.confidence_cotangent(logits)
-    assert (cotangent > 0).nonzero()[:, 1].tolist() == [1, 0, 0]
+    assert (cotangent > 0).nonzero()[:, 1].tolist() == [1, 0, 0, 3]
     assert float(cotangent.sum(1).abs().max()) <= 1e-6
 
 

@@ -37,30 +37,31 @@ def test_pixel_stride_of_unusual_strides(sizes, strides, expected: int) -> None:
     assert host.pixel_stride(list(sizes), list(strides)) == expected
 
 
-@given(st.lists(st.integers(1, 3), min_size=4, max_size=5), st.booleans(), st.booleans())
-def test_layouts_are_those_of_torch(sizes, channels_last: bool, transposed: bool) -> None:
+@given(st.lists(st.integers(1, 3), min_size=4, max_size=5), *[st.booleans()] * 3)
+def test_layouts_are_those_of_torch(sizes, channels_last: bool, transposed: bool, apart) -> None:
     layout = torch.channels_last if len(sizes) == 4 else torch.channels_last_3d
     tensor = torch.empty(sizes, memory_format=layout if channels_last else torch.contiguous_format)
     tensor = tensor.mT if transposed else tensor
+    tensor = torch.cat([tensor] * 2)[::2] if apart else tensor
     is_last = host.is_channels_last(list(tensor.shape), list(tensor.stride()))
     assert is_last == tensor.is_contiguous(memory_format=layout)
-    if not transposed:
+    if not transposed and not apart:
         strides = host.dense_strides(sizes, channels_last)
         assert tuple(strides) == tensor.stride()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "channels_apart"])
 def test_offsets_are_in_logical_order(layout: str) -> None:
-    base = torch.arange(2 * 5 * 2 * 3).reshape(2, 5, 2, 3)
+    base = torch.arange(2 * 6 * 2 * 3).reshape(2, 6, 2, 3)
     if layout == "channels_last":
         base = torch.empty_like(base, memory_format=torch.channels_last).copy_(base)
-    view = base[:, 1:4] if layout == "slice" else base
+    view = {"slice": base[:, 1:4], "channels_apart": base[:, ::2]}.get(layout, base)
     channels, pixels = view.shape[1], 6
     strides = [view.stride(0), view.stride(1), view.stride(3)]
     memory = torch.as_strided(view, (base.numel() - view.storage_offset(),), (1,))
     found = memory[host.offsets(1, channels, pixels, strides)]
     assert torch.equal(found, view[1].flatten())
-    assert host.sample_is_dense(channels, pixels, strides) == (layout != "channels_last")
+    assert host.sample_is_dense(channels, pixels, strides) == (layout in ("contiguous", "slice"))
 
 
 def test_float16_and_bfloat16_are_those_of_numpy_and_torch() -> None:

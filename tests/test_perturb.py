@@ -5,7 +5,7 @@ from __future__ import annotations
 import interpreter
 import pytest
 import torch
-from sampling import DTYPES, LOW, keys_of, perturb_row, ulps, views_of
+from sampling import DTYPES, LOW, VIEWS, keys_of, perturb_row, ulps, views_of
 
 from coup_fast import ops
 
@@ -53,9 +53,7 @@ def test_sign_of_zero_is_one() -> None:
     assert ops.perturb(torch.zeros(1, 4), row, None, z).tolist() == [[0.5, 0.5, 0.5, -0.5]]
 
 
-@pytest.mark.parametrize(
-    "name", ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
-)
+@pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_formats_do_not_matter(dtype, name: str) -> None:
     images, keys = torch.rand(5, 3, 13, 17).to(dtype), keys_of(5, (3, 13, 17))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampling import DTYPES, LOW, NORMS, STEP_ROWS, step, step_row, ulps, views_of
+from sampling import DTYPES, LOW, NORMS, STEP_ROWS, VIEWS, step, step_row, ulps, views_of
 
 from coup_fast import ops, reference
 
@@ -48,8 +48,9 @@ def test_any_mix_of_types_is_read_exactly(model, guide, other) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_given_noise_is_used_as_generated_noise_is(dtype) -> None:
-    call = step()
+@pytest.mark.parametrize("options", [{}, {"shape": (2, 3, 32, 32), "row": "langevin"}], ids=str)
+def test_given_noise_is_used_as_generated_noise_is(options, dtype) -> None:
+    call = step(**options)
     z = ops.normal(call.keys, call.x.shape)
     assert torch.equal(ops.reverse_step(*call.args), ops.reverse_step(*call.with_noise(z).args))
     low = z.to(dtype)
@@ -115,11 +116,9 @@ def test_guidance_of_norm_zero(norm: str) -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize(
-    "name", ["slice", "every_other", "unaligned", "channels_last", "slice_last", "transposed"]
-)
+@pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 3, 13, 17), (2, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(5, 3, 13, 17), (2, 3, 32, 32), (1, 2, 27, 40)])
 def test_memory_formats_of_inputs_do_not_matter(shape, dtype, name: str) -> None:
     call = step(shape, dtype=dtype, learned=True, guidance_norm="normalised")
     expected = ops.reverse_step(*call.args)
@@ -160,11 +159,12 @@ def test_in_place_twin_refuses() -> None:
     call = step((4, 3, 4, 4))
     with pytest.raises(RuntimeError, match=r"x must be contiguous or channels_last .* strides"):
         ops.reverse_step_(call.x[:, :, ::2], None, call.coeffs)
-    guided = replace(call, guidance=call.guidance.requires_grad_())
-    with pytest.raises(RuntimeError, match="not differentiable"):
-        ops.reverse_step_(*guided.args)
-    with torch.no_grad():
-        ops.reverse_step_(*guided.args)
+    for name in ("x", "model_out", "guidance", "reference"):
+        wanted = replace(call, **{name: getattr(call, name).clone().requires_grad_()})
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            ops.reverse_step_(*wanted.args)
+        with torch.no_grad():
+            ops.reverse_step_(*wanted.args)
 
 
 # --- gradient ---------------------------------------------------------------------------------
@@ -175,11 +175,14 @@ def test_in_place_twin_refuses() -> None:
 @pytest.mark.parametrize("row", STEP_ROWS)
 @pytest.mark.parametrize("shape", [(2, 5), (5, 3, 13, 17), (2, 1, 140, 140)])
 def test_gradient_is_that_of_the_formula(shape, row: str, learned: bool, norm: str) -> None:
-    call = step(shape, row, learned=learned, guidance_norm=norm)
+    assert_gradient_is_that_of_the_formula(step(shape, row, learned=learned, guidance_norm=norm))
+
+
+def assert_gradient_is_that_of_the_formula(call) -> None:
     exact = known_noise(call).map(lambda t: t.double())
     leaves = [exact.x, exact.model_out, exact.guidance, exact.reference]
     leaves = [t.requires_grad_() for t in leaves]
-    grad = torch.randn(shape)
+    grad = torch.randn_like(call.x)
     out = reference.reverse_step(*exact.args)  # whose gradient test_reference_step.py checks
     expected = torch.autograd.grad(out, leaves, grad.double(), allow_unused=True)
     grads = torch.ops.coup_fast.reverse_step_backward(grad, *call.args)
@@ -187,6 +190,21 @@ def test_gradient_is_that_of_the_formula(shape, row: str, learned: bool, norm: s
         wanted = torch.zeros_like(of) if wanted is None else wanted
         error, scale = (actual.double() - wanted).abs(), wanted.abs().max() + 1e-6
         assert float(error.max()) <= 5e-6 * float(scale)
+
+
+@pytest.mark.parametrize("columns", [{"x_var": 0.3}, {"v": 0.6, "z_var": 0.4}, {"e": 0.1}], ids=str)
+def test_one_term_alone_depends_on_the_variance(columns: dict[str, float]) -> None:
+    call = replace(step(learned=True), coeffs=step_row(**columns))
+    assert_is_the_formula(call)
+    assert_gradient_is_that_of_the_formula(call)
+
+
+def test_gradient_where_learned_noise_vanishes() -> None:
+    """d² V underflows to 0: the slope of its root is then taken as 0, not as 0 / 0."""
+    call = replace(step(learned=True), coeffs=step_row(v=0.5, d=1e-30))
+    grads = torch.ops.coup_fast.reverse_step_backward(torch.ones_like(call.x), *call.args)
+    assert torch.equal(grads[0], torch.full_like(call.x, 0.5))
+    assert not any(grad.any() for grad in grads[1:])
 
 
 @pytest.mark.parametrize("dtype", LOW)
