@@ -269,7 +269,6 @@ struct Lanes<COUP_FAST_ISA::Vec> {
   using F = COUP_FAST_ISA::Vec;
   using U = COUP_FAST_ISA::VecU;
   using I = COUP_FAST_ISA::VecI;
-  static constexpr int kWidth = kVectorWidth;
 
   COUP_FAST_FN F set(float value) { return value - F{}; }
   COUP_FAST_FN U set_bits(uint32_t value) { return value - U{}; }

@@ -113,8 +113,8 @@ class TileAccess {
     for (int64_t byte = 0; byte < tile_.count * size; byte += 64) __builtin_prefetch(data + byte);
   }
 
-  // Where to write the tile's elements: the tensor itself or the buffer, which finish() copies
-  // over.
+  // Where to write the tile's elements: the tensor itself or the buffer, which finish_write()
+  // copies over.
   float* begin_write(const View& view, Buffer& buffer) const {
     if (view.data == nullptr || !direct(view)) return buffer.data;
     return static_cast<float*>(view.data) + dense_offset(view);

@@ -280,7 +280,8 @@ inline bool is_interleaved(const View& view, int64_t channels, int64_t pixels, i
          view.pixel_stride == kStripChannels && is_aligned(view, batch);
 }
 
-// The best access that all tensors of a call allow.
+// The best access that all tensors of a call allow. Beside a channels_last tensor the channels of a
+// dense one begin on vectors too: is_interleaved asks for whole quads of pixels.
 inline Access access_of(std::initializer_list<const View*> views, int64_t channels, int64_t pixels,
                         int64_t batch) {
   Access best = Access::kPacked;
@@ -289,8 +290,7 @@ inline Access access_of(std::initializer_list<const View*> views, int64_t channe
     if (!is_interleaved(*view, channels, pixels, batch)) return Access::kScalar;
     best = Access::kPixels;
   }
-  // Beside a channels_last tensor, a dense one needs its channels to begin on vectors.
-  return best == Access::kPixels && pixels % kQuad != 0 ? Access::kScalar : best;
+  return best;
 }
 
 inline void check_sample(const char* op, int64_t numel) {

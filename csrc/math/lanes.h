@@ -19,7 +19,6 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   using U = uint32_t;
-  static constexpr int kWidth = 1;
 
   COUP_FAST_FN float set(float value) { return value; }
   COUP_FAST_FN U set_bits(uint32_t value) { return value; }

@@ -123,10 +123,9 @@ COUP_FAST_FN PhiloxState<F> philox_first_rounds(typename Lanes<F>::W a,
 }
 
 // Block number `block` of a sample, scalar.
-COUP_FAST_FN Words<float> philox_block(NoiseKey noise, uint64_t block, uint64_t subsequence = 0) {
+COUP_FAST_FN Words<float> philox_block(NoiseKey noise, uint64_t block) {
   const uint64_t counter = noise.offset + block;
-  return philox<float>(counter, counter >> 32, subsequence, subsequence >> 32,
-                       philox_keys<float>(noise.key));
+  return philox<float>(counter, counter >> 32, 0, 0, philox_keys<float>(noise.key));
 }
 
 }  // namespace coup_fast
