@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_cases import CASES, Case, adaptive_arguments, outputs, same_bits
-from sampling import step
+from sampling import perturb_row, step
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the emulator is built by the C++ compiler"
@@ -138,6 +138,18 @@ def test_nothing_is_written_outside(emulated) -> None:
         assert buffer[:4].isnan().all()
         assert buffer[-4:].isnan().all()
         assert not state.isnan().any()
+
+
+def test_a_sample_beyond_the_kernels_indices_is_refused(emulated) -> None:
+    """By its own size, not by what is left of it in 32 bits. The output is not touched."""
+    images = torch.zeros(1, 1, 1, dtype=torch.bfloat16).expand(1, 1, 2**32 + 4)
+    try:
+        with pytest.raises(RuntimeError, match=r"a sample may have up to 1073741824 elements"):
+            emulated.perturb_backward(images, images, perturb_row(), None, None)
+    except AssertionError as error:
+        if "allocate" in str(error):
+            pytest.skip("8 GiB cannot be asked for here")
+        raise
 
 
 def test_a_refused_launch_is_an_error(emulated, monkeypatch) -> None:

@@ -32,8 +32,8 @@ Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
   view.data = out.data_ptr();
   view.sample_stride = view.channel_stride = numel;
   view.pixel_stride = 1;
-  launch_per_quad(Device(keys), "normal", Draw{arguments.keys(keys), view}, batch,
-                  order_of(view, 1, numel), access_of({&view}, 1, numel, batch));
+  launch_per_quad(Device(keys), "normal", Draw{arguments.keys(keys), view}, view, batch, 1, numel,
+                  access_of({&view}, 1, numel, batch));
   return out;
 }
 

@@ -30,15 +30,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Runs the op over a batch; access: what all its tensors allow.
+// Runs the op over a batch, in the order that suits the state; access: what all its tensors allow.
 template <class Op>
-void launch_per_quad(const Device& device, const char* name, const Op& op, int64_t batch,
-                     const Order& order, Access access) {
+void launch_per_quad(const Device& device, const char* name, const Op& op, const View& state,
+                     int64_t batch, int64_t channels, int64_t pixels, Access access) {
   if (access == Access::kPixels && !Op::kPixels) access = Access::kScalar;
-  const int64_t numel = int64_t{order.channels} * order.pixels;
+  const int64_t numel = channels * pixels;
   if (batch == 0 || numel == 0) return;
   check_sample(name, numel);
-  const int64_t items = access == Access::kPixels ? order.pixels : numel;  // four times those
+  const Order order = order_of(state, channels, pixels);
+  const int64_t items = access == Access::kPixels ? pixels : numel;  // four times those
   Shape shape;
   shape.blocks = device.grid_for(batch * quads_in(items));
   const Stride stride = stride_of(int64_t{shape.blocks} * kThreads, items);

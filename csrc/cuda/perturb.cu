@@ -73,8 +73,8 @@ Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& ke
   params.out = arguments.output(out);
   const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
                                   params.pixels, params.batch);
-  launch_per_quad(Device(images), "perturb", Forward{params}, params.batch,
-                  order_of(params.images, params.channels, params.pixels), access);
+  launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
+                  params.channels, params.pixels, access);
   return out;
 }
 
@@ -90,8 +90,8 @@ Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& 
   const Access access =
       access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
                 forward.channels, forward.pixels, forward.batch);
-  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.batch,
-                  order_of(forward.images, forward.channels, forward.pixels), access);
+  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
+                  forward.batch, forward.channels, forward.pixels, access);
   return out;
 }
 

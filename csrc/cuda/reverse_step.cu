@@ -222,8 +222,8 @@ void run_plain(const Device& device, const Tensor& x, const ReverseStep& params)
     launch_per_sample(device, "reverse_step", NormedForward<kPlain>{params}, x, params.batch,
                       params.channels, params.pixels, access);
   } else {
-    launch_per_quad(device, "reverse_step", Forward<kPlain>{params}, params.batch,
-                    order_of(params.x, params.channels, params.pixels), access);
+    launch_per_quad(device, "reverse_step", Forward<kPlain>{params}, params.x, params.batch,
+                    params.channels, params.pixels, access);
   }
 }
 
@@ -237,16 +237,15 @@ void run_backward(const Device& device, const Tensor& x, const ReverseStepBackwa
       {&forward.x, &forward.m, &forward.s, &forward.g, &forward.r, &forward.z, &params.grad,
        &params.grad_x, &params.grad_m, &params.grad_s, &params.grad_g, &params.grad_r},
       forward.channels, forward.pixels, forward.batch);
-  const Order order = order_of(forward.x, forward.channels, forward.pixels);
   if (is_normed(forward)) {
     launch_per_sample(device, "reverse_step_backward", NormedBackward{params}, x, forward.batch,
                       forward.channels, forward.pixels, access);
   } else if (is_plain(forward)) {
-    launch_per_quad(device, "reverse_step_backward", Backward<true>{params}, forward.batch, order,
-                    access);
+    launch_per_quad(device, "reverse_step_backward", Backward<true>{params}, forward.x,
+                    forward.batch, forward.channels, forward.pixels, access);
   } else {
-    launch_per_quad(device, "reverse_step_backward", Backward<false>{params}, forward.batch, order,
-                    access);
+    launch_per_quad(device, "reverse_step_backward", Backward<false>{params}, forward.x,
+                    forward.batch, forward.channels, forward.pixels, access);
   }
 }
 
