@@ -51,6 +51,19 @@ struct Tiling {
   }
 };
 
+// Calls visit(tile) for the tiles of segment number `item` of the batch (math/reduce.h), in order.
+template <class Visit>
+static inline __attribute__((always_inline)) void for_tiles_of_segment(const Tiling& tiling,
+                                                                       int64_t item, Visit visit) {
+  constexpr int64_t kTiles = kSegment / kTile;
+  const int64_t segments = num_segments(tiling.channels * tiling.pixels);
+  const int64_t sample = item / segments, segment = item - sample * segments;
+  const int64_t last = (segment + 1) * kTiles;
+  for (int64_t t = segment * kTiles; t < last && t < tiling.tiles; ++t) {
+    visit(tiling.at(sample, t));
+  }
+}
+
 // Some consecutive logical elements that are equally spaced in memory.
 struct Run {
   const View& view;

@@ -7,19 +7,7 @@
 namespace coup_fast::COUP_FAST_ISA {
 namespace {
 
-constexpr int64_t kTilesPerSegment = kSegment / kTile;
 constexpr int64_t kStreamedBytes = 4 << 20;  // docs/kernels.md
-
-// Calls visit(tile) for the tiles of segment number `item` of the batch, in order.
-template <class Visit>
-void for_tiles_of_segment(const Tiling& tiling, int64_t item, Visit visit) {
-  const int64_t segments = num_segments(tiling.channels * tiling.pixels);
-  const int64_t sample = item / segments, segment = item - sample * segments;
-  const int64_t last = (segment + 1) * kTilesPerSegment;
-  for (int64_t t = segment * kTilesPerSegment; t < last && t < tiling.tiles; ++t) {
-    visit(tiling.at(sample, t));
-  }
-}
 
 // The masked gradient of a tile's vector.
 struct Masked {
@@ -33,10 +21,6 @@ struct Masked {
     return adaptive_masked_gradient<Vec>(row, sample.alpha, at.load(x), at.load(h), at.load(grad));
   }
 };
-
-}  // namespace
-
-namespace {
 
 struct Buffers {
   Buffer x, h, h_ahead, out, square, change;

@@ -171,18 +171,13 @@ void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t 
 
 void guidance_square_segments(const ReverseStep& params, float* sums, int64_t begin, int64_t end) {
   const Tiling tiling(params.channels, params.pixels, View{});
-  const int64_t segments = num_segments(params.channels * params.pixels);
-  constexpr int64_t kTilesPerSegment = kSegment / kTile;
   Buffer buffer, lanes;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / segments, segment = item - sample * segments;
-    const int64_t last = (segment + 1) * kTilesPerSegment;
     memset(lanes.data, 0, sizeof(lanes.data));
-    for (int64_t t = segment * kTilesPerSegment; t < last && t < tiling.tiles; ++t) {
-      const Tile tile = tiling.at(sample, t);
+    for_tiles_of_segment(tiling, item, [&](const Tile& tile) {
       const float* g = TileAccess(tiling, tile).read(params.g, buffer);
       add_products(g, g, tile.count, lanes.data);
-    }
+    });
     sums[item] = sum_lanes(lanes.data);
   }
 }
@@ -193,19 +188,14 @@ void guidance_dot_segments(const ReverseStepBackward& params, const GuidanceSamp
   const StepRow row = step_row(forward.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(forward));
   const Tiling tiling(forward.channels, forward.pixels, View{});
-  const int64_t segments = num_segments(forward.channels * forward.pixels);
-  constexpr int64_t kTilesPerSegment = kSegment / kTile;
   const bool noisy = terms.z && terms.out_clamp;
   Buffers buffers;
   Buffer lanes;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / segments, segment = item - sample * segments;
-    const int64_t last = (segment + 1) * kTilesPerSegment;
-    const float scale = samples[sample].scale;
     memset(lanes.data, 0, sizeof(lanes.data));
-    for (int64_t t = segment * kTilesPerSegment; t < last && t < tiling.tiles; ++t) {
-      const Tile tile = tiling.at(sample, t);
+    for_tiles_of_segment(tiling, item, [&](const Tile& tile) {
       const TileAccess access(tiling, tile);
+      const float scale = samples[tile.sample].scale;
       const float* gradient = access.read(params.grad, buffers.out);
       const Inputs in = read_inputs(forward, terms, access, tile, noisy, buffers);
       float* lane = lanes.data;
@@ -216,7 +206,7 @@ void guidance_dot_segments(const ReverseStepBackward& params, const GuidanceSamp
         const Vec along = guided_gradient<Vec>(terms, factors, y);
         at.store(lane, Lanes<Vec>::fma(values.g, along, at.load(lane)));
       });
-    }
+    });
     sums[item] = sum_lanes(lanes.data);
   }
 }
