@@ -15,8 +15,6 @@
 #include <vector>
 
 #include "math/layout.h"
-#include "perturb.h"
-#include "reverse_step.h"
 
 namespace coup_fast {
 
@@ -130,6 +128,7 @@ class Arguments {
   }
 
   int64_t batch, channels, pixels;
+  const char* op() const { return op_; }
   bool empty() const { return batch * channels * pixels == 0; }
 
   // The state itself, which has to be float32 for most ops.
@@ -201,14 +200,6 @@ class Arguments {
             "with strides " +
                 strides + ", ",
             state_);
-  }
-
-  GuidanceNorm guidance_norm(const std::string& text) const {
-    if (text == "none") return GuidanceNorm::kNone;
-    if (text == "normalised") return GuidanceNorm::kNormalised;
-    if (text == "clipped") return GuidanceNorm::kClipped;
-    STD_TORCH_CHECK(false, "coup_fast::", op_,
-                    ": guidance_norm must be none, normalised or clipped, got ", text);
   }
 
   // One bool for each sample.
@@ -299,41 +290,5 @@ class Arguments {
   const bool on_cpu_;                                     // the state
   std::vector<Tensor> kept_;
 };
-
-// --- what two ops and two devices share -------------------------------------------------------
-
-// All but the output.
-inline Perturb perturb_params(Arguments& arguments, const Tensor& coeffs, const MaybeTensor& keys,
-                              const MaybeTensor& noise) {
-  Perturb params{};
-  params.images = arguments.any_float_state();
-  params.noise = arguments.same_shape("noise", noise);
-  params.keys = arguments.keys(keys);
-  params.coeffs = arguments.row(coeffs, kPerturbColumns);
-  params.batch = arguments.batch;
-  params.channels = arguments.channels;
-  params.pixels = arguments.pixels;
-  return params;
-}
-
-// All but the output.
-inline ReverseStep reverse_step_params(Arguments& arguments, const MaybeTensor& model_out,
-                                       const Tensor& coeffs, const MaybeTensor& keys,
-                                       const MaybeTensor& guidance, const MaybeTensor& reference,
-                                       const MaybeTensor& noise, const std::string& guidance_norm) {
-  ReverseStep params{};
-  params.x = arguments.float32_state();
-  params.m = arguments.model_out(model_out, params.s);
-  params.g = arguments.same_shape("guidance", guidance);
-  params.r = arguments.same_shape("reference", reference);
-  params.z = arguments.same_shape("noise", noise);
-  params.keys = arguments.keys(keys);
-  params.coeffs = arguments.row(coeffs, kStepColumns);
-  params.guidance_norm = arguments.guidance_norm(guidance_norm);
-  params.batch = arguments.batch;
-  params.channels = arguments.channels;
-  params.pixels = arguments.pixels;
-  return params;
-}
 
 }  // namespace coup_fast

@@ -12,6 +12,34 @@ namespace coup_fast {
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+inline GuidanceNorm guidance_norm_of(const Arguments& arguments, const std::string& text) {
+  if (text == "none") return GuidanceNorm::kNone;
+  if (text == "normalised") return GuidanceNorm::kNormalised;
+  if (text == "clipped") return GuidanceNorm::kClipped;
+  STD_TORCH_CHECK(false, "coup_fast::", arguments.op(),
+                  ": guidance_norm must be none, normalised or clipped, got ", text);
+}
+
+// All but the output.
+inline ReverseStep reverse_step_params(Arguments& arguments, const MaybeTensor& model_out,
+                                       const Tensor& coeffs, const MaybeTensor& keys,
+                                       const MaybeTensor& guidance, const MaybeTensor& reference,
+                                       const MaybeTensor& noise, const std::string& guidance_norm) {
+  ReverseStep params{};
+  params.x = arguments.float32_state();
+  params.m = arguments.model_out(model_out, params.s);
+  params.g = arguments.same_shape("guidance", guidance);
+  params.r = arguments.same_shape("reference", reference);
+  params.z = arguments.same_shape("noise", noise);
+  params.keys = arguments.keys(keys);
+  params.coeffs = arguments.row(coeffs, kStepColumns);
+  params.guidance_norm = guidance_norm_of(arguments, guidance_norm);
+  params.batch = arguments.batch;
+  params.channels = arguments.channels;
+  params.pixels = arguments.pixels;
+  return params;
+}
+
 template <class Run>
 Tensor reverse_step_call(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
                          const MaybeTensor& keys, const MaybeTensor& guidance,

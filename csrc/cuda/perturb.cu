@@ -1,10 +1,9 @@
 // perturb and its backward on CUDA; formulas in math/step.h. Bytes an element: images read, 4
 // written; backward reads grad, and images too where the row clamps, and writes the gradient in the
 // type of images. The floor is those bytes over the device's copy bandwidth.
-#include "checks.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/step_quads.cuh"
-#include "perturb.h"
+#include "perturb_call.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -67,32 +66,25 @@ struct Backward {
 
 Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& keys,
                const MaybeTensor& noise) {
-  Arguments arguments("perturb", "images", images);
-  Perturb params = perturb_params(arguments, coeffs, keys, noise);
-  const Tensor out = new_dense(images, ScalarType::Float);
-  params.out = arguments.output(out);
-  const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
-                                  params.pixels, params.batch);
-  launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
-                  params.channels, params.pixels, access);
-  return out;
+  return perturb_call(images, coeffs, keys, noise, [&](const Perturb& params) {
+    const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
+                                    params.pixels, params.batch);
+    launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
+                    params.channels, params.pixels, access);
+  });
 }
 
 Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& coeffs,
                         const MaybeTensor& keys, const MaybeTensor& noise) {
-  Arguments arguments("perturb_backward", "images", images);
-  PerturbBackward params{};
-  Perturb& forward = params.forward;
-  forward = perturb_params(arguments, coeffs, keys, noise);
-  params.grad = arguments.same_shape("grad", grad);
-  const Tensor out = new_dense(images, images.scalar_type());
-  params.grad_images = arguments.output(out);
-  const Access access =
-      access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
-                forward.channels, forward.pixels, forward.batch);
-  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
-                  forward.batch, forward.channels, forward.pixels, access);
-  return out;
+  const auto run = [&](const PerturbBackward& params) {
+    const Perturb& forward = params.forward;
+    const Access access =
+        access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
+                  forward.channels, forward.pixels, forward.batch);
+    launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
+                    forward.batch, forward.channels, forward.pixels, access);
+  };
+  return perturb_backward_call(grad, images, coeffs, keys, noise, run);
 }
 
 }  // namespace
