@@ -10,8 +10,10 @@ What is here knows chains, not methods; how bodies become replays is the recorde
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,6 +152,7 @@ class Graphs:
         self._places: Any = None
         self._recorders: dict[torch.device, Recorder] = {}
         self._lock = threading.Lock()
+        _all.add(self)
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return type(self), ()
@@ -250,6 +253,18 @@ class Graphs:
         self._loops.move_to_end(key)
         while len(self._loops) > _KEPT:
             self._loops.popitem(last=False)
+
+
+_all: weakref.WeakSet[Graphs] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    for graphs in _all:
+        graphs._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a child forked while others run would wait for ever
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def _algorithms() -> tuple[Any, ...]:
