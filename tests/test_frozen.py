@@ -44,18 +44,6 @@ def test_every_parameter_and_back(inner: bool) -> None:
     assert flags(module) == before
 
 
-def test_the_last_of_overlapping_runs_restores() -> None:
-    module = nested()
-    before = flags(module)
-    first, second = frozen_parameters(module), frozen_parameters(module)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not any(flags(module))
-    second.__exit__(None, None, None)
-    assert flags(module) == before
-
-
 def test_networks_of_a_run_see_frozen_parameters() -> None:
     network, classifier = TinyNetwork(), TinyClassifier()
     seen: list[bool] = []

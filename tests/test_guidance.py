@@ -109,6 +109,23 @@ def test_a_classifier_that_differentiates_once_guides_but_has_no_full_gradient()
         confidence_gradient(classifier, x.requires_grad_(), reference, graph=True)
 
 
+class Exhausted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("no memory left")
+
+
+def test_running_out_of_memory_is_reported_as_such() -> None:
+    tiny = TinyClassifier()
+    x = state(dtype=torch.float32).requires_grad_()
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        confidence_gradient(lambda u: Exhausted.apply(tiny(u)), x, reference, graph=True)
+
+
 def flags(module: nn.Module) -> list[bool]:
     return [p.requires_grad for p in module.parameters()]
 

@@ -96,6 +96,7 @@ def test_auto_follows_the_weights() -> None:
     assert not runs_in_channels_last(network, channels_last=False)
     assert not runs_in_channels_last(lambda x, t: x)
     assert not runs_in_channels_last(nn.Bilinear(1, 1, 1))
+    assert not runs_in_channels_last(nn.Conv2d(3, 3, 1))  # its weights are in both formats
     assert runs_in_channels_last(lambda x, t: x, channels_last=True)
     u = images().contiguous(memory_format=LAST)
     clean = Purifier(ScoreModel(network), method="vp-ode", num_steps=1, channels_last=False)

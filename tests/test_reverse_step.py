@@ -133,8 +133,11 @@ def test_memory_formats_of_inputs_do_not_matter(shape, dtype, name: str) -> None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_outputs_have_the_layout_of_their_input(layout) -> None:
-    call = step((2, 3, 4, 5), dtype=torch.float16).map(lambda t: t.contiguous(memory_format=layout))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_outputs_have_the_layout_of_their_input(channels: int, layout) -> None:
+    call = step((2, channels, 4, 5), dtype=torch.float16).map(
+        lambda t: t.contiguous(memory_format=layout)
+    )
     out = ops.reverse_step(*call.args)
     assert out.stride() == call.x.stride()
     grads = torch.ops.coup_fast.reverse_step_backward(out, *call.args)
