@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESAMPLE = ("none", "up", "down")
 _SQRT_HALF = math.sqrt(0.5)
 
 

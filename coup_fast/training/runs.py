@@ -24,8 +24,6 @@ from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp
 from coup_fast.training.trainer import Objective, TrainConfig, Trainer, generator_for
 from coup_fast.training.transfer import ncsn_from_vp
 
-TASKS = ("score", "ncsn", "classifier")
-DATASETS = ("mnist", "cifar10")
 TIMES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)  # where a VP model's error is reported
 INIT_TIME = 0.1  # whose denoiser an NCSN network starts from with `init`
 
