@@ -10,7 +10,7 @@ call live on one device, the CPU or CUDA. Unless a docstring says otherwise:
 - outputs have the shape of the state and are contiguous, or channels_last where it is that;
 - coeffs is one row of coefficients, a float32 tensor on the device (columns: `coup_fast.plan`), so
   that a new step is neither a recompilation nor a host synchronisation. A term whose coefficient
-  is exactly 0 contributes nothing, whatever its input;
+  is exactly 0 contributes nothing, whatever its input. Coefficients that require grad are refused;
 - keys are int64 [B, 2] rows of `coup_fast.noise.step_keys`. A sample's noise depends on its key and
   the logical index alone: not on device, layout, batch or threads, bit for bit;
 - wrong dtypes, shapes and devices raise RuntimeError with argument, given and expected.
@@ -99,6 +99,12 @@ def _recorded(operator: _Operator, tensors: tuple[Tensor | None, ...], args: Any
             f"coup_fast.ops.{operator.name} cannot be differentiated inside a transform of "
             "torch.func; use torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
         )
+    for tensor in tensors:
+        if tensor is not None and tensor.ndim == 1 and tensor.requires_grad:  # coeffs alone is 1-D
+            raise RuntimeError(
+                f"coup_fast.ops.{operator.name} does not differentiate its coefficients; detach "
+                "coeffs, or use coup_fast.reference, which does"
+            )
     return operator.call(*args)
 
 
@@ -174,7 +180,7 @@ def reverse_step_(
     Raises RuntimeError if gradients are on and an input requires them.
     """
     if _is_grad_enabled():
-        for tensor in (x, model_out, guidance, reference):
+        for tensor in (x, model_out, coeffs, guidance, reference):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     "reverse_step_ is not differentiable, and one of its inputs requires grad: "

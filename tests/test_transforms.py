@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from sampling import perturb_row, step
 from tiny import images, short_purifier
 
-from coup_fast import PurifiedClassifier, ops
+from coup_fast import PurifiedClassifier, ops, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -81,6 +81,23 @@ def test_operators_refuse_gradients_inside_torch_func(transform: Callable) -> No
     function, x = OPERATORS["perturb"]
     with pytest.raises(RuntimeError, match=r"coup_fast\.ops\.perturb .*coup_fast\.reference"):
         transform(lambda u: function(u).sum())(x)
+
+
+def test_operators_refuse_coefficients_that_require_grad() -> None:
+    """The reference differentiates them; here their gradient would be missing without a word."""
+    row = STEP.coeffs.clone().requires_grad_()
+    for function in (ops.reverse_step, ops.reverse_step_):
+        with pytest.raises(RuntimeError, match=r"differentia"):
+            function(STEP.x.clone(), STEP.model_out, row)
+    with pytest.raises(RuntimeError, match="does not differentiate its coefficients"):
+        ops.perturb(H.abs(), perturb_row().requires_grad_())
+    with pytest.raises(RuntimeError, match="does not differentiate its coefficients"):
+        ops.adaptive_step(
+            H, H, 0.9 * H, torch.ones(2, dtype=torch.bool), ADAPTIVE_ROW.clone().requires_grad_()
+        )
+    with torch.no_grad():
+        ops.reverse_step(STEP.x, STEP.model_out, row)
+    assert reference.reverse_step(STEP.x, STEP.model_out, row).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
