@@ -254,7 +254,7 @@ def test_values_of_another_type_are_refused_by_name(changes: dict, message: str)
 def test_toml_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "eval.toml"
     path.write_text(eval_models.TOML.format(images=6))
-    config = from_dict(read_toml(path))
+    config = from_dict(read_toml(str(path)))
     assert config == from_dict(eval_models.tables(attack=eval_models.tables()["attack"][:1]))
     path.write_text("draws = ")
     with pytest.raises(ValueError, match=r"eval\.toml is not TOML"):

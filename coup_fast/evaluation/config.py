@@ -247,14 +247,14 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     return EvalConfig(data, models, rows, **numbers)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ValueError if it is none."""
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ValueError if it is none, OSError if it cannot be read."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     return tables

@@ -40,6 +40,7 @@ def evaluate(
     say: Say | None = None,
     timeout: float = 1800.0,
     report_only: bool = False,
+    interval: float = 30.0,
 ) -> Report | None:
     """Run what is missing of an evaluation, and report all of it.
 
@@ -52,6 +53,7 @@ def evaluate(
         say: receives a line about each finished unit, on rank 0.
         timeout: seconds to wait for other ranks.
         report_only: compute nothing; report the batches that all rows have finished.
+        interval: seconds after which `say` also hears how far an unfinished unit is.
 
     Started by torchrun (or with a process group), the ranks share the work, and only rank 0
     returns the report; the others return None.
@@ -61,21 +63,42 @@ def evaluate(
     a rank that died); what was finished before stays.
     """
     say = say or (lambda _: None)
+    ticker = _Ticker(say, interval)
     device = local_device(torch.device(device))
     with world(timeout, device) as ranks, _reproducible(config.threads):
         images, labels = load_images(config.data) if data is None else data
         load = model_loader(config.models, device) if models is None else models
-        worker = Worker(config, images, labels, load, device)
+        worker = Worker(config, images, labels, load, device, ticker.step)
         identity = worker.identity()
         state: State | None = None
         try:
             state, done = _open(ranks, Path(out) / "state", identity, report_only)
             if not report_only:
-                _run_all(worker, ranks, state, done, say)
+                _run_all(worker, ranks, state, done, ticker)
             return None if state is None else Report(config, identity, dict(state.done))
         finally:
             if state is not None:
                 state.close()
+
+
+class _Ticker:
+    """Tells of finished units, and now and then how far the present one is."""
+
+    def __init__(self, say: Say, interval: float) -> None:
+        self.say, self.interval = say, interval
+        self.unit, self.started, self.last = "", 0.0, 0.0
+
+    def begin(self, unit: str) -> None:
+        """From now on it is about this unit."""
+        self.unit, self.started = unit, time.monotonic()
+        self.last = self.started
+
+    def step(self, what: str) -> None:
+        """Part of a unit is done; said if nothing was for `interval` seconds."""
+        now = time.monotonic()
+        if self.unit and now - self.last >= self.interval:
+            self.last = now
+            self.say(f"{self.unit}: {what} ({now - self.started:.0f} s)")
 
 
 def _open(
@@ -117,21 +140,25 @@ def rounds(batches: int, rows: int, ranks: int, done: set[Unit]) -> Iterator[dic
                 yield todo
 
 
-def _run_all(worker: Worker, ranks: World, state: State | None, done: set[Unit], say: Say) -> None:
+def _run_all(
+    worker: Worker, ranks: World, state: State | None, done: set[Unit], ticker: _Ticker
+) -> None:
     config = worker.config
     total = len(worker.batches) * len(config.rows)
-    if done:
-        say(f"{len(done)} of {total} batches were finished before")
+    if done and state is not None:
+        ticker.say(f"{len(done)} of {total} batches were finished before")
     finished = len(done)
     for todo in rounds(len(worker.batches), len(config.rows), ranks.size, done):
+        row = config.rows[next(iter(todo.values()))[1]]
+        if state is not None:  # on rank 0
+            ticker.begin(f"{finished + len(todo)}/{total}  {row.name}")
         messages = ranks.gather(json.dumps(_run_one(worker, ranks, todo.get(ranks.rank))))
         verdict = ""
         if state is not None:
             verdict = _keep(state, [json.loads(message) for message in messages], todo)
             finished += len(todo)
-            row = config.rows[next(iter(todo.values()))[1]]
             seconds = max(json.loads(m)["run"]["seconds"] for m in messages)
-            say(f"{finished}/{total}  {row.name}  {seconds:.1f} s")
+            ticker.say(f"{finished}/{total}  {row.name}  {seconds:.1f} s")
         verdict = ranks.broadcast(verdict)
         if verdict:
             raise EvaluationError(verdict)

@@ -22,7 +22,8 @@ ModelLoader = Callable[[str], tuple[ScoreModel, Classifier]]
 def load_images(data: Data) -> tuple[Tensor, Tensor]:
     """images [N, C, H, W] float32 in [0, 1] and labels [N] int64, N = data.images.
 
-    Raises ValueError if there are too few or they are not images, FileNotFoundError, ImportError.
+    Raises ValueError or TypeError if there are too few or they are not images and labels,
+    FileNotFoundError, ImportError.
     """
     if data.folder and data.name not in ("mnist", "cifar10"):
         raise ValueError(
@@ -32,7 +33,10 @@ def load_images(data: Data) -> tuple[Tensor, Tensor]:
     if data.name == "digits":
         from coup_fast.data import demo_digits
 
-        return demo_digits(data.images, data.seed, data.split or "report")
+        try:
+            return demo_digits(data.images, data.seed, data.split or "report")
+        except ValueError as error:
+            raise ValueError(f"{data.images} images of data 'digits': {error}") from error
     if data.name in ("mnist", "cifar10"):
         from coup_fast.data import load_cifar10, load_mnist
 
@@ -53,32 +57,54 @@ def load_images(data: Data) -> tuple[Tensor, Tensor]:
 def _load_npz(path: Path) -> tuple[Tensor, Tensor]:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as file:
-        if not {"images", "labels"} <= set(file.files):
-            raise ValueError(f"{path} needs the arrays images and labels; it has {file.files}")
-        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a .npz file: {error}") from error
+    if not {"images", "labels"} <= set(found):
+        raise ValueError(f"{path} needs the arrays images and labels; it has {list(found)}")
+    images, labels = found["images"], found["labels"]
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         shapes = f"{list(images.shape)} and {list(labels.shape)}"
         raise ValueError(f"{path}: images must be [N, C, H, W] and labels [N], got {shapes}")
-    return images, labels
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise TypeError(f"{path}: images must be uint8 or floats in [0, 1], got {images.dtype}")
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{path}: labels must be whole numbers, got {labels.dtype}")
+    if images.dtype != np.uint8 and not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f"{path}: images have values outside [0, 1] (or NaN); scale them first")
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def model_loader(name: str, device: torch.device) -> ModelLoader:
     """The loader that a configuration's `models` names, giving models on `device`.
 
-    Raises ValueError for a name that is none, ImportError if its module cannot be imported.
+    Raises ValueError for a name that is none, ImportError if its module cannot be imported. The
+    loader raises TypeError if the function returns something else.
     """
     if ":" not in name:
         from coup_fast.models.bundled import load_bundled
 
         return lambda score: load_bundled(name, score=score, device=device)
     module, _, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function, None)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ImportError(f"models {name!r}: {error}") from error
     if not callable(found):
         raise ValueError(f"models {name!r}: {module} has no function {function!r}")
 
     def load(score: str) -> tuple[ScoreModel, Classifier]:
-        score_model, classifier = found(score)
+        pair = found(score)
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], ScoreModel)):
+            raise TypeError(
+                f"models {name!r}: {function}({score!r}) must return (ScoreModel, classifier), "
+                f"got {type(pair).__name__}"
+            )
+        score_model, classifier = pair
         if isinstance(classifier, nn.Module):
             classifier = classifier.to(device)
         return score_model.to(device), classifier

@@ -7,7 +7,7 @@ their order, or the process that computes it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import coup_fast
 from coup_fast.attacks import Attack
-from coup_fast.attacks.attack import AttackResult
+from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.sources import ModelLoader, model_digest, score_for, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
@@ -24,7 +24,7 @@ from coup_fast.frozen import frozen_parameters
 from coup_fast.plan import AdaptivePlan
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Classifier, Purifier
-from coup_fast.score_model import in_dtype_of, module_of
+from coup_fast.score_model import declared_channels, in_dtype_of, module_of
 
 
 class _NotFinite(Exception):
@@ -35,7 +35,9 @@ class Worker:
     """Models, images and defences of an evaluation, on one device.
 
     images: [N, C, H, W] float32 in [0, 1]; labels: int64 [N]. The defences are built here, so that
-    a wrong option is reported before anything is computed (ValueError or TypeError).
+    a wrong option, and networks of other channels than the images', are reported before anything
+    is computed (ValueError or TypeError). step: receives a few words after each iterate of an
+    attack and each draw.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Worker:
         labels: Tensor,
         load: ModelLoader,
         device: torch.device,
+        step: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.images, self.labels, self.device = config, images, labels, device
+        self._step = step or (lambda _: None)
         self.batches = config.batches()
         self._networks: dict[str, tuple[coup_fast.ScoreModel, Classifier]] = {}
         # What attacks that ignore the purifier found on one batch: the same for every defence.
@@ -60,6 +64,7 @@ class Worker:
         score = score_for(defence.method)
         if score not in self._networks:
             self._networks[score] = load(score)
+            self._check_channels(*self._networks[score])
         score_model, classifier = self._networks[score]
         if defence.method == UNDEFENDED:
             return classifier
@@ -71,6 +76,16 @@ class Worker:
             **defence.options,
         )
         return PurifiedClassifier(purifier, classifier, defence.num_draws, defence.vote)
+
+    def _check_channels(self, score_model: coup_fast.ScoreModel, classifier: Classifier) -> None:
+        given = self.images.shape[1]
+        for name, network in (("classifier", classifier), ("score model", score_model.network)):
+            channels = declared_channels(network)
+            if channels not in (None, given):
+                raise ValueError(
+                    f"the {name} takes images of {channels} channels, and the images have {given} "
+                    f"(models {self.config.models!r}, data {self.config.data.name!r})"
+                )
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, as JSON data."""
@@ -94,12 +109,21 @@ class Worker:
         }
 
     def run(self, unit: Unit) -> dict[str, Any]:
-        """The result of a unit, as JSON data. Raises EvaluationError, naming a network, for NaN."""
+        """The result of a unit, as JSON data.
+
+        Raises EvaluationError for NaN, naming a network, and for what a network itself raised
+        (RuntimeError; images of a size it cannot take), ValueError for labels it has no class for.
+        """
         row = self.config.rows[unit[1]]
         try:
             return self._run(unit, row)
         except FloatingPointError as error:
             raise EvaluationError(self._whose_fault(unit, row, error)) from error
+        except RuntimeError as error:
+            raise EvaluationError(
+                f"{type(error).__name__}: {' '.join(str(error).split())}: "
+                f"{self._where(unit, row)}. The finished batches are kept."
+            ) from error
 
     def _run(self, unit: Unit, row: Row) -> dict[str, Any]:
         ids = self.batches[unit[0]]
@@ -119,7 +143,13 @@ class Worker:
                 "score_evaluations": found.score_evaluations,
                 "classifier_evaluations": found.classifier_evaluations,
             }
-        result["predictions"] = self._predict(model, images, sample_ids).tolist()
+        scores = self._scores(model, images, sample_ids)
+        if int(labels.max()) >= scores.shape[2] or int(labels.min()) < 0:
+            raise ValueError(
+                f"labels must be classes of the classifier, 0 to {scores.shape[2] - 1}, got "
+                f"{int(labels.min())} to {int(labels.max())}"
+            )
+        result["predictions"] = scores.argmax(2).T.cpu().tolist()
         return result
 
     def _attack(
@@ -133,7 +163,14 @@ class Worker:
     ) -> AttackResult:
         def compute() -> AttackResult:
             budget = self.config.memory_budget
-            return attack.run(model, images, labels, sample_ids=sample_ids, memory_budget=budget)
+            return attack.run(
+                model,
+                images,
+                labels,
+                sample_ids=sample_ids,
+                progress=self._iterate,
+                memory_budget=budget,
+            )
 
         if attack.gradient != "classifier" or not isinstance(model, PurifiedClassifier):
             return compute()
@@ -144,25 +181,34 @@ class Worker:
             found[key] = compute()
         return found[key]
 
+    def _iterate(self, progress: Progress) -> None:
+        self._step(f"iterate {progress.done} of {progress.total}")
+
     @torch.no_grad()
-    def _predict(
+    def _scores(
         self, model: PurifiedClassifier | Classifier, images: Tensor, ids: Tensor
     ) -> Tensor:
-        """Predicted classes under every draw, int64 [B, draws]; [B, 1] without a defence."""
+        """Scores under every draw, [draws, B, K]; [1, B, K] without a defence."""
+        scores = []
         if isinstance(model, PurifiedClassifier):
-            scores = [model(images, ids, k * model.num_draws) for k in range(self.config.draws)]
+            for k in range(self.config.draws):
+                scores.append(model(images, ids, k * model.num_draws))
+                self._step(f"draw {k + 1} of {self.config.draws}")
         else:
             with frozen_parameters(model):
-                scores = [model(in_dtype_of(model, images))]
+                scores.append(model(in_dtype_of(model, images)))
         stacked = torch.stack(scores)
         if not bool(stacked.isfinite().all()):
             raise FloatingPointError("the classifier's scores are not finite")
-        return stacked.argmax(2).T.cpu()
+        return stacked
+
+    def _where(self, unit: Unit, row: Row) -> str:
+        ids = self.batches[unit[0]]
+        return f"{row.name}, sample ids {ids.start} to {ids.stop - 1}"
 
     def _whose_fault(self, unit: Unit, row: Row, error: FloatingPointError) -> str:
         """Compute the unit again and stop at the first network that returns inf or NaN."""
-        ids = self.batches[unit[0]]
-        where = f"{row.name}, sample ids {ids.start} to {ids.stop - 1}"
+        where = self._where(unit, row)
         try:
             with self._watched(self.defences[row.defence.name]):
                 self._run(unit, row)
