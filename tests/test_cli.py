@@ -42,6 +42,45 @@ def test_python_m_is_the_same_command() -> None:
     assert done.stdout.strip() == coup_fast.__version__
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["purify", "", "x.png"], "argument IN: is empty"),
+        (["purify", "a.png", "b.png", "--batch-size", "x"], "whole number >= 1, got 'x'"),
+        (["purify", "a.png", "b.png", "--size", "32x"], "a size as 32 or 28x32, got '32x'"),
+        (["purify", "a.png", "b.png", "--seed=-1"], "whole number >= 0, got '-1'"),
+        (["toy", "--t-star", "x"], "argument --t-star: must be a number, got 'x'"),
+        (["eval", "--timeout=-3"], "argument --timeout: must be a number > 0, got '-3'"),
+        (["train", "score", "--data", ".", "--out", "a", "--learning-rate", "0"], "> 0, got '0'"),
+    ],
+)
+def test_values_that_are_none_say_what_is_wanted(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_outputs_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(common.CommandError, match="is a folder, where a file is to go"):
+        common.check_outputs([tmp_path], force=True)
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(common.os, "access", lambda path, _: Path(path) != locked)
+    assert "locked cannot be written to" in fails(capsys, "toy", "--plot", locked / "a.png")
+
+
+def test_errors_of_the_system_have_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An OSError of Python's own, as of a missing data set, has no strerror."""
+    words = ["demo", "--dataset", "cifar10", "--data", str(tmp_path), "--out", str(tmp_path / "o")]
+    assert main(words) == 1
+    assert "no test_batch.bin or test_batch in" in capsys.readouterr().err
+
+
 def test_settings_are_typed() -> None:
     pairs = ["a=1", "b=0.5", "c=true", "d=None", "e=euler", "guidance-norm='none'", "r=(2, 3)"]
     assert common.parse_settings(pairs) == {
@@ -53,7 +92,7 @@ def test_settings_are_typed() -> None:
         "guidance_norm": "none",
         "r": (2, 3),
     }
-    for wrong in (["a"], ["=1"], ["1a=1"], ["a=1", "a=2"]):
+    for wrong in (["a"], ["=1"], ["1a=1"], ["a=1", "a=2"], ["seed=1"], ["method=coup"]):
         with pytest.raises(common.CommandError, match="--set"):
             common.parse_settings(wrong)
 
@@ -107,6 +146,7 @@ def test_info_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(path.read_text()) == printed
     capsys.readouterr()
     assert "--force" in fails(capsys, "info", "--json", path)
+    assert main(["info", "--json", str(path), "--force"]) == 0
 
 
 # --- toy

@@ -13,7 +13,7 @@ from PIL import Image
 
 import coup_fast
 from coup_fast.cli import common, main
-from coup_fast.cli.files import choose_layout
+from coup_fast.cli.files import ImageFile, choose_layout
 from coup_fast.cli.fitting import Fit
 from coup_fast.integrations.pictures import to_whole_numbers
 
@@ -184,6 +184,44 @@ def test_colour_alpha_and_size_take_their_options(
     assert "lossy" in capsys.readouterr().err
     with Image.open(jpeg) as image:
         assert image.size == (30, 40)
+
+
+def test_a_folder_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures keep their sample ids, so the results are those of a run that nobody stopped."""
+    source, whole, target = (tmp_path / name for name in ("in", "whole", "out"))
+    source.mkdir()
+    for i, pixels in enumerate((255 * digits(5)[:, 0]).astype(np.uint8)):
+        Image.fromarray(pixels).save(source / f"{i}.png")
+    words = ["purify", str(source), str(target), "--batch-size", "1", *QUICK]
+    assert main([*words[:2], str(whole), *words[3:]]) == 0
+    write = ImageFile.write
+
+    def stop_at_the_fourth(picture: ImageFile, purified: torch.Tensor) -> int:
+        if picture.target.name == "3.png":
+            raise KeyboardInterrupt
+        return write(picture, purified)
+
+    monkeypatch.setattr(ImageFile, "write", stop_at_the_fourth)
+    assert main(words) == 130
+    assert "3 of 5 results are written; --resume goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    (target / "0.png").unlink()
+    assert main([*words, "--resume"]) == 0
+    assert "2 of 5 results are there" in capsys.readouterr().err
+    for path in whole.iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes()
+    assert main([*words, "--resume"]) == 0  # with nothing left to do
+    assert "excludes --force" in fails(capsys, *words, "--resume", "--force")
+
+
+def test_an_ending_that_says_grey_takes_no_colours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
+    words = ["purify", tmp_path / "in.png", tmp_path / "out.pgm", "--bundled", "cifar10", *QUICK]
+    assert "is RGB and .pgm files hold grey" in fails(capsys, *words)
 
 
 def test_a_failed_write_leaves_nothing_behind(

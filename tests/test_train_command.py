@@ -71,7 +71,19 @@ def test_wrong_requests_are_one_sentence(
     assert main(["train", "classifier", *SMALL, *out]) == 0
     assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
     assert "belongs to another run: seed (0, now 1)" in capsys.readouterr().err
+    for words, message in (
+        (["--device", "meta"], "--device meta: the kernels run on cpu and cuda"),
+        (["--out", "a.txt"], "--out a.txt must end in .safetensors"),
+        (["--out", "no/a.safetensors"], "no is not a folder"),
+        (["--init", "no.safetensors"], "--init no.safetensors is not a file"),
+    ):
+        assert main(["train", "ncsn", *SMALL, *out, "--force", *words]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "out.safetensors.checkpoint").unlink()
+    assert main(["train", "classifier", *SMALL, *out]) == 2
+    assert "there is no out.safetensors.checkpoint to go on from" in capsys.readouterr().err
     monkeypatch.undo()
+    out.append("--force")
     nowhere = ["--data", str(tmp_path / "nowhere"), "--no-progress"]
     assert main(["train", "classifier", *nowhere, *out]) == 2
     assert "no train-images-idx3-ubyte" in capsys.readouterr().err

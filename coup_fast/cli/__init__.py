@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # a full disk, a folder without permission
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"coup-fast {args.command}: error: {where}{error.strerror}", file=sys.stderr)
+        reason = error.strerror or str(error)
+        print(f"coup-fast {args.command}: error: {where}{reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"coup-fast {args.command}: interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 class CommandError(Exception):
     """A request that cannot be carried out; the message is one sentence for the user."""
 
+
+# Options of a `Purifier` that are no `--set`, and what gives them.
+_OWN_OPTIONS = {
+    "method": "the option for methods",
+    "seed": "--seed",
+    "score_model": "the option for networks",
+    "classifier": "the option for networks",
+}
 
 # import name -> name on the package index, where they differ
 _DISTRIBUTIONS = {"PIL": "pillow"}
@@ -46,6 +55,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             raise CommandError(f"--set needs key=value, got {pair!r}")
         if key in options:
             raise CommandError(f"--set gives {key} twice")
+        if key in _OWN_OPTIONS:
+            raise CommandError(f"--set takes no {key}: it is given by {_OWN_OPTIONS[key]}")
         text = text.strip()
         if text.lower() in words:
             options[key] = words[text.lower()]
@@ -89,18 +100,45 @@ def choose_device(text: str) -> torch.device:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return _whole(text, 1)
 
 
 def non_negative_int(text: str) -> int:
     """argparse type: an integer >= 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
     return value
+
+
+def number(text: str) -> float:
+    """argparse type: a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite float > 0."""
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value
+
+
+def file_path(text: str) -> Path:
+    """argparse type: a path; an empty one, as of an unset shell variable, is no path."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -131,12 +169,21 @@ def print_or_write(text: str, data: object, args: argparse.Namespace) -> None:
 
 
 def check_outputs(files: Sequence[Path | None], force: bool) -> None:
-    """Raise a `CommandError` if an output file exists (without `force`) or its folder does not."""
+    """Raise a `CommandError` if an output file exists (without `force`) or cannot be made."""
     paths = [path for path in files if path is not None]
     refuse_to_overwrite(paths, force)
     for path in paths:
-        if not path.parent.is_dir():
-            raise CommandError(f"{path.parent} is not a folder")
+        if path.is_dir():
+            raise CommandError(f"{path} is a folder, where a file is to go")
+        check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `CommandError` unless files can be made in `folder`: before the work, not after."""
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"{folder} cannot be written to: no permission")
 
 
 def check_plot(path: Path | None) -> None:

@@ -30,20 +30,31 @@ _METHODS = ["coup", "diffpure", "adp"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast eval`."""
     add = parser.add_argument
-    add("config", nargs="?", type=Path, metavar="CONFIG", help="a TOML file")
-    add("--out", type=Path, default=Path("coup_fast_eval"), metavar="DIR", help="output folder")
+    add("config", nargs="?", type=common.file_path, metavar="CONFIG", help="a TOML file")
+    add(
+        "--out",
+        type=common.file_path,
+        default=Path("coup_fast_eval"),
+        metavar="DIR",
+        help="output folder",
+    )
     add("--images", type=common.positive_int, help="how many images (default: 64)")
     add("--draws", type=common.positive_int, help="fresh draws of each image (default: 10)")
     add("--batch-size", type=common.positive_int, help="images at once (default: 16)")
     add("--seed", type=common.non_negative_int, help="of the defences' noise (default: 0)")
     add("--threads", type=common.positive_int, help="of a process (default: 1)")
-    add("--models", help='"mnist" (bundled) or MODULE:FUNCTION (default: mnist)')
+    add("--models", help="mnist or cifar10 (bundled), or MODULE:FUNCTION (default: mnist)")
     add(
         "--data",
-        help="digits, mnist, cifar10, a .npz file, or the folder with the files of CONFIG's mnist "
-        "or cifar10 (default: digits)",
+        help="digits, mnist, cifar10, a .npz file, or the folder with the files of mnist or "
+        "cifar10, whichever CONFIG or --models names (default: digits)",
     )
-    add("--timeout", type=float, default=1800.0, help="seconds to wait for a rank (default: 1800)")
+    add(
+        "--timeout",
+        type=common.positive_number,
+        default=1800.0,
+        help="seconds to wait for a rank (default: 1800)",
+    )
     add("--report-only", action="store_true", help="report what is finished, compute nothing")
     common.add_device_argument(parser)
     group = parser.add_argument_group("without CONFIG")
@@ -57,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of all these methods, as in --set num_steps=10; repeatable",
     )
     add("--attacks", nargs="+", metavar="PRESET", help="default: pgd40")
-    add("--eps", type=float, nargs="+", help="radius of the attacks, in pixels")
+    add("--eps", type=common.positive_number, nargs="+", help="radius of the attacks, in pixels")
     add("--steps", type=common.positive_int, help="steps of the attacks")
     add("--eot", type=common.positive_int, nargs="+", help="draws of each of their gradients")
     add("--no-controls", action="store_true", help="without the undefended and λ=0 rows")
@@ -84,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 report_only=args.report_only,
             )
     except (EvaluationError, ImportError, FileNotFoundError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         kept = len(list((args.out / "state").glob("batch-*.json")))
         again = common.command_line(args.argv)
@@ -138,7 +149,11 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
             tables[name] = getattr(args, name)
     place = "folder" if args.data and Path(args.data).is_dir() else "name"
     data = {place: args.data, "images": args.images}
-    tables["data"] = tables.get("data", {}) | {k: v for k, v in data.items() if v is not None}
+    if place == "folder" and args.config is None and args.models in ("mnist", "cifar10"):
+        data["name"] = args.models
+    given = {key: value for key, value in data.items() if value is not None}
+    if given and isinstance(tables.get("data", {}), dict):  # of a wrong one the reader will tell
+        tables["data"] = {**tables.get("data", {}), **given}
     return tables
 
 

@@ -86,6 +86,8 @@ def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
         raise CommandError(
             f"{path} has 16 bits and {target.suffix} files hold 8: use {' or '.join(_DEEP)}"
         )
+    if suffix == ".pgm" != path.suffix.lower() and picture.pixels.shape[0] == 3:
+        raise CommandError(f"{path} is RGB and .pgm files hold grey: use .ppm or .png")
     return ImageFile(path, target, picture)
 
 

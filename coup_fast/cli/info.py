@@ -25,6 +25,7 @@ _EXTRAS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast info`."""
     common.add_json_argument(parser)
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def collect() -> dict[str, Any]:
@@ -83,8 +84,8 @@ def _extras(missing: dict[str, list[str]]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Print the information; always 0."""
+    common.check_outputs([common.json_file(args)], args.force)
     info = collect()
-    common.check_outputs([common.json_file(args)], force=False)
     device = "cuda" if info["cuda"]["loaded"] and info["gpus"] else "cpu"
     lines = {
         "coup_fast": info["version"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +12,6 @@ from coup_fast.cli import bundle
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
-    import argparse
-
     import torch
     from torch import nn
 
@@ -70,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def image_size(text: str) -> tuple[int, int]:
     """argparse type: "32" or "28x32" as height and width."""
-    parts = [int(part) for part in text.lower().split("x")]
+    words = text.lower().split("x")
+    parts = [int(word) if word.isdecimal() else 0 for word in words]
     if len(parts) not in (1, 2) or min(parts) < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be a size as 32 or 28x32, got {text!r}")
     return parts[0], parts[-1]
 
 

@@ -41,8 +41,13 @@ HELP = "purify image files or .npy / .npz batches"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast purify`."""
     add = parser.add_argument
-    add("source", type=Path, metavar="IN", help="image, folder of images, .npy or .npz file")
-    add("target", type=Path, metavar="OUT", help="where the result goes, same format")
+    add(
+        "source",
+        type=common.file_path,
+        metavar="IN",
+        help="image, folder of images, .npy or .npz file",
+    )
+    add("target", type=common.file_path, metavar="OUT", help="where the result goes, same format")
     add("--method", default="coup", help="purification method (default: coup)")
     add("--seed", type=common.non_negative_int, default=0, help="seed of the noise (default: 0)")
     add("--draw", type=common.non_negative_int, default=0, help="which noise draw (default: 0)")
@@ -70,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--alpha", choices=["keep", "drop"], help="copy or leave out an alpha channel")
     add("--force", action="store_true", help="overwrite what is there")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a folder after a stop: leave out the pictures whose results are there",
+    )
     networks.add_arguments(parser)
     common.add_device_argument(parser)
 
@@ -84,21 +94,21 @@ class _Job:
     draw: int
     batch_size: int
 
-    def run(self, pictures: Sequence[Tensor]) -> Iterator[Tensor]:
+    def run(self, pictures: Sequence[Tensor], ids: Sequence[int]) -> Iterator[Tensor]:
         """Purify pictures [c, h, w] in [0, 1]; yields them in order, each in its own shape.
 
-        The sample id of a picture is its position. A bar on stderr counts network calls.
+        ids: the sample id of each. A bar on stderr counts network calls.
         """
         import torch
 
         parts = self._parts(pictures)
         calls = len(parts) * self.purifier.plan.num_network_calls
         with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
-            for ids in parts:
-                part = pictures[ids.start : ids.stop]
+            for rows in parts:
+                part, own = pictures[rows.start : rows.stop], list(ids[rows.start : rows.stop])
                 batch = torch.cat([self.fit.to_network(picture[None]) for picture in part])
                 with torch.no_grad(), self._plain_errors(batch):
-                    clean = self.purifier(batch.to(self.device), list(ids), self.draw)
+                    clean = self.purifier(batch.to(self.device), own, self.draw)
                 for picture, result in zip(part, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], picture.shape)[0]
 
@@ -141,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
     if not (source.is_dir() or is_array or suffix in IMAGE_SUFFIXES):
         endings = " ".join((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
         raise CommandError(f"{source} is neither a folder nor one of {endings}")
+    if args.resume and (args.force or not source.is_dir()):
+        raise CommandError("--resume is for a folder of pictures, and excludes --force")
     job = _prepare(args)
     start = time.perf_counter()
     count, clipped = _run_array(args, job) if is_array else _run_images(args, job)
@@ -200,19 +212,35 @@ def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
     _prepare_target(target, [target], args.force)
     batch = read_array(args.source, job.fit, args.layout, args.key)
     job.fit.check(batch.pixels.shape[1:], str(args.source))
-    purified = torch.stack(list(job.run(list(batch.pixels))))
+    purified = torch.stack(list(job.run(list(batch.pixels), range(len(batch.pixels)))))
     return len(purified), batch.write(target, purified)
 
 
 def _run_images(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
     """Purify one picture or the pictures of a folder; returns as `_run_array`."""
     paths = list_images(args.source, args.target)
+    ids = [i for i, (_, target) in enumerate(paths) if not (args.resume and target.exists())]
+    if args.resume:
+        common.say(f"{len(paths) - len(ids)} of {len(paths)} results are there")
+    paths = [paths[i] for i in ids]
+    if not paths:
+        return 0, 0
     _prepare_target(paths[0][1], [target for _, target in paths], args.force)
     pictures = [read_image(*pair, args.alpha) for pair in paths]
     for picture in pictures:
         job.fit.check(picture.pixels.shape, str(picture.source))
-    results = job.run([picture.pixels for picture in pictures])
-    clipped = sum(p.write(purified) for p, purified in zip(pictures, results, strict=True))
+    results = job.run([picture.pixels for picture in pictures], ids)
+    clipped = done = 0
+    try:
+        for picture, purified in zip(pictures, results, strict=True):
+            clipped += picture.write(purified)
+            done += 1
+    except KeyboardInterrupt:
+        if args.source.is_dir():
+            common.say(
+                f"{done} of {len(pictures)} results are written; --resume goes on from there"
+            )
+        raise
     if any(picture.target.suffix.lower() in (".jpg", ".jpeg") for picture in pictures):
         common.say("JPEG is lossy: the files differ a little from the purified pixels")
     return len(pictures), clipped
@@ -225,3 +253,4 @@ def _prepare_target(target: Path, files: list[Path], force: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"{target.parent} cannot be made: {error.strerror}") from None
+    common.check_folder(target.parent)

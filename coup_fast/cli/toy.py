@@ -20,12 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast toy`."""
     add = parser.add_argument
     add("--samples", type=common.positive_int, default=20000, help="start points (default: 20000)")
-    add("--guidance-scale", type=float, default=1.0, help="lambda of the guided flow (default: 1)")
-    add("--t-star", type=float, default=0.1, help="purification time (default: 0.1)")
+    add(
+        "--guidance-scale",
+        type=common.number,
+        default=1.0,
+        help="lambda of the guided flow (default: 1)",
+    )
+    add("--t-star", type=common.number, default=0.1, help="purification time (default: 0.1)")
     add("--seed", type=common.non_negative_int, default=0, help="of start points and noise")
     add(
         "--plot",
-        type=Path,
+        type=common.file_path,
         default=Path("coup_fast_toy.png"),
         metavar="FILE",
         help="where the plot goes, .png or .svg (default: coup_fast_toy.png)",

@@ -12,7 +12,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from coup_fast.cli.common import CommandError, positive_int, require, say
+from coup_fast.cli.common import (
+    CommandError,
+    check_folder,
+    choose_device,
+    file_path,
+    non_negative_int,
+    positive_int,
+    positive_number,
+    require,
+    say,
+)
 
 HELP = "train a score model, an NCSN or a classifier"
 
@@ -34,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score: noise prediction on VP noise (COUP, DiffPure); ncsn: NCSNv2 levels (ADP)",
     )
     parser.add_argument("--dataset", choices=("mnist", "cifar10"), default="mnist")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="standard files")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data", type=file_path, required=True, metavar="DIR", help="standard files"
+    )
+    parser.add_argument("--out", type=file_path, required=True, metavar="FILE", help=".safetensors")
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--steps", type=positive_int, help="default: the data set's recipe")
     parser.add_argument("--batch-size", type=positive_int)
-    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--learning-rate", type=positive_number)
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
@@ -50,12 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--energy", action="store_true", help="a scalar energy network")
     parser.add_argument(
-        "--init", type=Path, metavar="FILE", help="a trained VP network that ncsn starts from"
+        "--init", type=file_path, metavar="FILE", help="a trained VP network that ncsn starts from"
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument("--no-progress", action="store_true")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT of another run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--energy is for score and ncsn")
     if args.channels and args.task == "classifier":
         raise CommandError("--channels is for score and ncsn")
+    _check_files(args)
+    device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {field: getattr(args, option) for option, field in _FIELDS.items()}
@@ -82,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             channels=args.channels,
             energy=args.energy,
             init=args.init,
-            device=args.device,
+            device=device,
             half=args.half,
             progress=not args.no_progress,
         )
@@ -91,6 +106,21 @@ def run(args: argparse.Namespace) -> int:
     _print(facts)
     say(f"wrote {args.out}")
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be read or written before the training, not after it."""
+    out: Path = args.out
+    if out.suffix != ".safetensors":
+        raise CommandError(f"--out {out} must end in .safetensors")
+    check_folder(out.parent)
+    if out.exists() and not out.with_name(out.name + ".checkpoint").exists() and not args.force:
+        raise CommandError(
+            f"{out} exists, and there is no {out.name}.checkpoint to go on from: give --force to "
+            "overwrite"
+        )
+    if args.init is not None and not args.init.is_file():
+        raise CommandError(f"--init {args.init} is not a file")
 
 
 def _print(facts: dict[str, Any]) -> None:
