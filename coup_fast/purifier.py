@@ -90,7 +90,8 @@ class Purifier(nn.Module):
                 batch (the convolutions of libraries may, in their last bits).
 
     Both models are used as they are: parameters are not differentiated, train/eval mode and
-    requires_grad flags are left as found. Where the images require grad, the result is
+    requires_grad flags are left as found (off during a run, in all threads: training a model in
+    another one meanwhile records no gradients). Where the images require grad, the result is
     differentiable; otherwise the run holds one state, which each step overwrites: a network that
     keeps its input must keep a copy.
 
