@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coup_fast.cli import main
 from coup_fast.evaluation.config import Data, from_dict
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.sources import load_images, model_loader
@@ -91,3 +92,11 @@ def test_models_are_named_by_a_function_that_returns_both() -> None:
         load("vp")
     with pytest.raises(ImportError, match="models 'no_such_module:f': No module"):
         model_loader("no_such_module:f", torch.device("cpu"))
+
+
+def test_a_folder_holds_the_data_set_of_the_bundled_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--models", "cifar10", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["eval", *words]) == 2
+    assert "no test_batch.bin or test_batch in" in capsys.readouterr().err
