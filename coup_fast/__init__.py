@@ -2,11 +2,11 @@
 
     clean = coup_fast.purify(images, score_model, classifier, method="coup")
 
-images: [B, C, H, W] floats in [0, 1]; `load_bundled()` returns a score model and a classifier to try
-it on, `ScoreModel` takes a network of yours, `Purifier` and `PurifiedClassifier` keep the models and
-options of such calls, `methods` names the methods. `dir(coup_fast)` lists the public surface, which
-is `_EXPORTS`; a name's module is imported when the name is first used,
-so that importing coup_fast costs next to nothing beyond torch itself.
+images: [B, C, H, W] floats in [0, 1]. `load_bundled()` returns a score model and a classifier to
+try it on, `ScoreModel` takes a network of yours, `Purifier` and `PurifiedClassifier` keep the
+models and options of such calls, `methods` names the methods. The public surface is listed in
+`_EXPORTS`; a name's module is imported when the name is first used, so that importing
+coup_fast costs next to nothing beyond torch itself.
 """
 
 from __future__ import annotations
