@@ -82,7 +82,8 @@ def test_a_source_distribution_holds_what_the_build_reads(tmp_path: Path) -> Non
     )
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
-    listed = set((tmp_path / "coup_fast.egg-info" / "SOURCES.txt").read_text().splitlines())
+    sources = (tmp_path / "coup_fast.egg-info" / "SOURCES.txt").read_text().splitlines()
+    listed = {os.path.normpath(line) for line in sources}  # "./" before the packages
     files = [path for name in ("csrc", "cmake") for path in (ROOT / name).rglob("*")]
     files += (ROOT / "coup_fast").rglob("*.py")
     files += (ROOT / "coup_fast").rglob("*.safetensors")
