@@ -177,6 +177,9 @@ def reverse_step_(
 ) -> None:
     """`reverse_step` written over x, a dense float32 tensor. Not differentiable.
 
+    Other inputs may be x itself, but may not share its memory otherwise: they would be read after
+    it is written.
+
     Raises RuntimeError if gradients are on and an input requires them.
     """
     if _is_grad_enabled():
