@@ -81,11 +81,12 @@ def test_uniforms_are_exact_and_in_range() -> None:
     ids=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
     draw=st.integers(0, 2**63 - 1),
 )
-def test_keys_are_the_same_by_torch_as_by_numpy(seed: int, ids: list[int], draw: int) -> None:
-    """Devices other than the CPU take the first way; here both are taken on the CPU."""
+def test_keys_are_the_same_by_torch(seed: int, ids: list[int], draw: int) -> None:
+    """As on devices other than the CPU, which takes NumPy's integers, or Python's for a few."""
     words = (seed & M32, seed >> 32)
-    by_torch = noise._joined(words, torch.tensor(ids), torch.full((len(ids),), draw))
-    assert torch.equal(by_torch, noise.sample_keys(seed, ids, draw))
+    for some in (ids, ids * (noise._FEW + 1)):
+        by_torch = noise._joined(words, torch.tensor(some), torch.full((len(some),), draw))
+        assert torch.equal(by_torch, noise.sample_keys(seed, some, draw))
 
 
 @given(seed=st.integers(0, M64), ids=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5))
@@ -94,6 +95,8 @@ def test_sample_keys(seed: int, ids: list[int]) -> None:
         words = [philox(seed, sample_id & M64, draw) for sample_id in ids]
         expected = [pattern(w[0] | w[1] << 32) for w in words]
         assert noise.sample_keys(seed, ids, draw).tolist() == expected
+        many = noise._FEW + 1
+        assert noise.sample_keys(seed, ids * many, draw).tolist() == expected * many
         assert noise.sample_keys(seed, torch.tensor(ids, dtype=torch.int64), draw).tolist() == (
             expected
         )
