@@ -259,6 +259,7 @@ _all: weakref.WeakSet[Graphs] = weakref.WeakSet()
 
 
 def _free_locks() -> None:
+    """New locks in a child: a run holds its lock for long, so a fork cannot wait (`locks`)."""
     for graphs in _all:
         graphs._lock = threading.Lock()
 

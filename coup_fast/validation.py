@@ -75,6 +75,11 @@ def check_model(name: str, function: Any, images: Tensor) -> None:
             f"images are on {images.device} and the {name} is on {parameter.device}; "
             "move one to the other"
         )
+    check_channels(name, function, images)
+
+
+def check_channels(name: str, function: Any, images: Tensor) -> None:
+    """The channels that the model declares, if it does, are the images'. ValueError."""
     channels = declared_channels(function)
     if channels is not None and channels != images.shape[1]:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 import coup_fast
 
@@ -123,9 +123,7 @@ def test_torch_cuda_arch_list(requested: str, expected: str | None, tmp_path: Pa
 
 
 def test_the_cuda_check_reads_registers_and_spills() -> None:
-    spec = importlib.util.spec_from_file_location("cuda_check", ROOT / ".ci" / "cuda_check.py")
-    cuda_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cuda_check)
+    cuda_check = load_script(".ci/cuda_check.py")
     report = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z3addv' for 'sm_80'
 ptxas info    : Function properties for _Z3addv

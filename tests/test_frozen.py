@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-
 import pytest
 import torch
+from forks import child_can_take, needs_fork
 from tiny import TinyClassifier, TinyNetwork, images
 from torch import nn
 
@@ -82,22 +79,8 @@ def test_parameters_inside_torch_func_are_refused() -> None:
         torch.func.grad(run)(values)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@needs_fork
 def test_a_forked_process_does_not_find_the_lock_held() -> None:
     """Workers of data loaders are forked while other threads may be purifying."""
-    lock, held = lock_across_forks(), threading.Event()
-
-    def hold() -> None:
-        with lock:
-            held.set()
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if lock.acquire(timeout=0) else 1)
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lock = lock_across_forks()
+    assert child_can_take(lambda: lock)

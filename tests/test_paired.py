@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from math import comb
@@ -11,20 +10,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent
 LOST, WON = 9, 2  # of 24 images, against the reference, by each radius
 PGD = {"name": "PGD-40 ce", "norm": "linf", "step_size": 0.01}
 
 
 @pytest.fixture(scope="module")
 def paired() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("paired", ROOT / "benchmarks" / "paired.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/paired.py")
 
 
 @pytest.fixture

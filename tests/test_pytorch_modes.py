@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from forks import child_can_take, needs_fork
 from tiny import SHORT, TinyNetwork, images, short_purifier
 from torch import nn
 
@@ -128,21 +126,7 @@ def test_the_compiler_leaves_the_loop_alone() -> None:
     assert not [target for target in seen if "conv" in target or "coup_fast" in target]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@needs_fork
 def test_a_process_forked_during_a_run_can_run_as_well() -> None:
-    graphs, held = short_purifier("diffpure")._graphs, threading.Event()
-
-    def hold() -> None:
-        with graphs._lock:
-            held.set()
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if graphs._lock.acquire(timeout=0) else 1)
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    graphs = short_purifier("diffpure")._graphs
+    assert child_can_take(lambda: graphs._lock)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import coup_fast
+from coup_fast import validation
 from coup_fast.attacks import Attack
 from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
@@ -24,7 +25,7 @@ from coup_fast.frozen import frozen_parameters
 from coup_fast.plan import AdaptivePlan
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Classifier, Purifier
-from coup_fast.score_model import declared_channels, in_dtype_of, module_of
+from coup_fast.score_model import in_dtype_of, module_of
 
 
 class _NotFinite(Exception):
@@ -78,14 +79,14 @@ class Worker:
         return PurifiedClassifier(purifier, classifier, defence.num_draws, defence.vote)
 
     def _check_channels(self, score_model: coup_fast.ScoreModel, classifier: Classifier) -> None:
-        given = self.images.shape[1]
         for name, network in (("classifier", classifier), ("score model", score_model.network)):
-            channels = declared_channels(network)
-            if channels not in (None, given):
+            try:
+                validation.check_channels(name, network, self.images)
+            except ValueError as error:
+                config = self.config
                 raise ValueError(
-                    f"the {name} takes images of {channels} channels, and the images have {given} "
-                    f"(models {self.config.models!r}, data {self.config.data.name!r})"
-                )
+                    f"models {config.models!r}, data {config.data.name!r}: {error}"
+                ) from error
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, as JSON data."""
