@@ -1,0 +1,126 @@
+"""Checks of single arguments: each returns the value that it checked.
+
+A wrong type raises TypeError and a wrong value ValueError, with one sentence per kind of argument:
+the argument's name, what it must be, what was given. Nothing here knows what the values are for.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+MAX_INT64 = 2**63 - 1
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> float:
+    """A finite real number in [low, high], or in (low, high] with `above`."""
+    error: type[Exception] = TypeError
+    if not isinstance(value, bool) and isinstance(value, Real):
+        error, result = ValueError, float(value)
+        inside = (low < result if above else low <= result) and result <= high
+        if inside and math.isfinite(result):
+            return result
+    left = "(" if above or math.isinf(low) else "["
+    right = ")" if math.isinf(high) else "]"
+    raise error(_sentence(name, f"a number in {left}{low:g}, {high:g}{right}", value))
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A Python or NumPy integer in [low, high]; without `high`, of at least `low`.
+
+    No bool is an integer here, and no tensor: reading one may wait for a device.
+    """
+    error: type[Exception] = TypeError
+    if not isinstance(value, bool) and isinstance(value, int | np.integer):
+        error, result = ValueError, operator.index(value)
+        if low <= result and (high is None or result <= high):
+            return result
+    within = f"of at least {low}" if high is None else f"in [{_bound(low)}, {_bound(high)}]"
+    raise error(_sentence(name, f"an int {within}", value))
+
+
+def integers(name: str, value: Any, low: int, high: int) -> tuple[int, ...]:
+    """A non-empty sequence of integers in [low, high]."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
+        raise TypeError(_sentence(name, "a non-empty sequence of ints", value))
+    return tuple(integer(f"each of {name}", item, low, high) for item in value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(_sentence(name, "True or False", value))
+    return value
+
+
+def choice(name: str, value: Any, choices: Collection[T]) -> T:
+    """The one of `choices` that `value` equals."""
+    for known in choices:
+        if value == known:
+            return known
+    raise ValueError(_sentence(name, f"one of {', '.join(map(str, choices))}", value))
+
+
+def ids(
+    name: str,
+    value: Tensor | Iterable[int],
+    count: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Integers that name samples, as int64 [B]; `count` is B where it is known.
+
+    device: where they go. By default a tensor stays where it is, and others follow PyTorch.
+    """
+    expected = f"integers [{'B' if count is None else count}], one per sample"
+    if not isinstance(value, Tensor):
+        try:
+            items = list(value)
+        except TypeError:
+            raise TypeError(_sentence(name, expected, value)) from None
+        checked = [integer(f"each of {name}", item, -(2**63), MAX_INT64) for item in items]
+        value = torch.tensor(checked, dtype=torch.int64, device=device)
+    elif value.dtype not in ID_DTYPES:
+        raise TypeError(_tensor_sentence(name, expected, value))
+    if value.ndim != 1 or count not in (None, len(value)):
+        raise ValueError(_tensor_sentence(name, expected, value))
+    return value.to(device=device, dtype=torch.int64)
+
+
+def draw(name: str, value: Any, count: int, device: torch.device) -> int | Tensor:
+    """The draw of `count` samples: one integer >= 0, or a tensor int64 [count] of one for each."""
+    if not isinstance(value, Tensor):
+        return integer(name, value, 0, MAX_INT64)
+    if value.dtype != torch.int64 or tuple(value.shape) != (count,):
+        raise ValueError(
+            _tensor_sentence(name, f"an int or an int64 tensor [{count}], one per sample", value)
+        )
+    return value.to(device)
+
+
+def _sentence(name: str, expected: str, value: Any) -> str:
+    return f"{name} must be {expected}, got {reprlib.repr(value)}"
+
+
+def _tensor_sentence(name: str, expected: str, value: Tensor) -> str:
+    return f"{name} must be {expected}, got {value.dtype} {list(value.shape)}"
+
+
+def _bound(value: int) -> str:
+    """2^64 - 1 says more than 18446744073709551615."""
+    for power in (31, 63, 64):
+        if value in (2**power - 1, -(2**power)):
+            return f"2^{power} - 1" if value > 0 else f"-2^{power}"
+    return str(value)
