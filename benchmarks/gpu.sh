@@ -201,8 +201,7 @@ if $dry_run; then
     step_anywhere build "compile check" "$python" .ci/cuda_check.py --verbose --jobs 1
   fi
   if wants test; then
-    step_anywhere test "emulated kernels" "$python" -m pytest -q tests/test_cuda_emulated.py \
-      tests/test_cuda_index.py
+    step_anywhere test "emulated kernels" "$python" -m pytest -q tests/emulator
   fi
   if wants bench; then
     step_anywhere bench "benchmark cases" "$python" benchmarks/gpu_kernels.py --check-only

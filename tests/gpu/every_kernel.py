@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cuda_cases import CASES, Case, adaptive_arguments
-from sampling import step
+from helpers.cuda_cases import CASES, Case, adaptive_arguments
+from helpers.sampling import step
 from test_cuda_ops import to_device
 
 SEVERAL_LAUNCHES = (1, 3, 592, 592)  # above 2^20 elements

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import CASES, Case, adaptive_arguments, outputs, same_bits
-from sampling import STEP_ROWS, step, step_row
+from helpers.cuda_cases import CASES, Case, adaptive_arguments, outputs, same_bits
+from helpers.sampling import STEP_ROWS, step, step_row
 from torch import Tensor
 
 from coup_fast import ops

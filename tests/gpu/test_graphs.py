@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import SHORT, TinyClassifier, TinyNetwork, images
+from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
 from torch import Tensor, nn
 
 from coup_fast import Purifier, ScoreModel

@@ -1,0 +1,168 @@
+"""Classifiers by name and from files: normalisation, errors; timm and RobustBench where present."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.filling import fill, scatter
+from helpers.tiny import TinyClassifier
+from torch import nn
+
+import coup_fast
+from coup_fast.models.classifier import Classifier
+from coup_fast.models.classifiers import Normalised, load_classifier
+from coup_fast.models.files import save_network
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+def images() -> torch.Tensor:
+    return 0.5 + 0.5 * scatter(2, 3, 8, 8)
+
+
+def test_normalised_networks_take_pixels() -> None:
+    network = TinyClassifier()
+    classifier = Normalised(network, MEAN, STD)
+    assert classifier.in_channels == 3
+    x = torch.stack([(images()[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+    torch.testing.assert_close(classifier(images()), network(x))
+    with pytest.raises(ValueError, match="one number per channel, std positive"):
+        Normalised(network, MEAN, (1, 0, 1))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_files_fill_an_architecture(tmp_path: Path, prefix: str) -> None:
+    network = TinyClassifier(seed=5)
+    state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    torch.save({"net": {"state": state}, "acc": 93.1}, tmp_path / "checkpoint.pt")
+    path = tmp_path / "checkpoint.pt"
+    for architecture in (TinyClassifier(seed=1), TinyClassifier):
+        found = load_classifier(path, architecture=architecture, key="net.state")
+        assert not found.training
+        torch.testing.assert_close(found(images()), network(images()))
+    scaled = load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN, std=STD)
+    assert torch.equal(scaled(images()), Normalised(network, MEAN, STD)(images()))
+    with pytest.raises(ValueError, match=r"a dict of 2 entries \(net, acc\); name .* key="):
+        load_classifier(path, architecture=TinyClassifier)
+    with pytest.raises(ValueError, match=r"\[net\] has no entry 'model'; it has state"):
+        load_classifier(path, architecture=TinyClassifier, key="net.model")
+    with pytest.raises(ValueError, match="holds weights alone: give architecture="):
+        load_classifier(path, key="net.state")
+    with pytest.raises(ValueError, match=r"2 of another shape: linear\.weight is"):
+        load_classifier(path, architecture=TinyClassifier(classes=3), key="net.state")
+    with pytest.raises(ValueError, match="mean and std together"):
+        load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN)
+    with pytest.raises(ValueError, match="no option pretrained"):
+        load_classifier(path, architecture=TinyClassifier, key="net.state", pretrained=True)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_classifier(tmp_path / "absent.safetensors")
+
+
+def test_files_of_ours_need_no_architecture(tmp_path: Path) -> None:
+    network = fill(Classifier(3, 7, size=8, width=4, hidden=5))
+    save_network(tmp_path / "own.safetensors", network, {"kind": "classifier"})
+    found = load_classifier(tmp_path / "own.safetensors")
+    torch.testing.assert_close(found(images()), network(images()))
+
+
+@pytest.mark.parametrize("name", ["robustbench", "timm"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"needs the package {name} .*pip install {name}"):
+        load_classifier(f"{name}:Standard")
+    with pytest.raises(ValueError, match="for files"):
+        load_classifier(f"{name}:Standard", architecture=TinyClassifier)
+
+
+class TestStandIns:
+    """Stand-ins for the packages, which are large and not in the test extra: what we do with them.
+
+    `create_model`, `is_model`, `pretrained_cfg` and `load_model` are as timm 1.0 and RobustBench
+    1.1 have them; the tests below this class run the real ones where they are installed.
+    """
+
+    @pytest.fixture
+    def stand_in_timm(self, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+        calls: list[dict] = []
+
+        def create_model(name: str, **options) -> nn.Module:
+            calls.append(options)
+            network = TinyClassifier(channels=options.get("in_chans", 3)).train()
+            network.pretrained_cfg = {"mean": MEAN, "std": STD, "input_size": (3, 8, 8)}
+            return network
+
+        module = types.ModuleType("timm")
+        module.create_model, module.is_model = create_model, lambda name: name == "tiny"
+        monkeypatch.setitem(sys.modules, "timm", module)
+        return calls
+
+    def test_timm_models_are_normalised_as_they_say(self, stand_in_timm: list[dict]) -> None:
+        found = load_classifier("timm:tiny", num_classes=4)
+        assert stand_in_timm == [{"pretrained": True, "num_classes": 4}]
+        assert not found.training
+        assert not found.network.training
+        wanted = Normalised(TinyClassifier(), MEAN, STD)(images())
+        assert torch.equal(found(images()), wanted)
+        own = load_classifier("timm:tiny", pretrained=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert torch.equal(own(images()), TinyClassifier()((images() - 0.5) / 0.5))
+        assert stand_in_timm[-1] == {"pretrained": False}
+        with pytest.raises(ValueError, match="timm has no model 'huge'"):
+            load_classifier("timm:huge")
+        with pytest.raises(ValueError, match="3 channels, but in_chans is 1; give mean and std"):
+            load_classifier("timm:tiny", in_chans=1)
+
+    def test_robustbench_models_are_taken_as_they_are(self, monkeypatch) -> None:
+        calls: list[dict] = []
+
+        def load_model(model_name: str, **options) -> nn.Module:
+            calls.append(options)
+            return {"Standard": TinyClassifier}[model_name]()
+
+        package, utils = types.ModuleType("robustbench"), types.ModuleType("robustbench.utils")
+        utils.load_model = load_model
+        monkeypatch.setitem(sys.modules, "robustbench", package)
+        monkeypatch.setitem(sys.modules, "robustbench.utils", utils)
+        found = load_classifier("robustbench:Standard", threat_model="L2")
+        assert calls == [{"threat_model": "L2"}]
+        assert torch.equal(found(images()), TinyClassifier()(images()))
+        with pytest.raises(ValueError, match="has no model 'Other' for threat_model='L2'"):
+            load_classifier("robustbench:Other", threat_model="L2")
+        with pytest.raises(ValueError, match="take pixels as they are"):
+            load_classifier("robustbench:Standard", mean=MEAN, std=STD)
+
+
+def test_a_real_timm_model() -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    found = load_classifier("timm:resnet10t", pretrained=False, num_classes=4)
+    config = found.network.pretrained_cfg
+    mean = torch.tensor(config["mean"]).reshape(3, 1, 1)
+    std = torch.tensor(config["std"]).reshape(3, 1, 1)
+    x = 0.5 + 0.5 * scatter(2, 3, 32, 32)
+    fill(found.network)
+    torch.testing.assert_close(found(x), found.network((x - mean) / std))
+    score = coup_fast.ScoreModel(lambda x, t: 0.1 * x)
+    purified = coup_fast.Purifier(score, found, method="coup", num_steps=2)(x)
+    assert purified.isfinite().all()
+    assert timm.is_model("resnet10t")
+
+
+def test_a_real_robustbench_model(tmp_path: Path) -> None:
+    """WideResNet-28-10 ("Standard"), with weights of ours where its cache is looked for."""
+    pytest.importorskip("robustbench", reason="robustbench is not installed")
+    from robustbench.model_zoo.architectures.wide_resnet import WideResNet
+
+    network = fill(WideResNet(depth=28, widen_factor=10))
+    assert sum(p.numel() for p in network.parameters()) == 36_479_194
+    folder = tmp_path / "cifar10" / "Linf"
+    folder.mkdir(parents=True)
+    torch.save({"state_dict": network.state_dict()}, folder / "Standard.pt")
+    found = load_classifier("robustbench:Standard", model_dir=str(tmp_path))
+    x = 0.5 + 0.5 * scatter(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found(x), network(x))
+    with pytest.raises(ValueError, match="RobustBench has no model 'None2020'"):
+        load_classifier("robustbench:None2020", model_dir=str(tmp_path))

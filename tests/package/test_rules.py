@@ -1,0 +1,124 @@
+"""The rules of CONTRIBUTING.md that a program can check: what each place must not know."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = {".py", ".h", ".cuh", ".cpp", ".cu"}
+TEXT = CODE | {".md", ".txt", ".toml", ".cmake", ".sh", ".in", ".yml", ".json", ""}
+
+
+def project_files(suffixes: set[str]) -> list[Path]:
+    """Files that git tracks or would track; without git, those outside of build folders."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        files = [ROOT / line for line in done.stdout.splitlines()]
+    else:
+        files = [p for p in ROOT.rglob("*") if not {"build", ".venv"} & set(p.parts)]
+    return sorted(p for p in files if p.suffix in suffixes and p.is_file())
+
+
+def includes_of(folder: str) -> Iterator[tuple[Path, str]]:
+    for path in sorted((ROOT / folder).rglob("*")):
+        if path.suffix in CODE:
+            for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
+                yield path.relative_to(ROOT), name
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        # math/: C++ standard headers (no dot in the name) and its own files, nothing else.
+        ("csrc/math", r"(?!math/)[\w/]*\..*|cuda.*|pybind11.*|torch.*"),
+        ("csrc/host", r"torch/.*|ATen/.*|c10/.*|cuda.*"),
+        ("csrc/cpu", r"cuda.*|cuda/.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
+        ("csrc/cuda", r"cpu/.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
+    ],
+)
+def test_places_do_not_include_what_they_must_not_know(folder: str, forbidden: str) -> None:
+    found = [f"{p}: {name}" for p, name in includes_of(folder) if re.fullmatch(forbidden, name)]
+    assert not found
+    assert list(includes_of(folder)), f"{folder} has no includes at all: has it moved?"
+
+
+def runtime_imports(tree: ast.Module) -> Iterator[str]:
+    """Modules that importing this file imports: not those inside functions or TYPE_CHECKING."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["coup_fast" if node.level else "", node.module]))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+CORE = [p for pattern in ("*.py", "methods/*.py") for p in (ROOT / "coup_fast").glob(pattern)]
+
+
+@pytest.mark.parametrize("path", sorted(CORE), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
+    if path.name == "__main__.py":
+        return  # the command line's entry, which stands around the core
+    outer = {p.parent.name for p in (ROOT / "coup_fast").glob("*/__init__.py")} - {"methods"}
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "coup_fast"}
+    for module in runtime_imports(ast.parse(path.read_text())):
+        first, _, rest = module.partition(".")
+        assert first in allowed, f"{path.name} imports {module}"
+        inner = rest.partition(".")[0]
+        assert first != "coup_fast" or inner not in outer, f"{path.name} imports {module}"
+
+
+def test_no_file_names_a_machine_or_a_package_index() -> None:
+    # Written so that the patterns do not match this file.
+    machine = r"(?<![\w.])/(?:work|farm|root|home|opt/wheels|opt/py[p]i)(?:/|\b(?=[\"'\s]))"
+    index = r"py[p]i\.org|python[h]osted\.org|download\.py[t]orch\.org"
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in project_files(TEXT)
+        if path.name != "LICENSE"
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if re.search(machine, line) or re.search(index, line)
+    ]
+    assert not found
+
+
+def test_files_are_short() -> None:
+    lengths = {p: len(p.read_text().splitlines()) for p in project_files(CODE)}
+    assert not {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > 400}
+    assert lengths[ROOT / "setup.py"] <= 80
+
+
+def test_nothing_is_left_unfinished() -> None:
+    marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|NotImpl" + r"ementedError)\b")
+    found = [str(p.relative_to(ROOT)) for p in project_files(CODE) if marks.search(p.read_text())]
+    assert not found
+
+
+def test_the_version_is_stated_once() -> None:
+    stated = re.compile(r"^\s*(__version__|version|VERSION)\s*=\s*[\"']\d+\.\d+", re.M)
+    files = project_files({".py", ".toml", ".cfg", ".txt", ".cmake"})
+    found = [str(p.relative_to(ROOT)) for p in files if stated.search(p.read_text())]
+    assert found == ["coup_fast/_version.py"]
+
+
+def test_nothing_newer_than_the_headers_of_torch_2_11_is_used() -> None:
+    """TORCH_TARGET_VERSION hides newer functions, but not this macro of torch 2.13."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")
+    sources = project_files(CODE - {".py"})
+    assert not [str(p.relative_to(ROOT)) for p in sources if newer.search(p.read_text())]

@@ -1,0 +1,286 @@
+"""Bad input is refused with a sentence, before any network is called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
+
+from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension, backends, purify
+from coup_fast.validation import check_model
+
+
+def never(*args):
+    raise AssertionError("a network was called")
+
+
+class Never(TinyNetwork):
+    def forward(self, x, t):
+        never()
+
+
+class NeverClassifier(TinyClassifier):
+    def forward(self, u):
+        never()
+
+
+def never_called(method: str = "coup", **options) -> Purifier:
+    kind, short = SHORT[method]
+    return Purifier(
+        ScoreModel(Never(), kind=kind), NeverClassifier(), method=method, **short | options
+    )
+
+
+NAN = images()
+NAN[1, 2, 3, 4] = float("nan")
+
+
+@pytest.mark.parametrize("method", ["coup", "adp"])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (images().numpy(), TypeError, "must be a torch tensor, got ndarray"),
+        (images()[0], ValueError, r"\[B, C, H, W\], got shape \[3, 8, 8\].*images\[None\]"),
+        (images()[:, :, 0, 0], ValueError, r"got shape \[3, 3\]"),
+        ((255 * images()).byte(), TypeError, "uint8; divide 8-bit images by 255"),
+        (images().to(torch.complex64), TypeError, "complex64"),
+        (images().to_sparse(), TypeError, "dense"),
+        (255 * images(), ValueError, r"pixels in \[0, 1\], got values from .* 8 bits"),
+        (2 * images() - 1, ValueError, r"got values from -0\.9.*\[-1, 1\]"),
+        (NAN, ValueError, "contain NaN"),
+        (images() / 0, ValueError, "got values from inf|NaN"),
+        (images(channels=1), ValueError, "score model takes images of 3 channels, got 1"),
+    ],
+)
+def test_bad_images(method: str, bad, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        never_called(method)(bad)
+    with pytest.raises(error, match=message.replace("score model", "(score model|classifier)")):
+        PurifiedClassifier(never_called(method), NeverClassifier())(bad)
+
+
+def test_a_classifier_of_other_channels_or_on_another_device() -> None:
+    clean = Purifier(ScoreModel(never), NeverClassifier(1), num_steps=2)
+    with pytest.raises(ValueError, match="classifier takes images of 1 channels, got 3"):
+        clean(images())
+    with pytest.raises(ValueError, match="classifier takes images of 1 channels"):
+        PurifiedClassifier(never_called(), TinyClassifier(1))(images())
+    elsewhere = torch.zeros(1, 3, 8, 8, device="meta")
+    with pytest.raises(ValueError, match="images are on meta and the score model is on cpu"):
+        check_model("score model", ScoreModel(Never()), elsewhere)
+
+
+def test_rounding_beyond_the_range_is_tolerated() -> None:
+    u = images()
+    u[0, 0, 0, 0], u[0, 0, 0, 1] = 1 + 1e-6, -1e-6
+    clean = Purifier(ScoreModel(TinyNetwork()), TinyClassifier(), num_steps=2)
+    assert clean(u).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"sample_ids": [1, 2]}, ValueError, r"one id per image, \[3\], got \[2\]"),
+        ({"sample_ids": torch.zeros(3, 1).long()}, ValueError, r"got \[3, 1\]"),
+        ({"sample_ids": torch.zeros(3)}, TypeError, "integers, got torch.float32"),
+        ({"sample_ids": [True, False, True]}, TypeError, "integers, got torch.bool"),
+        ({"draw": -1}, ValueError, "draw must be in"),
+        ({"draw": 0.5}, TypeError, "draw must be an int"),
+        ({"draw": True}, TypeError, "draw must be an int"),
+        ({"draw": torch.zeros(2).long()}, ValueError, r"int64 \[3\], one per image"),
+        ({"noise": images().numpy()}, TypeError, "noise must be a torch tensor"),
+        ({"noise": torch.zeros(2, 3, 3, 8, 8)}, ValueError, r"needs 4 .* \[4, 3, 3, 8, 8\]"),
+        ({"noise": torch.zeros(3, 3, 8, 8)}, ValueError, r"\[num_draws, B, C, H, W\], \[4, 3"),
+        ({"noise": torch.zeros(4, 2, 3, 8, 8)}, ValueError, r"got \[4, 2, 3, 8, 8\]"),
+        ({"noise": torch.zeros(4, 3, 3, 8, 8).double()}, TypeError, "float64"),
+        ({"noise": torch.zeros(4, 3, 3, 8, 8).long()}, TypeError, "int64"),
+        ({"noise": torch.zeros(4, 3, 3, 8, 8, device="meta")}, ValueError, "noise is on meta"),
+    ],
+)
+def test_bad_calls(call, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        never_called("diffpure")(images(), **call)
+
+
+def test_accepted_sample_ids() -> None:
+    clean = Purifier(ScoreModel(TinyNetwork()), method="diffpure", num_steps=2)
+    want = clean(images(), sample_ids=torch.tensor([3, 1, 2]))
+    for ids in ([3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2], dtype=torch.int32)):
+        assert torch.equal(clean(images(), sample_ids=ids), want)
+    assert torch.equal(clean(images()), clean(images(), sample_ids=range(3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "cuop"}, ValueError, "unknown method 'cuop'.*coup.*diffpure.*one-shot"),
+        ({"stps": 3}, ValueError, "'stps'.*t_star.*num_steps.*backend.*guidance_gradient"),
+        ({"method": "adp", "t_star": 0.1}, ValueError, "'t_star'; adp takes sigma.*backend"),
+        ({"num_steps": 0}, ValueError, "num_steps"),
+        ({"t_star": 2.0}, ValueError, "t_star"),
+        ({"backend": "cuda"}, ValueError, "auto, compiled, reference, got 'cuda'"),
+        ({"guidance_gradient": "half"}, ValueError, "full, stopped, got 'half'"),
+        ({"check_values": "no"}, ValueError, "check_values must be one of True, False"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"seed": 0.0}, TypeError, "seed must be an int"),
+        ({"classifier": None}, ValueError, "'coup' is guided by a classifier and none is given"),
+        ({"classifier": 3}, TypeError, "classifier must be a module or a callable"),
+    ],
+)
+def test_bad_options(options, error, message: str) -> None:
+    arguments = {"classifier": never} | options
+    with pytest.raises(error, match=message):
+        Purifier(ScoreModel(never), **arguments)
+    with pytest.raises(error, match=message):
+        purify(images(), ScoreModel(never), **arguments)
+
+
+def test_models_must_suit_the_method() -> None:
+    with pytest.raises(TypeError, match=r"must be a coup_fast\.ScoreModel.*wrap the network"):
+        Purifier(TinyNetwork(), TinyClassifier())
+    with pytest.raises(ValueError, match="adp needs a network of kind ncsn"):
+        Purifier(ScoreModel(never), method="adp")
+    Purifier(ScoreModel(never), guidance_scale=0)  # without guidance, no classifier
+    Purifier(ScoreModel(never), method="diffpure")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_draws": 0}, ValueError, "num_draws must be at least 1"),
+        ({"num_draws": 1.0}, TypeError, "num_draws must be an int"),
+        ({"vote": "mean"}, ValueError, "logits, softmax, majority, got 'mean'"),
+        ({"classifier": None}, TypeError, "classifier must be"),
+        ({"purifier": TinyNetwork()}, TypeError, "purifier must be"),
+    ],
+)
+def test_bad_purified_classifiers(arguments, error, message: str) -> None:
+    good = {"purifier": never_called(), "classifier": never}
+    with pytest.raises(error, match=message):
+        PurifiedClassifier(**good | arguments)
+
+
+def test_bad_calls_of_a_purified_classifier() -> None:
+    model = PurifiedClassifier(never_called(), never)
+    for draw, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="draw must be"):
+            model(images(), draw=draw)
+    with pytest.raises(ValueError, match="one id per image"):
+        model(images(), sample_ids=[0])
+    with pytest.raises(ValueError, match="at least 0"):
+        model.reset_draws(-1)
+
+
+# Backends
+
+
+def test_float64_has_no_compiled_path() -> None:
+    with pytest.raises(TypeError, match="float64 images run on the reference path"):
+        never_called(backend="compiled")(images(dtype=torch.float64))
+
+
+def test_missing_kernels_are_an_error_that_names_the_cure(monkeypatch) -> None:
+    monkeypatch.setattr(_extension, "available", lambda: False)
+    monkeypatch.setattr(_extension, "cuda_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"operators of coup_fast are not loaded.*'reference'"):
+        never_called(backend="compiled")(images())
+    assert backends.choose_ops("auto", images()).__name__ == "coup_fast.reference"
+    for backend in ("auto", "compiled"):
+        fake = type("FakeImages", (), {"device": torch.device("cuda"), "dtype": torch.float32})
+        with pytest.raises(RuntimeError, match=r"on CUDA and .* no CUDA kernels.*'reference'"):
+            backends.choose_ops(backend, fake())
+        with pytest.raises(RuntimeError, match="no kernels for device type 'meta'"):
+            backends.choose_ops(backend, torch.zeros(1, device="meta"))
+    assert backends.choose_ops("reference", fake()).__name__ == "coup_fast.reference"
+
+
+# What networks return
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda x, t: x[:, :1], r"returned \[3, 1, 8, 8\] for a state \[3, 3, 8, 8\]"),
+        (lambda x, t: x[:, :, 1:], r"returned \[3, 3, 7, 8\]"),
+        (lambda x, t: x[:1], r"returned \[1, 3, 8, 8\]"),
+        (lambda x, t: x.mean(), r"returned \[\]"),
+    ],
+)
+def test_network_outputs_of_another_shape(network, message: str) -> None:
+    for method, kind in (("diffpure", "eps"), ("adp", "ncsn")):
+        clean = Purifier(ScoreModel(network, kind=kind), method=method, num_steps=2)
+        with pytest.raises(ValueError, match=message):
+            clean(images())
+
+
+def test_learned_variance_needs_its_channels() -> None:
+    clean = Purifier(ScoreModel(TinyNetwork()), method="ddpm", num_steps=2, variance="learned")
+    with pytest.raises(ValueError, match=r"needs network outputs \[3, 6, 8, 8\].*got \[3, 3, 8"):
+        clean(images())
+
+
+def turning_bad(step: int, position: int, value: float):
+    calls = []
+
+    def network(x, t):
+        calls.append(1)
+        out = torch.zeros_like(x)
+        if (len(calls) - 1) % 4 == step:
+            out[position] = value
+        return out
+
+    return network
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_turns_bad_is_named_with_step_and_image(value: float) -> None:
+    clean = Purifier(ScoreModel(turning_bad(2, 1, value)), method="diffpure", num_steps=4)
+    message = r"score network's output is inf or NaN at step 3 of 4, for 1 of 3 images \(pos.* 1\)"
+    with pytest.raises(FloatingPointError, match=message):
+        clean(images())
+    assert (
+        not Purifier(
+            ScoreModel(turning_bad(2, 1, value)), method="diffpure", num_steps=4, check_values=False
+        )(images())
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_classifier_that_turns_bad_is_named() -> None:
+    clean = Purifier(
+        ScoreModel(lambda x, t: 0 * x), lambda u: u.flatten(1)[:, :4] * float("inf"), num_steps=2
+    )
+    with pytest.raises(FloatingPointError, match="classifier's confidence gradient is inf or NaN"):
+        clean(images())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adp_does_not_take_a_bad_network_for_a_stopped_sample(value: float) -> None:
+    def network(x, t):
+        return torch.where(torch.arange(3).reshape(3, 1, 1, 1) == 2, value, 6 * (0.5 - x))
+
+    clean = Purifier(ScoreModel(network, kind="ncsn"), method="adp", num_steps=3)
+    with pytest.raises(FloatingPointError, match=r"at step 1 of 3, for 1 of 3 .*\(positions 2\)"):
+        clean(images())
+    # A score of exactly zero has no step size either, and is nothing to complain about.
+    still = Purifier(ScoreModel(lambda x, t: 0 * x, kind="ncsn"), method="adp", num_steps=3)
+    assert still(images()).isfinite().all()
+
+
+def test_noise_that_is_not_finite_is_named() -> None:
+    clean = Purifier(ScoreModel(TinyNetwork()), method="diffpure", num_steps=1)
+    noise = torch.full((2, 3, 3, 8, 8), float("nan"))
+    with pytest.raises(FloatingPointError, match="state is inf or NaN before the first step"):
+        clean(images(), noise=noise)
+
+
+def test_times_that_a_model_was_not_trained_for_are_refused() -> None:
+    model = ScoreModel(lambda x, t: x, t_max=0.2)
+    with pytest.raises(ValueError, match=r"calls the score model at t = 0\.3; .* up to 0\.2"):
+        Purifier(model, method="diffpure", t_star=0.3)
+    Purifier(model, method="diffpure", t_star=0.2)
+    Purifier(model, method="gradual")
+    with pytest.raises(ValueError, match="t_max must be in"):
+        ScoreModel(lambda x, t: x, t_max=1.5)
