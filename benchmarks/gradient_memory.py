@@ -27,34 +27,32 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from coup_fast import Purifier
-from coup_fast.adjoint import AdjointRun
-from coup_fast.backends import choose_ops
-from coup_fast.chain import Chain
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.evaluation.report import environment
-from coup_fast.frozen import frozen_parameters
-from coup_fast.guidance import confidence_gradient
-from coup_fast.live_bytes import peak_bytes
+from coup_fast.gradient_check.adjoint import AdjointRun
+from coup_fast.run.backends import choose_ops
+from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.loop import final_state
+from coup_fast.run.steps import State
 
 METHODS = ("diffpure", "coup")
 PARTS = ("memory", "resident", "time", "adjoint")
 CALLS = 50  # of the models alone, per sample
-Run = Callable[[], Tensor]
+GradientCall = Callable[[], Tensor]
 
 
 def checkpointed(clean: Purifier, images: Tensor) -> Tensor:
     """The gradient with torch.utils.checkpoint around every step."""
     leaf = images.clone().requires_grad_()
-    chain = clean.chain(leaf)
-    assert isinstance(chain, Chain)
-    with frozen_parameters(clean.score_model, clean.classifier):
-        (x,) = chain.start(leaf)
-        for k in range(chain.num_steps):
+    run = clean.prepare(leaf)
 
-            def step(state: Tensor, k: int = k) -> Tensor:
-                return chain.step(k, (state,), None)[0]
+    def step(k: int, state: State, attacked: Tensor | None) -> State:
+        # The reentrant kind: the other one cannot hold a step that differentiates inside.
+        return checkpoint(lambda *x: run.step(k, x, None), *state, use_reentrant=True)
 
-            # The reentrant kind: the other one cannot hold a step that differentiates inside.
-            x = checkpoint(step, x, use_reentrant=True)
+    with frozen_parameters(*run.models):
+        (x,) = final_state(run, leaf, step)
         x.backward(cotangent(x))
     assert leaf.grad is not None
     return leaf.grad
@@ -79,14 +77,14 @@ WAYS: dict[str, tuple[dict[str, str], Callable[[Purifier, Tensor], Tensor]]] = {
 }
 
 
-def gradient_by(way: str, models: gradient_models.Models, method: str, steps: int) -> Run:
+def gradient_by(way: str, models: gradient_models.Models, method: str, steps: int) -> GradientCall:
     score_model, classifier, images = models
     options, take = WAYS[way]
     clean = Purifier(score_model, classifier, method=method, num_steps=steps, **options)
     return lambda: take(clean, images)
 
 
-def cpu_seconds(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+def cpu_seconds(runs: dict[str, GradientCall], repeats: int) -> dict[str, float]:
     """The least CPU time of each, in turns."""
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
@@ -114,7 +112,7 @@ def memory_table(models: gradient_models.Models, steps: list[int]) -> list[dict[
     return rows
 
 
-def model_calls(models: gradient_models.Models, method: str) -> dict[str, Run]:
+def model_calls(models: gradient_models.Models, method: str) -> dict[str, GradientCall]:
     """The models' calls of CALLS steps: as the forward pass does them, and with backward."""
     score_model, classifier, images = models
     guided = method == "coup"
@@ -134,7 +132,7 @@ def model_calls(models: gradient_models.Models, method: str) -> dict[str, Run]:
             out.append(confidence_gradient(classifier, leaf, ops, graph=True))
         return torch.autograd.grad(out, leaf, [cotangent(part) for part in out])[0]
 
-    def often(run: Run) -> Run:
+    def often(run: GradientCall) -> GradientCall:
         return lambda: [run() for _ in range(CALLS)][-1]
 
     return {"forward": often(forward), "recompute + backward": often(recompute_and_backward)}
@@ -156,7 +154,7 @@ def time_table(models: gradient_models.Models, steps: int, repeats: int) -> list
     return rows
 
 
-def adjoint_runs(clean: Purifier, images: Tensor) -> dict[str, Run]:
+def adjoint_runs(clean: Purifier, images: Tensor) -> dict[str, GradientCall]:
     """The exact gradient and the adjoint's, all of the run on one Brownian path."""
     frozen = AdjointRun(clean, images)
     trainable = AdjointRun(clean, images, trainable=True)

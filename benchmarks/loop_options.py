@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from coup_fast import Purifier, ScoreModel, load_bundled
-from coup_fast.heap import keep_freed_memory
+from coup_fast.malloc import keep_freed_memory
 from coup_fast.models import Classifier, UNet
 
 

@@ -20,7 +20,7 @@ from coup_fast._version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time a name is imported when it is used
     from coup_fast import methods, noise, ops, reference
-    from coup_fast.eot import eot_gradient
+    from coup_fast.attacks.eot import eot_gradient
     from coup_fast.gradient_check import check_gradient
     from coup_fast.models.bundled import load_bundled
     from coup_fast.purified_classifier import PurifiedClassifier
@@ -38,7 +38,7 @@ _EXPORTS: dict[str, str] = {
     "ScoreModel": "coup_fast.score_model",
     "VPSchedule": "coup_fast.schedules",
     "check_gradient": "coup_fast.gradient_check",
-    "eot_gradient": "coup_fast.eot",
+    "eot_gradient": "coup_fast.attacks.eot",
     "load_bundled": "coup_fast.models.bundled",
     "methods": "coup_fast.methods",
     "noise": "coup_fast.noise",

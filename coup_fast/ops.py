@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import _extension
-from coup_fast.transforms import FORWARD_MODE, refuse_tangents, wrapped
+from coup_fast._torch.transforms import FORWARD_MODE, refuse_tangents, wrapped
 
 
 def _missing(*_: Any, **__: Any) -> Any:

@@ -10,8 +10,11 @@ for networks that predict noise, the score, or the clean image.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,7 +36,7 @@ NUM_COLUMNS = len(ROW_COLUMNS)
 START_COLUMNS = ("scale", "bias", "std", "sign_std", "lo", "hi", "out_scale", "out_bias")
 ADAPTIVE_COLUMNS = ("numerator", "alpha_min", "alpha_max", "tau", "scale", "bias", "lo", "hi")
 
-KINDS = ("eps", "score", "x0")
+DIFFUSION_KINDS = ("eps", "score", "x0")  # of `ScoreModel.kind`, those that `network_row` takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +62,17 @@ class Plan:
     guidance_norm: str = "none"
     learned_variance: bool = False
 
+    look_ahead: ClassVar[Array | None] = None  # of an `AdaptivePlan`
+
     @property
     def num_steps(self) -> int:
         """N, rows that call no network included."""
         return len(self.coeffs)
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether any row reads the guidance gradient."""
+        return bool(self.guided.any())
 
     @property
     def num_noise(self) -> int:
@@ -73,6 +83,34 @@ class Plan:
     def num_network_calls(self) -> int:
         """Evaluations of the score network in a run."""
         return int(np.isfinite(self.times).sum())
+
+    @property
+    def noise_index(self) -> tuple[int | None, ...]:
+        """The number of each row's noise tensor; None for a row that draws none."""
+        numbers = itertools.count(int(self.start_noisy))
+        return tuple(next(numbers) if noisy else None for noisy in self.noisy.tolist())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every coefficient and time, in hexadecimal."""
+        return _digest(self.start, self.coeffs, self.times)
+
+    def in_pixels(self, k: int) -> bool:
+        """Whether the state after k steps is an image; before the last step it is 2u - 1."""
+        return k == self.num_steps
+
+    def first(self, steps: int) -> Plan:
+        """The first `steps` rows (all, if there are fewer), then the way back to pixels."""
+        coeffs = self.coeffs[:steps].copy()
+        way_back = [OUT_LO, OUT_HI, OUT_SCALE, OUT_BIAS]
+        coeffs[-1, way_back] = self.coeffs[-1, way_back]
+        return replace(
+            self,
+            coeffs=coeffs,
+            times=self.times[:steps],
+            guided=self.guided[:steps],
+            noisy=self.noisy[:steps],
+        )
 
     def table(self) -> str:
         """The plan as text: one line per row, with the coefficients that do something."""
@@ -88,7 +126,9 @@ class Plan:
 class AdaptivePlan:
     """A run of ADP: a start row, then num_steps rows of `adaptive_step`.
 
-    coeffs: [num_steps, 8]. delta: how far ahead the second score is taken, S(x + δ S(x)).
+    coeffs: [num_steps, 8]. delta: how far ahead the second score is taken, S(x + δ S(x)). The state
+    is an image at every step, and nothing but the start draws noise. What a `Plan` says beyond that
+    is said here as well, so that a run of either kind is prepared in the same way.
     """
 
     method: str
@@ -97,10 +137,37 @@ class AdaptivePlan:
     coeffs: Array
     delta: float
 
+    needs_classifier: ClassVar[bool] = False
+    uses_reference: ClassVar[bool] = False
+    learned_variance: ClassVar[bool] = False
+    guidance_norm: ClassVar[str] = "none"
+
     @property
     def num_steps(self) -> int:
         """Steps of a run, two network calls each."""
         return len(self.coeffs)
+
+    @property
+    def times(self) -> Array:
+        """[num_steps]: the network is told t = 0 at each call."""
+        return np.zeros(self.num_steps)
+
+    @property
+    def guided(self) -> np.ndarray:
+        """bool [num_steps]: no step."""
+        return np.zeros(self.num_steps, dtype=bool)
+
+    @property
+    def noise_index(self) -> tuple[int | None, ...]:
+        """No step draws noise."""
+        return (None,) * self.num_steps
+
+    @property
+    def look_ahead(self) -> Array:
+        """[19]: the reverse_step row x + δ m, the second point of a step."""
+        row = blank_row()
+        row[[V, W]] = 1.0, self.delta
+        return row
 
     @property
     def num_noise(self) -> int:
@@ -112,6 +179,19 @@ class AdaptivePlan:
         """Evaluations of the score network in a run."""
         return 2 * self.num_steps
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every coefficient, in hexadecimal."""
+        return _digest(self.start, self.coeffs)
+
+    def in_pixels(self, k: int) -> bool:
+        """Whether the state after k steps is an image: always."""
+        return True
+
+    def first(self, steps: int) -> AdaptivePlan:
+        """The first `steps` steps (all, if there are fewer)."""
+        return replace(self, coeffs=self.coeffs[:steps])
+
     def table(self) -> str:
         """The plan as text."""
         lines = [f"{self.method}: {self.num_steps} steps, delta={self.delta:.6g}"]
@@ -120,6 +200,13 @@ class AdaptivePlan:
             f"{k:5d}  {_describe(ADAPTIVE_COLUMNS, row)}" for k, row in enumerate(self.coeffs)
         ]
         return "\n".join(lines)
+
+
+AnyPlan = Plan | AdaptivePlan
+
+
+def _digest(*tables: Array) -> str:
+    return hashlib.sha256(b"".join(table.tobytes() for table in tables)).hexdigest()
 
 
 def _describe(names: tuple[str, ...], row: Array) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coup_fast import validation
-from coup_fast.frozen import frozen_parameters
-from coup_fast.gradient_guards import refuse_training_mode
-from coup_fast.locks import lock_across_forks
-from coup_fast.purifier import Classifier, Purifier
-from coup_fast.score_model import in_dtype_of
+from coup_fast import checks
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.locks import lock_across_forks
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast.purifier import Purifier
+from coup_fast.run import validation
+from coup_fast.run.replay_guards import refuse_training_mode
+from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
 
@@ -68,7 +68,7 @@ class PurifiedClassifier(nn.Module):
     def __init__(
         self,
         purifier: Purifier,
-        classifier: Classifier,
+        classifier: ClassifierFunction,
         num_draws: int = 1,
         vote: str = "logits",
         *,
@@ -81,20 +81,16 @@ class PurifiedClassifier(nn.Module):
             raise TypeError(
                 f"classifier must be a module or a callable, got {type(classifier).__name__}"
             )
-        validation.check_count("num_draws", num_draws)
-        validation.check_choice("vote", vote, VOTES)
         self.purifier = purifier
         self.classifier = classifier
-        self.num_draws = num_draws
-        self.vote = vote
+        self.num_draws = checks.integer("num_draws", num_draws, 1)
+        self.vote = checks.choice("vote", vote, VOTES)
         self.fresh_draws = fresh_draws
         self.next_draw = 0
 
     def reset_draws(self, next_draw: int = 0) -> None:
         """Let the next call with `fresh_draws` start at this draw."""
-        if next_draw < 0:
-            raise ValueError(f"next_draw must be at least 0, got {next_draw}")
-        self.next_draw = next_draw
+        self.next_draw = checks.integer("next_draw", next_draw, 0)
 
     def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
@@ -110,8 +106,7 @@ class PurifiedClassifier(nn.Module):
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)
-        with self.draws_from(draw, self.num_draws) as first:
-            return self.logits_at(images, ids, first)
+        return self.logits_at(images, ids, self.take_draws(draw, self.num_draws))
 
     def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
@@ -138,30 +133,19 @@ class PurifiedClassifier(nn.Module):
             raise ValueError(f"the classifier must return logits [{len(purified)}, K]; got {got}")
         return logits
 
-    @contextmanager
-    def draws_from(self, draw: int, count: int) -> Iterator[int]:
+    def take_draws(self, draw: int, count: int) -> int:
         """The first of `count` draws to use, counted from `draw`.
 
         With `fresh_draws` counted from `next_draw` as well, and then no other call, in any thread,
-        gets these draws, unless an error is raised within.
+        gets these draws. A call that raises has used its draws up.
         """
-        if isinstance(draw, bool) or not isinstance(draw, int):
-            raise TypeError(f"draw must be an int, got {type(draw).__name__}")
-        if draw < 0:
-            raise ValueError(f"draw must be at least 0, got {draw}")
+        draw = checks.integer("draw", draw, 0)
         if not self.fresh_draws:
-            yield draw
-            return
+            return draw
         with _lock:
             taken = self.next_draw
-            self.next_draw = following = taken + count
-        try:
-            yield draw + taken
-        except BaseException:
-            with _lock:
-                if self.next_draw == following:  # nobody has taken more
-                    self.next_draw = taken
-            raise
+            self.next_draw = taken + count
+        return draw + taken
 
     def extra_repr(self) -> str:
         return f"num_draws={self.num_draws}, vote={self.vote!r}, fresh_draws={self.fresh_draws}"

@@ -1,42 +1,57 @@
-"""The purifier: one loop for every method, and the class that users meet."""
+"""The purifier: the class that users meet, and `purify` in one call."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from coup_fast import methods, validation
-from coup_fast.backends import choose_ops
-from coup_fast.calls import Calls, Classifier, Compiled, check_precision, wants_channels_last
-from coup_fast.chain import (
-    AdaptiveChain,
-    AnyChain,
-    Chain,
-    Noise,
-    State,
-    Tables,
-    tables_of,
-)
-from coup_fast.diagnosis import diagnose
-from coup_fast.frozen import frozen_parameters
-from coup_fast.gradients import exact_run, straight_through
-from coup_fast.graphs import Graphs
-from coup_fast.loop import Trajectory, run_in_place, run_recorded
-from coup_fast.noise import step_keys
-from coup_fast.options import PURIFIER_OPTIONS, attribute_of, take_options
-from coup_fast.plan import AdaptivePlan, Plan
-from coup_fast.score_model import ScoreModel
+from coup_fast import checks, methods
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.plan import AnyPlan
+from coup_fast.run import validation
+from coup_fast.run.diagnosis import diagnose
+from coup_fast.run.exact_gradient import exact_final_state, straight_through
+from coup_fast.run.loop import final_state, joined_states
+from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
+from coup_fast.run.prepare import Kept, prepare
+from coup_fast.run.steps import Run, State
+from coup_fast.score_model import ClassifierFunction, ScoreModel
 
-__all__ = ["Classifier", "Purifier", "purify"]
+__all__ = ["Purifier", "purify"]
 
 _compiler_disable: Callable[..., Any] = torch.compiler.disable
 _NOT_COMPILED = (
     "the loop of a coup_fast.Purifier is not compiled; compile=True compiles its networks"
 )
+
+T = TypeVar("T")
+
+
+class _RunOption(Generic[T]):
+    """One of `Purifier.run_options` as an attribute; setting it checks the value."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, purifier: None, owner: type) -> _RunOption[T]: ...
+
+    @overload
+    def __get__(self, purifier: Purifier, owner: type) -> T: ...
+
+    def __get__(self, purifier: Purifier | None, owner: type) -> _RunOption[T] | T:
+        if purifier is None:
+            return self
+        value: T = getattr(purifier.run_options, self.name)
+        return value
+
+    def __set__(self, purifier: Purifier, value: T) -> None:
+        purifier.run_options = replace(purifier.run_options, **{self.name: value})  # type: ignore[arg-type]
 
 
 class Purifier(nn.Module):
@@ -53,7 +68,7 @@ class Purifier(nn.Module):
             backend: "auto" (compiled operators; plain PyTorch for float64 images or without the
                 extension), "compiled" or "reference";
             gradient: of a result with respect to images that require grad. "exact": of the run as
-                it was, in the memory of its states and one step (`coup_fast.gradients`);
+                it was, in the memory of its states and one step (`coup_fast.run.exact_gradient`);
                 "autograd": the same from a graph of the whole run, which can be differentiated
                 again; "bpda": the purifier's Jacobian is taken as the identity; "none": the
                 result is detached;
@@ -102,22 +117,22 @@ class Purifier(nn.Module):
     without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
 
-    backend: str
-    gradient: str
-    states: str
-    verify_states: bool
-    guidance_gradient: str
-    check_values: bool
-    compile_networks: bool | str
-    cuda_graph: bool | str
-    precision: str
-    channels_last: bool | str
-    max_batch: int | None
+    backend = _RunOption[str]("backend")
+    gradient = _RunOption[str]("gradient")
+    states = _RunOption[str]("states")
+    verify_states = _RunOption[bool]("verify_states")
+    guidance_gradient = _RunOption[str]("guidance_gradient")
+    check_values = _RunOption[bool]("check_values")
+    compile_networks = _RunOption[bool | str]("compile")  # `nn.Module.compile` is a method
+    cuda_graph = _RunOption[bool | str]("cuda_graph")
+    precision = _RunOption[str]("precision")
+    channels_last = _RunOption[bool | str]("channels_last")
+    max_batch = _RunOption[int | None]("max_batch")
 
     def __init__(
         self,
         score_model: ScoreModel,
-        classifier: Classifier | None = None,
+        classifier: ClassifierFunction | None = None,
         *,
         method: str = "coup",
         seed: int = 0,
@@ -133,30 +148,36 @@ class Purifier(nn.Module):
             raise TypeError(
                 f"classifier must be a module or a callable, got {type(classifier).__name__}"
             )
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        for name, value in take_options(options).items():
-            setattr(self, attribute_of(name), value)
-        self.plan = _plan(method, score_model, options)
+        own, of_method = split_options(options)
+        self.run_options = RunOptions(**own)
+        self.plan = _plan(method, score_model, classifier, of_method)
         self.score_model = score_model
         self.classifier = classifier
         self.method = method
-        self.seed = seed
-        self.options = options
-        if self._guided and classifier is None:
-            raise ValueError(
-                f"method {method!r} is guided by a classifier and none is given; pass one, or "
-                "guidance_scale=0"
-            )
-        self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
-        self._compiled = Compiled()
-        self._graphs = Graphs()
+        self.seed = checks.integer("seed", seed, 0, 2**64 - 1)
+        self.options = of_method
+        self._kept = Kept()
 
-    @property
-    def _guided(self) -> bool:
-        return not isinstance(self.plan, AdaptivePlan) and bool(self.plan.guided.any())
+    def with_options(self, **options: Any) -> Purifier:
+        """A purifier of the same models and seed with other values of these options.
+
+        Options of the run (`gradient`, `precision`, …) leave the plan as it is. Options of the
+        method make it anew.
+        """
+        own, of_method = split_options(options)
+        other = self.with_plan(self.plan)
+        other.run_options = replace(self.run_options, **own)
+        if of_method:
+            other.options = self.options | of_method
+            other.plan = _plan(self.method, self.score_model, self.classifier, other.options)
+        return other
+
+    def with_plan(self, plan: AnyPlan) -> Purifier:
+        """A purifier of the same models, seed and options that runs this plan."""
+        other = copy.copy(self)
+        other.plan = plan
+        other._kept = Kept(compiled=self._kept.compiled)
+        return other
 
     @property
     def num_noise(self) -> int:
@@ -188,79 +209,85 @@ class Purifier(nn.Module):
         With `gradient="exact"` and images that require grad, ValueError for models in a training
         mode that the exact gradient cannot repeat, and what else `exact_run` lists.
         """
-        run = self._forward
+        purify_all = self._forward
         if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
-            run = _compiler_disable(run, reason=_NOT_COMPILED)
-        return run(images, sample_ids, draw, noise)
+            purify_all = _compiler_disable(purify_all, reason=_NOT_COMPILED)
+        return purify_all(images, sample_ids, draw, noise)
 
     def _forward(
         self, images: Tensor, sample_ids: Any, draw: int | Tensor, noise: Tensor | None
     ) -> Tensor:
-        run_noise = self._checked(images, sample_ids, draw, noise)
+        run = self.prepare(images, sample_ids, draw, noise)
         if images.numel() == 0:
             return images.detach().clone() if self.gradient == "none" else images.clone()
-        with self._frozen():
-            parts = [
-                self._purified(part, run_noise.of(rows), rows.start)
-                for rows, part in self._parts(images)
+        with frozen_parameters(*run.models):
+            results = [
+                self._purified(run.of(rows), part, rows.start) for rows, part in self._parts(images)
             ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def prepare(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int | Tensor = 0,
+        noise: Tensor | None = None,
+    ) -> Run:
+        """The run that `forward` performs with these arguments, checked and ready, not started."""
+        return prepare(
+            self.plan,
+            self.score_model,
+            self.classifier,
+            self.run_options,
+            images,
+            sample_ids,
+            draw,
+            noise,
+            seed=self.seed,
+            kept=self._kept,
+        )
 
     def _parts(self, images: Tensor) -> list[tuple[slice, Tensor]]:
         """The batch in parts of at most `max_batch` images, with their place in it."""
         size = self.max_batch or len(images)
         if len(images) <= size:
             return [(slice(0, len(images)), images)]
-        return [
-            (slice(first, first + size), images[first : first + size])
-            for first in range(0, len(images), size)
-        ]
+        places = [slice(first, first + size) for first in range(0, len(images), size)]
+        return [(rows, images[rows]) for rows in places]
 
-    def _purified(self, images: Tensor, noise: Noise, first: int) -> Tensor:
+    def _purified(self, run: Run, images: Tensor, first: int) -> Tensor:
         """The result for images that start at position `first` of the batch."""
-        chain = self._chain(images, noise)
-        with chain.calls.flags():
-            state = self._run(chain, images)
-        if self.check_values and bool(chain.suspect(state)):
-            with torch.no_grad(), chain.calls.flags():
-                message = diagnose(chain, images, first)
+        with run.calls.flags():
+            state = self._final_state(run, images)
+        if self.check_values and bool(run.suspect(state)):
+            with torch.no_grad(), run.calls.flags():
+                message = diagnose(run, images, first)
             if message is not None:
                 raise FloatingPointError(message)
         result = state[0].to(images.dtype)
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
-        return result.contiguous() if chain.calls.channels_last and not as_it_came else result
+        return result.contiguous() if run.calls.channels_last and not as_it_came else result
 
-    def _run(self, chain: AnyChain, images: Tensor) -> State:
-        """The chain's final state, differentiable as `gradient` says."""
+    def _final_state(self, run: Run, images: Tensor) -> State:
+        """The state after the last step, differentiable as `gradient` says."""
         wanted = torch.is_grad_enabled() and images.requires_grad
         if wanted and self.gradient == "exact":
-            return exact_run(
-                chain,
-                images,
-                states=self.states,
-                verify=self.verify_states,
-                check=self.check_values,
-            )
+            return exact_final_state(run, images)
         if wanted and self.gradient == "autograd":
-            return run_recorded(chain, images)
+            return final_state(run, images)
         with torch.no_grad():
-            state = self._inference(chain, images)
+            state = self._kept.graphs.final_state(run, images)
+            if state is None:
+                state = final_state(run, images, run.step_)
         if wanted and self.gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
 
-    def _inference(self, chain: AnyChain, images: Tensor) -> State:
-        """The chain's final state, from graphs where there are any."""
-        settings = (self.backend, self.precision, self.channels_last, self.compile_networks)
-        captured = self._graphs.run(chain, images, self.cuda_graph, settings)
-        return run_in_place(chain, images) if captured is None else captured
-
     @property
     def graph_reason(self) -> str | None:
         """Why the last run without gradient was not replayed from CUDA graphs; None if it was."""
-        return self._graphs.reason
+        return self._kept.graphs.reason
 
-    @torch.no_grad()
     def trajectory(
         self,
         images: Tensor,
@@ -274,107 +301,55 @@ class Purifier(nn.Module):
         result. Takes what `forward` takes; nothing is differentiated or clamped. A method that
         works in diffusion space shows (x+1)/2.
         """
-        run_noise = self._checked(images, sample_ids, draw, noise)
-        return self._states(images, run_noise)
+        run = self.prepare(images, sample_ids, draw, noise)
+        states = joined_states([(run.of(rows), part) for rows, part in self._parts(images)])
 
-    def _states(self, images: Tensor, noise: Noise) -> Iterator[tuple[int, Tensor]]:
-        parts = [(part, self._chain(part, noise.of(rows))) for rows, part in self._parts(images)]
-        states = Trajectory(parts)
-        for k in range(states.num_steps + 1):
-            with self._frozen(), parts[0][1].calls.flags(), torch.no_grad():
-                x = states.advance(k)
-                in_pixels = isinstance(self.plan, AdaptivePlan) or k == states.num_steps
-            yield k, x if in_pixels else 0.5 * x + 0.5
-            if states.finished:
-                return
+        def shown() -> Iterator[tuple[int, Tensor]]:
+            while True:
+                with frozen_parameters(*run.models), run.calls.flags(), torch.no_grad():
+                    item = next(states, None)
+                    if item is None:
+                        return
+                    k, x = item
+                    pixels = x if run.plan.in_pixels(k) else 0.5 * x + 0.5
+                yield k, pixels
 
-    def chain(
-        self,
-        images: Tensor,
-        sample_ids: Any = None,
-        draw: int | Tensor = 0,
-        noise: Tensor | None = None,
-    ) -> AnyChain:
-        """The run that `forward` performs with these arguments, checked and ready, not started."""
-        return self._chain(images, self._checked(images, sample_ids, draw, noise))
-
-    def _checked(self, images: Tensor, sample_ids: Any, draw: Any, noise: Tensor | None) -> Noise:
-        """The noise of a run with these arguments; raises what `forward` says of them."""
-        validation.check_images(images)
-        choose_ops(self.backend, images)
-        check_precision(self.precision, images)
-        validation.check_model("score model", self.score_model, images)
-        if self._guided:
-            validation.check_model("classifier", self.classifier, images)
-        ids = validation.sample_ids_of(images, sample_ids)
-        draw = validation.draw_of(images, draw)
-        needed = self.plan.num_noise
-        if noise is not None:
-            validation.check_noise(noise, needed, images, self.method)
-            recordable = torch.is_inference_mode_enabled() or not noise.is_inference()
-            run_noise = Noise(tensors=noise.detach() if recordable else noise.clone())
-        else:
-            keys = step_keys(self.seed, ids, draw, needed, images[0].numel() if len(ids) else 0)
-            run_noise = Noise(keys=keys)
-        if self.check_values:
-            validation.check_values(images)
-        return run_noise
-
-    def _chain(self, images: Tensor, noise: Noise) -> AnyChain:
-        ops, tables = choose_ops(self.backend, images), self._tables_for(images)
-        network, classifier = self.score_model.network, self.classifier if self._guided else None
-        calls = Calls(
-            self.score_model,
-            classifier,
-            self.precision,
-            wants_channels_last(self.channels_last, network),
-            self.compile_networks,
-            self._compiled.form(network, self.compile_networks),
-            self._compiled.form(classifier, self.compile_networks),
-        )
-        if isinstance(self.plan, AdaptivePlan):
-            return AdaptiveChain(self.plan, tables, noise, calls, ops)
-        return Chain(self.plan, tables, noise, calls, ops, self.guidance_gradient == "full")
-
-    def _tables_for(self, images: Tensor) -> Tables:
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        key = (images.device, dtype)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # later runs may record gradients with them
-                self._tables[key] = tables_of(self.plan, *key, self.score_model.time_scale)
-        return self._tables[key]
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        with frozen_parameters(self.score_model, self.score_model.network, self.classifier):
-            yield
+        return shown()
 
     def extra_repr(self) -> str:
         options = {"method": self.method, "seed": self.seed, **self.options}
-        options |= {name: getattr(self, attribute_of(name)) for name in PURIFIER_OPTIONS}
+        options |= {name: getattr(self.run_options, name) for name in RUN_OPTIONS}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def _plan(method: str, score_model: ScoreModel, options: dict[str, Any]) -> Plan | AdaptivePlan:
-    """The method's plan for this model; an unknown option lists both kinds that exist."""
-    if method in methods.METHODS:
-        known = methods.options(method)
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(
-                f"unknown option {', '.join(map(repr, unknown))}; {method} takes "
-                f"{', '.join(known)}, and every purifier {', '.join(PURIFIER_OPTIONS)}"
-            )
+def _plan(
+    method: str,
+    score_model: ScoreModel,
+    classifier: ClassifierFunction | None,
+    options: dict[str, Any],
+) -> AnyPlan:
+    """The method's plan for these models; an unknown option lists both kinds that exist."""
+    known = methods.options(method)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown option {', '.join(map(repr, unknown))}; {method} takes "
+            f"{', '.join(known)}, and every purifier {', '.join(RUN_OPTIONS)}"
+        )
     plan = methods.plan(method, score_model.schedule, score_model.kind, **options)
-    if isinstance(plan, Plan):
-        validation.check_times(plan.times, score_model.t_max, method)
+    validation.check_times(plan.times, score_model.t_max, method)
+    if plan.needs_classifier and classifier is None:
+        raise ValueError(
+            f"method {method!r} is guided by a classifier and none is given; pass one, or "
+            "guidance_scale=0"
+        )
     return plan
 
 
 def purify(
     images: Tensor,
     score_model: ScoreModel,
-    classifier: Classifier | None = None,
+    classifier: ClassifierFunction | None = None,
     *,
     method: str = "coup",
     seed: int = 0,

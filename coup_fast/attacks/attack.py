@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from coup_fast import validation
 from coup_fast.attacks.ball import NORMS, Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import (
@@ -36,6 +35,7 @@ from coup_fast.attacks.objective import (
     Evaluation,
     Objective,
 )
+from coup_fast.run import validation
 
 FIRST_ATTACK_DRAW = 2**32
 FIRST_START_DRAW = 2**62

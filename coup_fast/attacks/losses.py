@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from coup_fast.eot import cross_entropy
+from coup_fast.attacks.eot import cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

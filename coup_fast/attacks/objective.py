@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks.ball import ordered_sum
+from coup_fast.attacks.eot import eot_gradient
 from coup_fast.attacks.losses import Loss
-from coup_fast.eot import eot_gradient
-from coup_fast.frozen import frozen_parameters
 from coup_fast.purified_classifier import PurifiedClassifier
-from coup_fast.score_model import in_dtype_of, module_of
-from coup_fast.short_chain import with_options
 
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
@@ -87,7 +86,7 @@ class Objective:
         # Votes that are counted have no slope; the mean of their softmax stands in for them.
         vote = "softmax" if defended.vote == "majority" else defended.vote
         self.model = PurifiedClassifier(
-            with_options(defended.purifier, **GRADIENTS[gradient]),
+            defended.purifier.with_options(**GRADIENTS[gradient]),
             defended.classifier,
             defended.num_draws if through_vote else 1,
             vote,

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from coup_fast import validation
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.pgd import PGD
+from coup_fast.run import validation
 
 PRESETS: dict[str, Attack] = {
     "pgd-linf": PGD(),

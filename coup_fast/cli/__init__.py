@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from coup_fast.cli.common import CommandError
-from coup_fast.heap import keep_freed_memory
+from coup_fast.malloc import keep_freed_memory
 
 COMMANDS = ("info", "purify", "toy", "demo", "eval", "bench", "train")
 

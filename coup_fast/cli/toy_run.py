@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from coup_fast import Purifier, ScoreModel
-from coup_fast.analytic import (
+from coup_fast.evaluation.intervals import Proportion
+from coup_fast.models.analytic import (
     GaussianMixture,
     MixtureClassifier,
     MixtureNetwork,
     two_gaussians,
 )
-from coup_fast.evaluation.intervals import Proportion
 
 NEAR = 0.25  # start points this close to the boundary are "near"
 CHUNK = 65536

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from coup_fast import methods, validation
+from coup_fast import methods
 from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
+from coup_fast.run import validation
 
 UNDEFENDED = "none"
 SWEPT_BY_ATTACKS = ("eps", "eot", "steps")

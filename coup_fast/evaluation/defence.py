@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coup_fast import PurifiedClassifier, Purifier
-    from coup_fast.backends import Operators
+    from coup_fast.run.backends import Operators
 
 
 def synchronise(device: torch.device) -> None:
@@ -126,22 +126,17 @@ def operator_share(purifier: Purifier, images: Tensor) -> OperatorShare:
     """
     import torch
 
-    from coup_fast.frozen import frozen_parameters
+    from coup_fast._torch.frozen import frozen_parameters
+    from coup_fast.run.loop import final_state
 
-    models = (purifier.score_model, purifier.score_model.network, purifier.classifier)
-    chain = purifier.chain(images)
-    with frozen_parameters(*models), torch.no_grad():
-        reference = chain.reference(images)
-        chain.step(0, chain.start(images), reference)
-        clock = OperatorClock(chain.ops, images.device)
-        chain.ops = cast("Operators", clock)
+    run = purifier.prepare(images)
+    with frozen_parameters(*run.models), torch.no_grad():
+        run.step(0, run.start(images), run.attacked(images))
+        clock = OperatorClock(run.ops, images.device)
+        run.ops = cast("Operators", clock)
         synchronise(images.device)
         start = time.perf_counter()
-        state, reference = chain.start(images), chain.reference(images)
-        for k in range(chain.num_steps):
-            state = chain.step_(k, state, reference)
-            if chain.finished(state):
-                break
+        final_state(run, images, run.step_)
         synchronise(images.device)
         total = time.perf_counter() - start
     return OperatorShare(clock.seconds, total, clock.calls, len(images))

@@ -25,7 +25,7 @@ from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
 from coup_fast.evaluation.summary import Report
 from coup_fast.evaluation.work import Worker
-from coup_fast.heap import give_back_freed_memory
+from coup_fast.malloc import give_back_freed_memory
 
 Say = Callable[[str], None]
 

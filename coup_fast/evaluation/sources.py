@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast.evaluation.config import Data
-from coup_fast.purifier import Classifier
-from coup_fast.score_model import ScoreModel
+from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 # "vp", or "ncsn" for ADP -> the score model and the classifier that is defended.
-ModelLoader = Callable[[str], tuple[ScoreModel, Classifier]]
+ModelLoader = Callable[[str], tuple[ScoreModel, ClassifierFunction]]
 
 
 def load_images(data: Data) -> tuple[Tensor, Tensor]:
@@ -97,7 +96,7 @@ def model_loader(name: str, device: torch.device) -> ModelLoader:
     if not callable(found):
         raise ValueError(f"models {name!r}: {module} has no function {function!r}")
 
-    def load(score: str) -> tuple[ScoreModel, Classifier]:
+    def load(score: str) -> tuple[ScoreModel, ClassifierFunction]:
         pair = found(score)
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], ScoreModel)):
             raise TypeError(

@@ -6,7 +6,6 @@ their order, or the process that computes it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import coup_fast
-from coup_fast import validation
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks import Attack
 from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.sources import ModelLoader, model_digest, score_for, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
-from coup_fast.frozen import frozen_parameters
-from coup_fast.plan import AdaptivePlan
 from coup_fast.purified_classifier import PurifiedClassifier
-from coup_fast.purifier import Classifier, Purifier
-from coup_fast.score_model import in_dtype_of, module_of
+from coup_fast.purifier import Purifier
+from coup_fast.run import validation
+from coup_fast.score_model import ClassifierFunction
 
 
 class _NotFinite(Exception):
@@ -53,15 +52,17 @@ class Worker:
         self.config, self.images, self.labels, self.device = config, images, labels, device
         self._step = step or (lambda _: None)
         self.batches = config.batches()
-        self._networks: dict[str, tuple[coup_fast.ScoreModel, Classifier]] = {}
+        self._networks: dict[str, tuple[coup_fast.ScoreModel, ClassifierFunction]] = {}
         # What attacks that ignore the purifier found on one batch: the same for every defence.
         self._bare: tuple[int, dict[tuple[int, Attack], AttackResult]] = (-1, {})
-        self.defences: dict[str, PurifiedClassifier | Classifier] = {}
+        self.defences: dict[str, PurifiedClassifier | ClassifierFunction] = {}
         for row in config.rows:
             if row.defence.name not in self.defences:
                 self.defences[row.defence.name] = self._build(row.defence, load)
 
-    def _build(self, defence: Defence, load: ModelLoader) -> PurifiedClassifier | Classifier:
+    def _build(
+        self, defence: Defence, load: ModelLoader
+    ) -> PurifiedClassifier | ClassifierFunction:
         score = score_for(defence.method)
         if score not in self._networks:
             self._networks[score] = load(score)
@@ -78,7 +79,9 @@ class Worker:
         )
         return PurifiedClassifier(purifier, classifier, defence.num_draws, defence.vote)
 
-    def _check_channels(self, score_model: coup_fast.ScoreModel, classifier: Classifier) -> None:
+    def _check_channels(
+        self, score_model: coup_fast.ScoreModel, classifier: ClassifierFunction
+    ) -> None:
         for name, network in (("classifier", classifier), ("score model", score_model.network)):
             try:
                 validation.check_channels(name, network, self.images)
@@ -157,7 +160,7 @@ class Worker:
         self,
         attack: Attack,
         batch: int,
-        model: PurifiedClassifier | Classifier,
+        model: PurifiedClassifier | ClassifierFunction,
         images: Tensor,
         labels: Tensor,
         sample_ids: Tensor,
@@ -187,7 +190,7 @@ class Worker:
 
     @torch.no_grad()
     def _scores(
-        self, model: PurifiedClassifier | Classifier, images: Tensor, ids: Tensor
+        self, model: PurifiedClassifier | ClassifierFunction, images: Tensor, ids: Tensor
     ) -> Tensor:
         """Scores under every draw, [draws, B, K]; [1, B, K] without a defence."""
         scores = []
@@ -220,7 +223,7 @@ class Worker:
         return f"{error}: {where}. The finished batches are kept."
 
     @contextmanager
-    def _watched(self, model: PurifiedClassifier | Classifier) -> Iterator[None]:
+    def _watched(self, model: PurifiedClassifier | ClassifierFunction) -> Iterator[None]:
         networks: dict[str, Any] = {"classifier": model}
         if isinstance(model, PurifiedClassifier):
             networks = {
@@ -253,11 +256,8 @@ def _watch(name: str) -> Any:
 def _plan_facts(model: PurifiedClassifier) -> dict[str, Any]:
     """What a method's options came to, and a digest of every coefficient."""
     plan = model.purifier.plan
-    tables = [plan.start, plan.coeffs]
-    if not isinstance(plan, AdaptivePlan):
-        tables.append(plan.times)
     return {
         "steps": plan.num_steps,
         "network_calls": plan.num_network_calls,
-        "coefficients": hashlib.sha256(b"".join(t.tobytes() for t in tables)).hexdigest(),
+        "coefficients": plan.digest,
     }

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from coup_fast.integrations.diffpure_files import RunFolder, load_score_model
 from coup_fast.plan import Plan, start_row
-from coup_fast.purifier import Classifier, Purifier
-from coup_fast.score_model import ScoreModel
+from coup_fast.purifier import Purifier
+from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 __all__ = [
     "CoupDiffusion",
@@ -79,7 +79,7 @@ class _Runner(nn.Module):
         self.pictures = pictures
         self.fresh_draws = fresh_draws
         self.options = {"gradient": self.gradient, "check_values": False} | options
-        self.classifier: Classifier | None = None
+        self.classifier: ClassifierFunction | None = None
         self.purifier: Purifier | None = None
         self._built_for: object = None
 
@@ -165,7 +165,7 @@ class _Runner(nn.Module):
                 assert isinstance(purifier.plan, Plan)
                 schedule: Any = self.score_model.schedule
                 noised = float(schedule.discrete().alpha_bar(level - 1))
-                purifier.plan = replace(purifier.plan, start=start_row(noised))
+                purifier = purifier.with_plan(replace(purifier.plan, start=start_row(noised)))
             self.purifier, self._built_for = purifier, settings
         return self.purifier
 
@@ -238,7 +238,7 @@ class CoupDiffusion(_Runner):
         args: Any,
         config: Any,
         device: torch.device | str | None = None,
-        classifier: Classifier | None = None,
+        classifier: ClassifierFunction | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(args, config, device, **keywords)

@@ -22,12 +22,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from coup_fast import methods
-from coup_fast.backends import choose_ops
-from coup_fast.chain import Tables, tables_of
-from coup_fast.guidance import confidence_gradient
 from coup_fast.models.diffusers_pipelines import discrete_schedule
 from coup_fast.noise import step_keys
 from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
+from coup_fast.run.backends import choose_ops
+from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.tables import Tables, tables_of
 from coup_fast.schedules import VPSchedule
 
 _KINDS = {"epsilon": "eps", "sample": "x0", "score": "score"}
@@ -210,7 +210,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
             out = model_output[:, : sample.shape[1]]
         following = [*self._rows, self.plan.num_steps][self.step_index + 1]
         for k in range(row, following):  # the rows after the first call no network
-            source = self._noise(x, tables.noise_index[k], generator, keys, noise)
+            source = self._noise(x, self.plan.noise_index[k], generator, keys, noise)
             read = reference if k == row else None
             x = ops.reverse_step(
                 x, out, tables.rows[k], source[0], guidance, read, source[1],

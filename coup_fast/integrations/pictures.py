@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from coup_fast._torch.modules import first_parameter
 from coup_fast.purifier import Purifier
-from coup_fast.score_model import first_parameter
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as pillow's convert("L")
 _ORIENTATION = 0x0112  # EXIF

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from ..plan import KINDS
+from ..plan import DIFFUSION_KINDS
 from ..reference import GUIDANCE_NORMS
 from ..schedules import DiscreteSchedule, VPSchedule
 
@@ -61,9 +61,10 @@ def flag(name: str, value: Any) -> bool:
 
 def diffusion_model(method: str, schedule: Any, kind: Any) -> VP:
     """The schedule of a variance-preserving diffusion network; kind eps, score or x0."""
-    if kind not in KINDS:
+    if kind not in DIFFUSION_KINDS:
         raise ValueError(
-            f"{method} needs a diffusion network of kind {', '.join(KINDS)}, got kind {kind!r}"
+            f"{method} needs a diffusion network of kind {', '.join(DIFFUSION_KINDS)}, "
+            f"got kind {kind!r}"
         )
     if not isinstance(schedule, VPSchedule | DiscreteSchedule):
         raise ValueError(

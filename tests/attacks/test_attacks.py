@@ -13,7 +13,7 @@ from coup_fast import PurifiedClassifier
 from coup_fast.attacks import APGD, FIRST_ATTACK_DRAW, LOSSES, PGD, PRESETS, preset
 from coup_fast.attacks.apgd import window_ends
 from coup_fast.attacks.ball import Ball, ordered_sum
-from coup_fast.eot import cross_entropy
+from coup_fast.attacks.eot import cross_entropy
 from coup_fast.purified_classifier import combine_votes
 
 BATCH = 4

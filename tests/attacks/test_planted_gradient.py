@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel
-from coup_fast.analytic import GaussianMixture, MixtureNetwork
 from coup_fast.attacks import PGD, AttackResult
+from coup_fast.models.analytic import GaussianMixture, MixtureNetwork
 
 SHAPE = (torch.arange(64) < 6).reshape(1, 8, 8)
 EPS = 0.3  # pixels; 0.6 in diffusion space

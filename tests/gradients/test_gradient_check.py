@@ -7,10 +7,9 @@ import torch
 from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, score_model
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, check_gradient
-from coup_fast import adjoint as adjoint_module
-from coup_fast.adjoint import AdjointRun, why_not
 from coup_fast.gradient_check import GradientRow
-from coup_fast.short_chain import first_steps, longer_steps
+from coup_fast.gradient_check import adjoint as adjoint_module
+from coup_fast.gradient_check.adjoint import AdjointRun, why_not
 
 ROWS = ["autograd", "exact", "stopped guidance", "bpda", "adjoint"]
 
@@ -102,12 +101,12 @@ def test_a_missing_torchsde_is_said(monkeypatch) -> None:
 
 def test_short_chains_are_the_methods_own_steps() -> None:
     full = purifier("coup")
-    short = first_steps(full, 3)
+    short = full.with_plan(full.plan.first(3))
     u = images()
     states = dict(full.trajectory(u))
     torch.testing.assert_close(short(u), states[3].clamp(0, 1), rtol=1e-6, atol=1e-6)
-    assert torch.equal(first_steps(full, 200)(u), full(u))
-    longer = longer_steps(full, 4)
+    assert torch.equal(full.with_plan(full.plan.first(200))(u), full(u))
+    longer = full.with_options(num_steps=4)
     assert torch.equal(longer(u), purifier("coup", num_steps=4)(u))
     assert full.plan.num_steps == 100
 

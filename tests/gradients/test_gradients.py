@@ -11,7 +11,7 @@ from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, score_model
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension
-from coup_fast.live_bytes import LiveBytes, peak_bytes
+from coup_fast.attacks.peak_memory import LiveBytes, peak_bytes
 from coup_fast.score_model import EnergyModel
 
 METHODS = sorted(SHORT)
@@ -109,12 +109,12 @@ def test_equals_autograd_with_given_noise_ids_and_draws(method: str) -> None:
 def test_some_adp_samples_stop_and_the_gradient_knows() -> None:
     method, options = VARIANTS["some stopped"]
     clean = purifier(method, **options)
-    chain = clean.chain(images())
+    run = clean.prepare(images())
     with torch.no_grad():
-        state = chain.start(images())
+        state = run.start(images())
         alive = []
-        for k in range(chain.num_steps):
-            state = chain.step(k, state, None)
+        for k in range(run.num_steps):
+            state = run.step(k, state, None)
             alive.append(state[1].sum().item())
     assert 0 < alive[-1] < 3, f"the case is meant to stop some samples, alive: {alive}"
 

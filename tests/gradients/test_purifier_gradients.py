@@ -65,14 +65,14 @@ def test_stopped_guidance_gradient_treats_the_guidance_as_constant() -> None:
     u, weight = images(2, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(full(u), stopped(u))
     # The chain with its guidance tensors recorded and put back as constants.
-    chain = stopped.chain(u)
+    run = stopped.prepare(u)
     leaf = u.clone().requires_grad_()
-    state = chain.start(leaf)
-    for k in range(chain.num_steps):
+    state = run.start(leaf)
+    for k in range(run.num_steps):
         x = state[0]
-        out, guidance = chain.evaluate(k, x)
-        keys, noise = chain.noise.at(chain.tables.noise_index[k])
-        row = chain.tables.rows[k]
+        out, guidance = run.evaluate(k, x)
+        keys, noise = run.noise.at(run.noise_index[k])
+        row = run.tables.rows[k]
         state = (reference.reverse_step(x, out, row, keys, guidance.detach(), None, noise),)
     (want,) = torch.autograd.grad((state[0] * weight).sum(), leaf)
     torch.testing.assert_close(gradient_of(stopped, u, weight), want, rtol=1e-10, atol=1e-12)

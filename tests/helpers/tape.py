@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coup_fast.chain import InOrder
-from coup_fast.graphs import Graphs
+from coup_fast.run.captured import Graphs
+from coup_fast.run.steps import InOrder
 
 WAITS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero")
 

@@ -13,7 +13,7 @@ from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
 
 import coup_fast
 from coup_fast import Purifier, ScoreModel, _extension, methods
-from coup_fast.analytic import GaussianMixture, MixtureClassifier, MixtureNetwork
+from coup_fast.models.analytic import GaussianMixture, MixtureClassifier, MixtureNetwork
 from coup_fast.noise import step_keys
 from coup_fast.plan import X_VAR, Z_VAR, D, V
 from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule

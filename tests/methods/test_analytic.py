@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from coup_fast import Purifier, ScoreModel, methods
-from coup_fast.analytic import GaussianMixture, MixtureClassifier, MixtureNetwork, two_gaussians
 from coup_fast.methods.sde import T_END
+from coup_fast.models.analytic import (
+    GaussianMixture,
+    MixtureClassifier,
+    MixtureNetwork,
+    two_gaussians,
+)
 from coup_fast.plan import C, D, E, Plan, V, W
 from coup_fast.schedules import DiscreteSchedule, VPSchedule
 

@@ -9,7 +9,7 @@ import torch
 from helpers.tiny import TinyClassifier, TinyNetwork, images
 
 from coup_fast import Purifier, ScoreModel, _extension, methods, reference
-from coup_fast.guidance import confidence_gradient
+from coup_fast.run.guidance import confidence_gradient
 from coup_fast.schedules import DiscreteSchedule
 
 needs_compiled = pytest.mark.skipif(not _extension.available(), reason="needs the extension")

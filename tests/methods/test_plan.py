@@ -12,7 +12,7 @@ from helpers import interpreter
 
 from coup_fast import plan
 from coup_fast.plan import (
-    KINDS,
+    DIFFUSION_KINDS,
     ROW_COLUMNS,
     Prediction,
     Rows,
@@ -64,7 +64,7 @@ def test_kernels_have_the_same_columns(header: str, struct: str, columns) -> Non
     assert fields == list(columns)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSION_KINDS)
 @pytest.mark.parametrize("step", [(0.0, 0.9, -0.3), (0.8, 0.0, 0.4), (0.5, 0.6, 0.0), (1, 2, 3)])
 def test_kinds_give_the_same_step(kind: str, step) -> None:
     x, eps = random_state()
@@ -74,7 +74,7 @@ def test_kinds_give_the_same_step(kind: str, step) -> None:
     torch.testing.assert_close(interpreter.step(row, x, out[kind]), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSION_KINDS)
 def test_kinds_give_the_same_clipped_step(kind: str) -> None:
     x, eps = random_state()
     out = outputs(x, eps)

@@ -152,6 +152,10 @@ def test_an_editable_installation_works_beside_its_clone(tmp_path: Path) -> None
     shutil.unpack_archive(wheel, site, "zip")
     look = f"import site; site.addsitedir({str(site)!r}); import coup_fast; print(coup_fast.place)"
     found = subprocess.run(
-        [sys.executable, "-ES", "-c", look], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-ES", "-c", look],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert found.stdout.strip() == "the package"

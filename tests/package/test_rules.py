@@ -68,14 +68,19 @@ def runtime_imports(tree: ast.Module) -> Iterator[str]:
             pending.extend(ast.iter_child_nodes(node))
 
 
-CORE = [p for pattern in ("*.py", "methods/*.py") for p in (ROOT / "coup_fast").glob(pattern)]
+CORE_FOLDERS = ("methods", "run", "_torch")
+CORE = [
+    path
+    for pattern in ("*.py", *(f"{folder}/*.py" for folder in CORE_FOLDERS))
+    for path in (ROOT / "coup_fast").glob(pattern)
+]
 
 
 @pytest.mark.parametrize("path", sorted(CORE), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
     if path.name == "__main__.py":
         return  # the command line's entry, which stands around the core
-    outer = {p.parent.name for p in (ROOT / "coup_fast").glob("*/__init__.py")} - {"methods"}
+    outer = {p.parent.name for p in (ROOT / "coup_fast").glob("*/__init__.py")} - set(CORE_FOLDERS)
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "coup_fast"}
     for module in runtime_imports(ast.parse(path.read_text())):
         first, _, rest = module.partition(".")

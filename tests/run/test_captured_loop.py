@@ -21,7 +21,7 @@ METHODS = sorted(SHORT)
 
 def taped(method: str = "coup", cuda_graph: bool | str = True, **options) -> Purifier:
     clean = short_purifier(method, cuda_graph=cuda_graph, **options)
-    clean._graphs = TapeGraphs()
+    clean._kept.graphs = TapeGraphs()
     return clean
 
 
@@ -33,24 +33,24 @@ def test_replays_have_the_bits_of_the_eager_loop(method: str, backend: str) -> N
         u = images().roll(seed, 0)
         assert torch.equal(clean(u, ids, draw), plain(u, ids, draw))
         assert clean.graph_reason is None
-    kinds = {clean.chain(u).kind(k) for k in range(clean.plan.num_steps)}
-    assert clean._graphs.tapes.captures == len(kinds)  # in three runs
+    kinds = {clean.prepare(u).kind(k) for k in range(clean.plan.num_steps)}
+    assert clean._kept.graphs.tapes.captures == len(kinds)  # in three runs
 
 
 def test_a_plan_of_several_kinds_of_rows_takes_a_graph_for_each() -> None:
     clean = taped("gdmp")
-    kinds = [clean.chain(images()).kind(k) for k in range(clean.plan.num_steps)]
+    kinds = [clean.prepare(images()).kind(k) for k in range(clean.plan.num_steps)]
     assert len(set(kinds)) > 1
     assert torch.equal(clean(images()), short_purifier("gdmp")(images()))
-    assert clean._graphs.tapes.captures == len(set(kinds))
+    assert clean._kept.graphs.tapes.captures == len(set(kinds))
 
 
 def test_the_network_branches_off_where_there_is_guidance_and_is_joined() -> None:
     for method, branches in (("coup", 3), ("diffpure", 0), ("adp", 0)):  # two warm-ups, one capture
         clean = taped(method)
         clean(images())
-        side = clean._graphs.tapes.side
-        assert side.branches == side.joins == branches * (len(clean._graphs._loops) == 1)
+        side = clean._kept.graphs.tapes.side
+        assert side.branches == side.joins == branches * (len(clean._kept.graphs._loops) == 1)
 
 
 def test_a_result_is_not_overwritten_by_the_next_run() -> None:
@@ -70,18 +70,18 @@ def test_changed_weights_are_seen_and_moved_ones_captured_anew() -> None:
     plain = copy.deepcopy(clean)
     plain.cuda_graph = False
     assert torch.equal(clean(images()), plain(images()))
-    assert clean._graphs.tapes.captures == 1
+    assert clean._kept.graphs.tapes.captures == 1
     clean.score_model.network.first.weight = torch.nn.Parameter(
         0.5 * clean.score_model.network.first.weight.detach()
     )
     plain = copy.deepcopy(clean)
     plain.cuda_graph = False
     assert torch.equal(clean(images()), plain(images()))
-    assert clean._graphs.tapes.captures == 2
-    assert len(clean._graphs._loops) == 1  # the stale one is gone
+    assert clean._kept.graphs.tapes.captures == 2
+    assert len(clean._kept.graphs._loops) == 1  # the stale one is gone
     clean.classifier.eval()  # another mode, another computation
     clean(images())
-    assert clean._graphs.tapes.captures == 3
+    assert clean._kept.graphs.tapes.captures == 3
 
 
 def test_a_kind_of_run_is_shape_dtype_layout_and_options() -> None:
@@ -92,16 +92,16 @@ def test_a_kind_of_run_is_shape_dtype_layout_and_options() -> None:
     for n, v in enumerate(kinds, 1):
         clean(v)
         clean(v)
-        assert clean._graphs.tapes.captures == n
+        assert clean._kept.graphs.tapes.captures == n
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(clean(u), short_purifier()(u))
-    assert clean._graphs.tapes.captures == n + 1
+    assert clean._kept.graphs.tapes.captures == n + 1
     clean.precision = "bf16"
     assert torch.equal(clean(u), short_purifier(precision="bf16")(u))
-    assert clean._graphs.tapes.captures == n + 2
+    assert clean._kept.graphs.tapes.captures == n + 2
     for batch in range(5, 12):
         clean(images(batch))
-    assert len(clean._graphs._loops) == 8  # the oldest are let go
+    assert len(clean._kept.graphs._loops) == 8  # the oldest are let go
 
 
 def test_kernels_are_chosen_anew_where_pytorch_is_set_otherwise() -> None:
@@ -109,7 +109,7 @@ def test_kernels_are_chosen_anew_where_pytorch_is_set_otherwise() -> None:
     for deterministic, captures in ((False, 1), (True, 2), (False, 2)):
         with torch.backends.cudnn.flags(deterministic=deterministic):
             clean(images())
-        assert clean._graphs.tapes.captures == captures
+        assert clean._kept.graphs.tapes.captures == captures
 
 
 def test_no_weights_of_a_callers_autocast_get_into_a_graph() -> None:
@@ -121,7 +121,7 @@ def test_no_weights_of_a_callers_autocast_get_into_a_graph() -> None:
             return super().forward(x, t)
 
     clean = Purifier(ScoreModel(Looking(), "eps"), method="diffpure", num_steps=2)
-    clean._graphs, clean.cuda_graph = TapeGraphs(), True
+    clean._kept.graphs, clean.cuda_graph = TapeGraphs(), True
     with torch.autocast("cpu", torch.bfloat16):
         clean(images())
         assert torch.is_autocast_cache_enabled()
@@ -138,7 +138,7 @@ def test_auto_captures_the_second_run_of_a_kind() -> None:
     want = short_purifier()(images())
     for captures, reason in ((0, "the first run of this kind"), (1, None), (1, None)):
         assert torch.equal(clean(images()), want)
-        assert clean._graphs.tapes.captures == captures
+        assert clean._kept.graphs.tapes.captures == captures
         assert (clean.graph_reason or "").startswith(reason or "")
         assert (clean.graph_reason is None) == (reason is None)
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(network, reason: 
     options = {"method": "diffpure", "num_steps": 3}
     want = Purifier(ScoreModel(network()), **options)(images())
     clean = Purifier(ScoreModel(network()), **options)
-    clean._graphs = TapeGraphs()
+    clean._kept.graphs = TapeGraphs()
     clean(images())
     with pytest.warns(UserWarning, match="runs without CUDA graphs: the step cannot be captured"):
         assert torch.equal(clean(images()), want)
@@ -190,7 +190,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(network, reason: 
 
 def test_errors_of_the_models_are_their_own() -> None:
     clean = Purifier(ScoreModel(lambda x, t: x[:, :1]), method="diffpure", cuda_graph=True)
-    clean._graphs = TapeGraphs()
+    clean._kept.graphs = TapeGraphs()
     with pytest.raises(ValueError, match="the score network returned"):
         clean(images())
 
@@ -205,14 +205,14 @@ def test_reasons_to_run_eagerly() -> None:
         clean = Purifier(
             ScoreModel(TinyNetwork()), lambda u: inner(u), num_steps=3, cuda_graph=choice
         )
-        clean._graphs = TapeGraphs()
+        clean._kept.graphs = TapeGraphs()
         clean(u)
         clean(u)
         assert (clean.graph_reason or "").startswith(reason)
         assert (clean.graph_reason is None) == (choice is True)
     clean = taped(cuda_graph="auto", method="adp")
     clean.compile_networks = "reduce-overhead"
-    reason = clean._graphs._why_eager(clean.chain(u), u, "auto")
+    reason = clean._kept.graphs._why_eager(clean.prepare(u), u, "auto")
     assert reason.startswith("compile='reduce-overhead' captures graphs of its own")
     clean = taped(cuda_graph=False)
     clean(u)
@@ -235,7 +235,7 @@ def test_gradients_are_computed_eagerly_beside_graphs() -> None:
         model(u).square().sum().backward()
         gradients.append(u.grad)
     assert torch.equal(*gradients)
-    assert clean._graphs.tapes.captures == 1
+    assert clean._kept.graphs.tapes.captures == 1
 
 
 def test_parts_of_a_batch_share_a_graph_and_modes_of_grad_do_not_matter() -> None:
@@ -244,13 +244,13 @@ def test_parts_of_a_batch_share_a_graph_and_modes_of_grad_do_not_matter() -> Non
     with torch.inference_mode():
         assert torch.equal(clean(u), plain(u))
     assert torch.equal(clean(u), plain(u))
-    assert clean._graphs.tapes.captures == 1
+    assert clean._kept.graphs.tapes.captures == 1
 
 
 def test_copies_capture_for_themselves() -> None:
     clean = taped()
     want = clean(images())
     for other in (copy.deepcopy(clean), pickle.loads(pickle.dumps(clean))):
-        assert len(other._graphs._loops) == 0
+        assert len(other._kept.graphs._loops) == 0
         assert torch.equal(other(images()), want)
-        assert len(other._graphs._loops) == 1
+        assert len(other._kept.graphs._loops) == 1

@@ -9,8 +9,8 @@ from helpers.tiny import TinyClassifier, TinyNetwork, images
 from torch import nn
 
 from coup_fast import Purifier, ScoreModel
-from coup_fast.frozen import frozen_parameters
-from coup_fast.locks import lock_across_forks
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.locks import lock_across_forks
 
 
 def flags(*modules: nn.Module) -> list[bool]:

@@ -10,8 +10,8 @@ from helpers.tiny import TinyClassifier, images
 from torch import nn
 
 from coup_fast import reference
-from coup_fast.frozen import frozen_parameters
-from coup_fast.guidance import confidence_gradient
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.run.guidance import confidence_gradient
 
 
 def state(batch: int = 3, dtype=torch.float64):

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny import SHORT, PerSample, TinyClassifier, TinyNetwork, images, short_purifier
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel
-from coup_fast.live_bytes import peak_bytes
+from coup_fast.attacks.peak_memory import peak_bytes
 
 METHODS = sorted(SHORT)
 
@@ -103,9 +103,9 @@ def test_positions_in_an_error_are_those_of_the_whole_batch() -> None:
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (0, ValueError, "max_batch must be at least 1, got 0"),
-        (2.0, TypeError, "max_batch must be an int, got float"),
-        (True, TypeError, "max_batch must be an int, got bool"),
+        (0, ValueError, r"max_batch must be .* of at least 1, got 0"),
+        (2.0, TypeError, r"max_batch must be an int .*got 2.0"),
+        (True, TypeError, r"max_batch must be an int .*got True"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(value, error, text: str) -> None:

@@ -11,7 +11,7 @@ from helpers.tiny import SHORT, TinyNetwork, images, short_purifier
 from torch import nn
 
 from coup_fast import Purifier, ScoreModel
-from coup_fast.calls import tf32_allowed
+from coup_fast.run.model_calls import tf32_allowed
 
 METHODS = sorted(SHORT)
 LAST = torch.channels_last
@@ -38,9 +38,9 @@ def test_bf16_is_autocast_around_the_networks_and_nothing_else(method: str) -> N
     got = clean(u)
     assert {out.dtype for _, out in seen} == {torch.bfloat16}
     assert not torch.is_autocast_enabled("cpu")
-    chain = clean.chain(u)
+    run = clean.prepare(u)
     with torch.no_grad():
-        state = chain.step(0, chain.start(u), chain.reference(u))[0]
+        state = run.step(0, run.start(u), run.attacked(u))[0]
     assert state.dtype == torch.float32
     assert (bits(state) & 0xFFFF).any()  # not a bfloat16 that was widened
     want = short_purifier(method)(u)
@@ -83,8 +83,8 @@ def test_channels_last_reaches_the_networks_and_not_the_caller(method: str) -> N
 
 def runs_in_channels_last(network: Callable, **options) -> bool:
     clean = Purifier(ScoreModel(network), method="vp-ode", num_steps=1, **options)
-    chain = clean.chain(images())
-    return chain.start(images())[0].is_contiguous(memory_format=LAST)
+    run = clean.prepare(images())
+    return run.start(images())[0].is_contiguous(memory_format=LAST)
 
 
 def test_auto_follows_the_weights() -> None:
@@ -100,7 +100,7 @@ def test_auto_follows_the_weights() -> None:
     assert runs_in_channels_last(lambda x, t: x, channels_last=True)
     u = images().contiguous(memory_format=LAST)
     clean = Purifier(ScoreModel(network), method="vp-ode", num_steps=1, channels_last=False)
-    assert clean.chain(u).start(u)[0].is_contiguous(memory_format=LAST)  # as the images come
+    assert clean.prepare(u).start(u)[0].is_contiguous(memory_format=LAST)  # as the images come
 
 
 def flags() -> tuple:

@@ -99,12 +99,12 @@ def test_steps_can_be_run_again_with_the_same_bits() -> None:
         clean = purifier(method)
         u = images()
         with torch.no_grad():
-            chain = clean.chain(u)
-            states, attacked = [chain.start(u)], chain.reference(u)
-            for k in range(chain.num_steps):
-                states.append(chain.step(k, states[-1], attacked))
-            for k in reversed(range(chain.num_steps)):
-                again = chain.step(k, states[k], attacked)
+            run = clean.prepare(u)
+            states, attacked = [run.start(u)], run.attacked(u)
+            for k in range(run.num_steps):
+                states.append(run.step(k, states[-1], attacked))
+            for k in reversed(range(run.num_steps)):
+                again = run.step(k, states[k], attacked)
                 assert all(torch.equal(a, b) for a, b in zip(again, states[k + 1], strict=True))
         assert torch.equal(states[-1][0], clean(u))
 

@@ -11,7 +11,7 @@ from helpers.tiny import SHORT, TinyNetwork, images, short_purifier
 from torch import nn
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel
-from coup_fast.frozen import _held
+from coup_fast._torch.frozen import _held
 
 ONES = torch.ones(3, 3, 8, 8)
 
@@ -128,5 +128,5 @@ def test_the_compiler_leaves_the_loop_alone() -> None:
 
 @needs_fork
 def test_a_process_forked_during_a_run_can_run_as_well() -> None:
-    graphs = short_purifier("diffpure")._graphs
+    graphs = short_purifier("diffpure")._kept.graphs
     assert child_can_take(lambda: graphs._lock)

@@ -9,8 +9,9 @@ import torch
 from helpers.tiny import TinyClassifier, TinyNetwork, images
 from torch import nn
 
+from coup_fast._torch.modules import declared_channels
 from coup_fast.schedules import DiscreteSchedule, VPSchedule
-from coup_fast.score_model import EnergyModel, ScoreModel, declared_channels
+from coup_fast.score_model import EnergyModel, ScoreModel
 
 
 def test_network_is_called_with_scaled_times_and_returns_its_raw_output() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
 
-from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension, backends, purify
-from coup_fast.validation import check_model
+from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension, purify
+from coup_fast.run import backends
+from coup_fast.run.validation import check_model
 
 
 def never(*args):
@@ -80,14 +81,18 @@ def test_rounding_beyond_the_range_is_tolerated() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ({"sample_ids": [1, 2]}, ValueError, r"one id per image, \[3\], got \[2\]"),
-        ({"sample_ids": torch.zeros(3, 1).long()}, ValueError, r"got \[3, 1\]"),
-        ({"sample_ids": torch.zeros(3)}, TypeError, "integers, got torch.float32"),
-        ({"sample_ids": [True, False, True]}, TypeError, "integers, got torch.bool"),
-        ({"draw": -1}, ValueError, "draw must be in"),
+        ({"sample_ids": [1, 2]}, ValueError, r"sample_ids must be integers \[3\].* \[2\]"),
+        ({"sample_ids": torch.zeros(3, 1).long()}, ValueError, r"sample_ids .* \[3, 1\]"),
+        (
+            {"sample_ids": torch.zeros(3)},
+            TypeError,
+            r"sample_ids must be integers .* torch.float32",
+        ),
+        ({"sample_ids": [True, False, True]}, TypeError, r"sample_ids must be an int .*True"),
+        ({"draw": -1}, ValueError, r"draw must be an int .*-1"),
         ({"draw": 0.5}, TypeError, "draw must be an int"),
         ({"draw": True}, TypeError, "draw must be an int"),
-        ({"draw": torch.zeros(2).long()}, ValueError, r"int64 \[3\], one per image"),
+        ({"draw": torch.zeros(2).long()}, ValueError, r"draw must be .* int64 tensor \[3\]"),
         ({"noise": images().numpy()}, TypeError, "noise must be a torch tensor"),
         ({"noise": torch.zeros(2, 3, 3, 8, 8)}, ValueError, r"needs 4 .* \[4, 3, 3, 8, 8\]"),
         ({"noise": torch.zeros(3, 3, 8, 8)}, ValueError, r"\[num_draws, B, C, H, W\], \[4, 3"),
@@ -148,7 +153,7 @@ def test_models_must_suit_the_method() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_draws": 0}, ValueError, "num_draws must be at least 1"),
+        ({"num_draws": 0}, ValueError, r"num_draws must be .* at least 1"),
         ({"num_draws": 1.0}, TypeError, "num_draws must be an int"),
         ({"vote": "mean"}, ValueError, "logits, softmax, majority, got 'mean'"),
         ({"classifier": None}, TypeError, "classifier must be"),
@@ -166,7 +171,7 @@ def test_bad_calls_of_a_purified_classifier() -> None:
     for draw, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="draw must be"):
             model(images(), draw=draw)
-    with pytest.raises(ValueError, match="one id per image"):
+    with pytest.raises(ValueError, match=r"sample_ids must be integers \[3\]"):
         model(images(), sample_ids=[0])
     with pytest.raises(ValueError, match="at least 0"):
         model.reset_draws(-1)

@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from coup_fast.chain import AnyChain, State
-from coup_fast.score_model import first_parameter, module_of
-
-
-def models_of(chain: AnyChain) -> tuple[Any, ...]:
-    """The callables whose parameters a chain uses."""
-    calls = chain.calls
-    return calls.score_model, calls.score_model.network, calls.classifier
+from coup_fast._torch.modules import first_parameter, module_of
+from coup_fast.run.steps import Run, State
 
 
 def _named_modules(models: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:
@@ -130,8 +124,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(bits), b.view(bits))
 
 
-def _likely_reason(chain: AnyChain) -> str:
-    training = [name for name, module in _named_modules(models_of(chain)) if module.training]
+def _likely_reason(run: Run) -> str:
+    training = [name for name, module in _named_modules(run.models) if module.training]
     if training:
         return f"modules in training mode ({training[0]}) may be random: call .eval()"
     return (
@@ -141,10 +135,10 @@ def _likely_reason(chain: AnyChain) -> str:
 
 
 def check_replay(
-    chain: AnyChain,
+    run: Run,
     k: int,
     state: State,
-    reference: Tensor | None,
+    attacked: Tensor | None,
     replayed: Tensor,
     stored: Tensor,
     *,
@@ -160,24 +154,24 @@ def check_replay(
     if _same_bits(replayed, stored):
         return
     with torch.no_grad():
-        again = chain.step(k, state, reference)[0]
-    parameter = first_parameter(chain.calls.score_model)
+        again = run.step(k, state, attacked)[0]
+    parameter = first_parameter(run.calls.score_model)
     dtype = stored.dtype if parameter is None else parameter.dtype
     if torch.is_autocast_enabled(stored.device.type):
         dtype = torch.get_autocast_dtype(stored.device.type)
-    dtype = chain.calls.autocast or dtype
+    dtype = run.calls.autocast or dtype
     rounding = 256 * max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps)
 
     def difference(value: Tensor) -> float:
         gap = (value - stored).abs().max() / stored.abs().max().clamp_min(1e-30)
         return float(gap.nan_to_num(0.0))  # stored NaN has been reported already
 
-    where = f"{chain.method}: step {k + 1} of {chain.num_steps}, computed again,"
+    where = f"{run.plan.method}: step {k + 1} of {run.num_steps}, computed again,"
     gap = difference(again)
     if not _same_bits(again, stored):
         message = (
             f"{where} differs from the forward pass by {gap:.1e} of the state's largest value, so "
-            f"its gradient is not that of the run; likely reason: {_likely_reason(chain)}"
+            f"its gradient is not that of the run; likely reason: {_likely_reason(run)}"
         )
         if strict or gap > rounding:
             raise RuntimeError(message)

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coup_fast import validation
-from coup_fast.adjoint import AdjointRun, why_not
-from coup_fast.eot import Loss, cross_entropy
-from coup_fast.frozen import frozen_parameters
-from coup_fast.plan import AdaptivePlan
+from coup_fast import checks, methods
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast.attacks.eot import Loss, cross_entropy
+from coup_fast.gradient_check.adjoint import AdjointRun, why_not
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
-from coup_fast.score_model import in_dtype_of
-from coup_fast.short_chain import first_steps, longer_steps, with_options
+from coup_fast.run import validation
 
 CHAINS = ("longer steps", "first steps")
 
@@ -136,13 +135,11 @@ def check_gradient(
     RuntimeError for models that do not repeat themselves.
     """
     validation.check_images(images)
-    validation.check_choice("chain", chain, CHAINS)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
+    checks.choice("chain", chain, CHAINS)
+    checks.integer("steps", steps, 1)
     ids = validation.sample_ids_of(images, sample_ids)
     model = purified_classifier
-    shorten = longer_steps if chain == CHAINS[0] else first_steps
-    short = shorten(model.purifier, steps)
+    short = _shortened(model.purifier, steps, longer=chain == CHAINS[0])
     images = images.detach()
     if labels is None:
         with torch.no_grad():
@@ -154,8 +151,7 @@ def check_gradient(
     rows = [_row("autograd", plain, plain, "the whole graph: the measure of the others")]
     exact = objective.of(short, gradient="exact", verify_states=True)
     rows.append(_row("exact", exact, plain))
-    guided = not isinstance(short.plan, AdaptivePlan) and bool(short.plan.guided.any())
-    if guided:
+    if short.plan.needs_classifier:
         stopped = objective.of(short, gradient="autograd", guidance_gradient="stopped")
         other = "" if short.guidance_gradient == "full" else "as this purifier is set"
         rows.append(_row("stopped guidance", stopped, plain, other))
@@ -173,6 +169,18 @@ def check_gradient(
         tolerance=1e-10 if images.dtype == torch.float64 else 1e-4,
         rows=tuple(rows),
     )
+
+
+def _shortened(purifier: Purifier, steps: int, *, longer: bool) -> Purifier:
+    """The purifier in `steps` steps over the same times if `longer`, where its method can say so.
+
+    Otherwise its first `steps` steps.
+    """
+    takes_num_steps = "num_steps" in methods.options(purifier.method)
+    if longer and takes_num_steps and purifier.plan.num_steps > steps:
+        whole = {"step_size": None} if "step_size" in purifier.options else {}
+        return purifier.with_options(num_steps=steps, **whole)
+    return purifier.with_plan(purifier.plan.first(steps))
 
 
 def _variant(model: PurifiedClassifier, purifier: Purifier) -> PurifiedClassifier:
@@ -196,7 +204,7 @@ class _Objective:
 
     def of(self, purifier: Purifier, **options: Any) -> Timed:
         """The gradient with these options of the purifier, and its seconds."""
-        variant = _variant(self.model, with_options(purifier, **options))
+        variant = _variant(self.model, purifier.with_options(**options))
         return self._gradient(lambda leaf: variant.logits_at(leaf, self.ids, self.draw))
 
     def _gradient(self, logits: Callable[[Tensor], Tensor]) -> Timed:
@@ -229,7 +237,7 @@ def _adjoint_row(objective: _Objective, short: Purifier) -> GradientRow:
         return GradientRow("adjoint", note=f"not run: {reason}")
     copies = torch.cat([objective.images] * objective.model.num_draws)
     adjoint = AdjointRun(short, copies, seed=0)
-    plain = with_options(short, gradient="autograd")
+    plain = short.with_options(gradient="autograd")
     measure = objective.on_path(lambda u: plain(u, noise=adjoint.noise))
     with torch.no_grad():
         forward = float((adjoint(copies) - plain(copies, noise=adjoint.noise)).abs().max())

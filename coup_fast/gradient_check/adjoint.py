@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coup_fast.backends import choose_ops
-from coup_fast.frozen import frozen_parameters
-from coup_fast.guidance import confidence_gradient
-from coup_fast.plan import OUT_BIAS, OUT_HI, OUT_LO, OUT_SCALE, AdaptivePlan, C, D, Plan, U, V, W
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.plan import OUT_BIAS, OUT_HI, OUT_LO, OUT_SCALE, C, D, Plan, U, V, W
 from coup_fast.purifier import Purifier
+from coup_fast.run.backends import choose_ops
+from coup_fast.run.guidance import confidence_gradient
 from coup_fast.schedules import VPSchedule
 
 
 def why_not(purifier: Purifier) -> str | None:
     """Why torchsde's adjoint cannot be run on this purifier; None if it can."""
     plan, model = purifier.plan, purifier.score_model
-    if isinstance(plan, AdaptivePlan):
+    if plan.look_ahead is not None:
         return f"{plan.method} is not an SDE"
     if not isinstance(model.schedule, VPSchedule) or model.kind not in ("eps", "score"):
         return "needs a continuous VP schedule and a network that predicts eps or score"
@@ -161,8 +161,8 @@ class AdjointRun:
         """Purified images; their backward pass is the adjoint SDE."""
         import torchsde
 
-        chain = self.purifier.chain(images, noise=self.noise)
-        start = chain.start(images)[0]
+        run = self.purifier.prepare(images, noise=self.noise)
+        start = run.start(images)[0]
         parameters = tuple(self.sde.score_model.parameters()) if self.trainable else ()
         times = torch.tensor([self.grid[0], self.grid[-1]], dtype=torch.float64)
         path = torchsde.sdeint_adjoint(
@@ -174,7 +174,7 @@ class AdjointRun:
             dt=self.step_length,
             adjoint_params=parameters,
         )
-        row = chain.tables.rows[-1]
+        row = run.tables.rows[-1]
         end = torch.clamp(path[-1].view_as(start), row[OUT_LO], row[OUT_HI])
         purified: Tensor = (row[OUT_SCALE] * end + row[OUT_BIAS]).to(images.dtype)
         return purified

@@ -1,7 +1,7 @@
 """What turns the body of a loop into a replay: CUDA graphs, and the streams around them.
 
-`coup_fast.graphs` says what a body is and when it is captured; the tests have a `Recorder` of their
-own, for the CPU.
+`coup_fast.run.captured` says what a body is and when it is captured; the tests have another
+`Recorder`, for the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coup_fast.chain import Beside
+from coup_fast.run.steps import Beside
 
 
 class Recorder(Protocol):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from helpers import eval_models
 
-from coup_fast import cli, heap
+from coup_fast import cli, malloc
 from coup_fast.evaluation.config import from_dict
 
-GLIBC = pytest.mark.skipif(heap._glibc() is None, reason="needs glibc")
+GLIBC = pytest.mark.skipif(malloc._glibc() is None, reason="needs glibc")
 FAULTS = """
 import resource, sys
-from coup_fast.heap import keep_freed_memory
+from coup_fast.malloc import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -58,7 +58,7 @@ def test_pages_between_blocks_in_use_are_given_back() -> None:
     in_use = blocks[::20]
     del blocks
     before = resident()
-    heap.give_back_freed_memory()
+    malloc.give_back_freed_memory()
     assert before - resident() > 64e6
     assert all(bool((block == 1).all()) for block in in_use)
 

@@ -3,8 +3,8 @@
 A body works on buffers that stay where they are, and finds its row, time and keys by a step number
 that lives on the device and that it advances itself. So a replay needs nothing from the host, and
 rows that do the same kinds of work (network or not, guided or not, noisy or not) share one graph.
-What is here knows chains, not methods; how bodies become replays is the recorder's affair
-(`coup_fast.recorder`), so all of this also runs on a CPU, in the tests.
+What is here knows runs, not methods. The recorder (`coup_fast.run.cuda_recorder`) turns bodies into
+replays; the tests have one for the CPU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coup_fast.chain import AnyChain, Noise, Rows, State
-from coup_fast.gradient_guards import models_of
-from coup_fast.recorder import CudaRecorder, Recorder
-from coup_fast.score_model import module_of
-
-CUDA_GRAPH = ("auto", True, False)
+from coup_fast._torch.modules import module_of
+from coup_fast.run.cuda_recorder import CudaRecorder, Recorder
+from coup_fast.run.steps import Run, State
+from coup_fast.run.tables import Noise, RowTable
 
 _KEPT = 8  # captured loops of one purifier
 
@@ -46,50 +44,49 @@ class _Lookup:
 
 
 class CapturedLoop:
-    """All steps of a chain over static buffers; serves every chain of the same kind.
+    """All steps of a run over static buffers; serves every run of the same kind.
 
-    Made from the first chain and its images, whose memory it does not keep.
+    Made from the first run and its images, whose memory it does not keep.
     """
 
-    def __init__(self, chain: AnyChain, images: Tensor, recorder: Recorder) -> None:
+    def __init__(self, run: Run, images: Tensor, recorder: Recorder) -> None:
         self.recorder = recorder
         with recorder.in_order():
             self.step = torch.zeros(1, dtype=torch.int64, device=images.device)
-            self.state: State = chain.start(images)
-            self.reference = chain.reference(images)
-            self.keys = _clone(chain.noise.keys)
+            self.state: State = run.start(images)
+            self.attacked = run.attacked(images)
+            self.keys = _clone(run.noise.keys)
             self.memory = [self.step, *self.state]  # of this loop, but not of its graphs' pool
-            self.memory += [t for t in (self.reference, self.keys) if t is not None]
-            static = self._static(chain)
+            self.memory += [t for t in (self.attacked, self.keys) if t is not None]
+            static = self._static(run)
             kinds: dict[Any, Callable[[], None]] = {}
             self.replays = []
-            for k in range(chain.num_steps):
-                kind = chain.kind(k)
+            for k, _ in enumerate(run.noise_index):
+                kind = run.kind(k)
                 if kind not in kinds:
                     kinds[kind] = self._capture(static, k)
                 self.replays.append(kinds[kind])
 
-    def _static(self, chain: AnyChain) -> AnyChain:
-        """The chain, finding what belongs to a step by the step number on the device."""
-        tables, steps = chain.tables, range(chain.num_steps)
-        numbers = torch.tensor([index or 0 for index in tables.noise_index], dtype=torch.int64)
-        numbers = numbers.to(self.step.device)
-        rows = torch.stack([tables.rows[k] for k in steps])
-        times = torch.stack([tables.times[k] for k in steps])
-        self.memory += [numbers, rows, times]
-        static = copy.copy(chain)
+    def _static(self, run: Run) -> Run:
+        """The run, finding what belongs to a step by the step number on the device."""
+        tables, numbers = run.tables, [index or 0 for index in run.noise_index]
+        number_of = torch.tensor(numbers, dtype=torch.int64).to(self.step.device)
+        rows = torch.stack([tables.rows[k] for k, _ in enumerate(numbers)])
+        times = torch.stack([tables.times[k] for k, _ in enumerate(numbers)])
+        self.memory += [number_of, rows, times]
+        static = copy.copy(run)
         static.tables = replace(
             tables, rows=_Lookup(rows, self.step), times=_Lookup(times, self.step)
         )
         static.noise = Noise(
-            keys=None if self.keys is None else _Lookup(self.keys, self.step, numbers)
+            keys=None if self.keys is None else _Lookup(self.keys, self.step, number_of)
         )
         static.beside = self.recorder.beside()
         return static
 
-    def _capture(self, static: AnyChain, k: int) -> Callable[[], None]:
+    def _capture(self, static: Run, k: int) -> Callable[[], None]:
         def body() -> None:
-            state = static.step_(k, self.state, self.reference)
+            state = static.step_(k, self.state, self.attacked)
             for buffer, value in zip(self.state, state, strict=True):
                 if value is not buffer:
                     buffer.copy_(value)
@@ -118,16 +115,16 @@ class CapturedLoop:
                 cause = cause.__context__
             raise CaptureError(f"{type(cause).__name__}: {cause}") from error
 
-    def run(self, chain: AnyChain, images: Tensor) -> State:
-        """The final state of a chain of the kind that was captured; waits for nothing."""
+    def final_state(self, run: Run, images: Tensor) -> State:
+        """The final state of a run of the kind that was captured; waits for nothing."""
         with self.recorder.in_order():
-            for buffer, value in zip(self.state, chain.start(images), strict=True):
+            for buffer, value in zip(self.state, run.start(images), strict=True):
                 buffer.copy_(value)
-            reference = chain.reference(images)
-            if self.reference is not None and reference is not None:
-                self.reference.copy_(reference)
-            if self.keys is not None and isinstance(chain.noise.keys, Tensor):
-                self.keys.copy_(chain.noise.keys)
+            attacked = run.attacked(images)
+            if self.attacked is not None and attacked is not None:
+                self.attacked.copy_(attacked)
+            if self.keys is not None and isinstance(run.noise.keys, Tensor):
+                self.keys.copy_(run.noise.keys)
             self.step.zero_()
             for replay in self.replays:
                 replay()
@@ -135,7 +132,7 @@ class CapturedLoop:
             return tuple(buffer.clone() for buffer in self.state)
 
 
-def _clone(keys: Rows | None) -> Tensor | None:
+def _clone(keys: RowTable | None) -> Tensor | None:
     return keys.clone() if isinstance(keys, Tensor) else None
 
 
@@ -165,43 +162,41 @@ class Graphs:
             self._recorders[device] = CudaRecorder(device)
         return self._recorders[device]
 
-    def run(
-        self, chain: AnyChain, images: Tensor, choice: bool | str, settings: tuple[Any, ...]
-    ) -> State | None:
-        """The chain's final state by replays, or None where the run has to be eager.
+    def final_state(self, run: Run, images: Tensor) -> State | None:
+        """The run's final state by replays, or None where the run has to be eager.
 
-        choice: the purifier's `cuda_graph`. "auto" captures a kind of run when it comes the second
-        time; a run that cannot be captured is eager for good, with one warning. True captures at
-        once, and raises RuntimeError where that fails, ValueError where it cannot be tried.
-        settings: what else decides how the networks are called.
+        By the option `cuda_graph`: "auto" captures a kind of run when it comes the second time; a
+        run that cannot be captured is eager for good, with one warning. True captures at once, and
+        raises RuntimeError where that fails, ValueError where it cannot be tried.
         """
+        choice = run.options.cuda_graph
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self.reason = self._why_eager(chain, images, choice)
+            self.reason = self._why_eager(run, images, choice)
             if self.reason is not None:
                 if choice is True:
                     raise ValueError(f"cuda_graph=True: {self.reason}")
                 return None
-            loop = self._loop(chain, images, choice, settings)
-            return None if loop is None else loop.run(chain, images)
+            loop = self._loop(run, images, choice)
+            return None if loop is None else loop.final_state(run, images)
 
-    def _why_eager(self, chain: AnyChain, images: Tensor, choice: bool | str) -> str | None:
+    def _why_eager(self, run: Run, images: Tensor, choice: bool | str) -> str | None:
         if choice is False:
             return "cuda_graph=False"
         if self.recorder(images.device) is None:
             return f"images are on {images.device}, and graphs are CUDA's"
-        if chain.calls.captures_graphs:
+        if run.calls.captures_graphs:
             return (
-                f"compile={chain.calls.compile!r} captures graphs of its own; "
+                f"compile={run.calls.compile!r} captures graphs of its own; "
                 "'max-autotune-no-cudagraphs' leaves that to the loop"
             )
-        if chain.noise.tensors is not None:
+        if run.noise.tensors is not None:
             return "noise is given; graphs generate it"
         if images.device.type == "cuda":
             with torch.cuda.device(images.device):
                 if torch.cuda.is_current_stream_capturing():
                     return "the caller is capturing a graph of its own"
         if choice == "auto":
-            for model in models_of(chain):
+            for model in run.models:
                 if model is not None and module_of(model) is None:
                     return (
                         "a model is a plain callable, whose tensors may move unseen; make it a "
@@ -209,10 +204,8 @@ class Graphs:
                     )
         return None
 
-    def _loop(
-        self, chain: AnyChain, images: Tensor, choice: bool | str, settings: tuple[Any, ...]
-    ) -> CapturedLoop | None:
-        places = _places(chain)
+    def _loop(self, run: Run, images: Tensor, choice: bool | str) -> CapturedLoop | None:
+        places = _places(run)
         if places != self._places:  # captured addresses would be stale
             self._loops.clear()
             self._recorders.clear()  # a memory pool ends with the last of its graphs
@@ -220,26 +213,26 @@ class Graphs:
         device = images.device.type
         cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         layout = images.is_contiguous(memory_format=torch.channels_last)
-        kind = (images.shape, images.dtype, images.device, layout, id(chain.tables))
-        key = (*kind, cast, settings, _algorithms())
+        kind = (images.shape, images.dtype, images.device, layout, id(run.tables))
+        key = (*kind, cast, run.options, _algorithms())
         known = self._loops.get(key)
         if known is None and choice == "auto" and key not in self._loops:
             self._keep(key, None)
             self.reason = "the first run of this kind; the next is captured"
             return None
         if known is None or (isinstance(known, str) and choice is True):
-            known = self._captured(chain, images, choice)
+            known = self._captured(run, images, choice)
         self._keep(key, known)
         if isinstance(known, str):
             self.reason = known
             return None
         return known
 
-    def _captured(self, chain: AnyChain, images: Tensor, choice: bool | str) -> CapturedLoop | str:
+    def _captured(self, run: Run, images: Tensor, choice: bool | str) -> CapturedLoop | str:
         recorder = self.recorder(images.device)
         assert recorder is not None
         try:
-            return CapturedLoop(chain, images, recorder)
+            return CapturedLoop(run, images, recorder)
         except CaptureError as error:
             reason = f"the step cannot be captured ({error})"
             self._recorders.pop(images.device, None)  # its pool may still be in use
@@ -281,10 +274,10 @@ def _algorithms() -> tuple[Any, ...]:
     )
 
 
-def _places(chain: AnyChain) -> tuple[Any, ...]:
+def _places(run: Run) -> tuple[Any, ...]:
     """Where the models' tensors are, and their modules' modes: what a graph takes for granted."""
     places: list[Any] = []
-    for model in models_of(chain):
+    for model in run.models:
         places.append(id(model))
         module = module_of(model)
         for part in () if module is None else module.modules():

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from coup_fast import _extension
 
-BACKENDS = ("auto", "compiled", "reference")
-
 
 class Operators(Protocol):
     """What `coup_fast.ops` and `coup_fast.reference` both offer to a run."""

@@ -12,10 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from coup_fast.backends import Operators
-from coup_fast.score_model import grad_leaf, in_dtype_of, no_wider
-
-GUIDANCE_GRADIENTS = ("full", "stopped")
+from coup_fast._torch.modules import grad_leaf, in_dtype_of, no_wider
+from coup_fast.run.backends import Operators
 
 
 def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coup_fast.locks import lock_across_forks
-from coup_fast.score_model import module_of
-from coup_fast.transforms import any_wrapped
+from coup_fast._torch.locks import lock_across_forks
+from coup_fast._torch.modules import module_of
+from coup_fast._torch.transforms import any_wrapped
 
 _lock = lock_across_forks()
 _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders

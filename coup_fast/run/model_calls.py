@@ -15,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.score_model import ScoreModel, dtype_of, in_dtype, module_of, no_wider, output_of
-
-Classifier = Callable[[Tensor], Tensor]
-
-PRECISIONS = ("fp32", "tf32", "bf16")
-SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
-COMPILE_MODES = ("default", *SELF_CAPTURING, "max-autotune-no-cudagraphs")
+from coup_fast._torch.modules import dtype_of, in_dtype, module_of, no_wider
+from coup_fast.run.options import SELF_CAPTURING
+from coup_fast.score_model import ClassifierFunction, ScoreModel, output_of
 
 
 @dataclass(frozen=True)
-class Calls:
+class ModelCalls:
     """The networks of a run and the way they are called.
 
     precision: "bf16": under autocast to bfloat16; "tf32": under `tf32_allowed`, which the run
@@ -35,7 +31,7 @@ class Calls:
     """
 
     score_model: ScoreModel
-    classifier: Classifier | None = None
+    classifier: ClassifierFunction | None = None
     precision: str = "fp32"
     channels_last: bool = False
     compile: bool | str = False

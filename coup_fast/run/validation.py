@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coup_fast.score_model import declared_channels, first_parameter
-from coup_fast.transforms import refuse_transforms
+from coup_fast import checks
+from coup_fast._torch.modules import declared_channels, first_parameter
+from coup_fast._torch.transforms import refuse_transforms
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
@@ -36,7 +37,7 @@ def check_times(times: NDArray[np.float64], t_max: float | None, method: str) ->
 def check_images(images: Any) -> None:
     """images: [B, C, H, W], floating, strided; TypeError or ValueError otherwise.
 
-    RuntimeError inside transforms that a run cannot follow (`coup_fast.transforms`).
+    RuntimeError inside transforms that a run cannot follow (`coup_fast._torch.transforms`).
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch tensor, got {type(images).__name__}")
@@ -90,35 +91,9 @@ def check_channels(name: str, function: Any, images: Tensor) -> None:
 
 def sample_ids_of(images: Tensor, sample_ids: Any) -> Tensor:
     """Sample ids as int64 [B] on the images' device; None means position in the batch."""
-    batch = images.shape[0]
     if sample_ids is None:
-        return torch.arange(batch, device=images.device)
-    ids = sample_ids
-    if not isinstance(ids, Tensor):
-        ids = torch.as_tensor(ids, device="cpu")  # whatever PyTorch's default device is
-    if ids.numel() == 0 and not isinstance(sample_ids, Tensor):
-        ids = ids.to(torch.int64)  # an empty list is float32 to torch
-    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"sample_ids must be integers, got {ids.dtype}")
-    if tuple(ids.shape) != (batch,):
-        raise ValueError(f"sample_ids must hold one id per image, [{batch}], got {list(ids.shape)}")
-    return ids.to(device=images.device, dtype=torch.int64)
-
-
-def draw_of(images: Tensor, draw: Any) -> int | Tensor:
-    """The draw: one int >= 0 for all images, or an int64 tensor of one per image."""
-    if isinstance(draw, Tensor) and draw.ndim == 1:
-        if draw.dtype != torch.int64 or draw.shape[0] != images.shape[0]:
-            raise ValueError(
-                f"draw must be an int or int64 [{images.shape[0]}], one per image; "
-                f"got {draw.dtype} {list(draw.shape)}"
-            )
-        return draw.to(images.device)
-    if isinstance(draw, bool) or not isinstance(draw, int):
-        raise TypeError(f"draw must be an int or an int64 tensor, got {type(draw).__name__}")
-    if not 0 <= draw < 2**63:
-        raise ValueError(f"draw must be in [0, 2^63), got {draw}")
-    return draw
+        return torch.arange(len(images), device=images.device)
+    return checks.ids("sample_ids", sample_ids, len(images), images.device)
 
 
 def check_noise(noise: Any, needed: int, images: Tensor, method: str) -> None:

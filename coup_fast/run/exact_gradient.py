@@ -1,12 +1,12 @@
 """The exact gradient of a run in constant memory: states are kept, steps are computed again.
 
-A chain's step is a pure function of its number and its state, noise included. So the forward pass
+A run's step is a pure function of its number and its state, noise included. So the forward pass
 keeps the states x_k alone, and the backward pass takes them from the last to the first: compute
 step k once more at x_k with its graph, multiply the gradient by its Jacobian, drop the graph. What
 is differentiated is the computation that ran: guidance (to second order where it is "full"), the
 way through the attacked image that some methods refer to, ADP's step sizes and clamps included.
 
-This module knows chains; it knows neither methods nor the classifier's vote.
+This module knows runs; it knows neither methods nor the classifier's vote.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coup_fast.chain import AnyChain, State
-from coup_fast.frozen import frozen_parameters
-from coup_fast.gradient_guards import (
+from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.run.loop import states
+from coup_fast.run.replay_guards import (
     Fingerprint,
     check_replay,
-    models_of,
     refuse_training_mode,
     same_autocast,
 )
-
-GRADIENTS = ("exact", "autograd", "bpda", "none")
-STATES = ("device", "host", "sqrt")
+from coup_fast.run.steps import Run, State
 
 _SECOND_DERIVATIVE = (
     'gradient="exact" recomputes steps in its backward pass and gives first derivatives only; for '
@@ -73,41 +70,35 @@ class _FirstDerivativeOnly(torch.autograd.Function):
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-class _Run:
-    """What one run's backward pass needs beside its states."""
+class _Recomputed:
+    """What a run's backward pass needs beside the kept states."""
 
-    def __init__(self, chain: AnyChain, states: str, verify: bool, check: bool) -> None:
-        self.chain = chain
-        self.states = states
-        self.verify = verify
-        self.check = check
-        self.models = models_of(chain)
-        self.autocast = same_autocast(chain.tables.start.device.type)
-        self.fingerprint = Fingerprint(self.models, chain.noise.tensors)
-        self.steps = 0  # those that ran: ADP may end early
-        self.stride = math.ceil(math.sqrt(chain.num_steps)) if states == "sqrt" else 1
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.autocast = same_autocast(run.tables.start.device.type)
+        self.fingerprint = Fingerprint(run.models, run.noise.tensors)
+        self.steps = 0  # those that were taken: ADP may end early
+        self.stride = math.ceil(math.sqrt(run.num_steps)) if run.options.states == "sqrt" else 1
         self.end: State = ()  # detached
         self.end_version = 0
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[State]]:
         """The final state and every `stride`-th state on the way to it, x_0 first."""
-        chain, kept = self.chain, []
-        state, reference = chain.start(images), chain.reference(images)
-        for k in range(chain.num_steps):
-            if k % self.stride == 0:
-                kept.append(self._put_away(state))
-            version = state[0]._version
-            following = chain.step(k, state, reference)
-            if state[0]._version != version:
-                raise RuntimeError(
-                    f"{chain.method}: a model changed its input in place at step {k + 1} of "
-                    f"{chain.num_steps}; the exact gradient needs the states as they were. "
-                    "Let the model work on a copy"
-                )
-            state = following
-            self.steps = k + 1
-            if chain.finished(state):
-                break
+        run = self.run
+        kept: list[State] = []
+        before: State = ()
+        version = 0
+        for k, state in states(run, images):
+            if k > 0:
+                if before[0]._version != version:
+                    raise RuntimeError(
+                        f"{run.plan.method}: a model changed its input in place at step {k} of "
+                        f"{run.num_steps}; the exact gradient needs the states as they were. "
+                        "Let the model work on a copy"
+                    )
+                if (k - 1) % self.stride == 0:
+                    kept.append(self._put_away(before))
+            before, version, self.steps = state, state[0]._version, k
         self.end = tuple(t.detach() for t in state)
         self.end_version = self.end[0]._version
         self.fingerprint.check(
@@ -117,7 +108,7 @@ class _Run:
         return state[0], kept
 
     def _put_away(self, state: State) -> State:
-        if self.states != "host" or state[0].device.type == "cpu":
+        if self.run.options.states != "host" or state[0].device.type == "cpu":
             return state
         host = []
         for tensor in state:
@@ -131,19 +122,20 @@ class _Run:
             "between the forward and the backward pass",
             "the steps that the backward pass computes again would not be those that ran",
         )
-        refuse_training_mode(*self.models)
-        with frozen_parameters(*self.models), self.autocast(), self.chain.calls.flags():
+        run = self.run
+        refuse_training_mode(*run.models)
+        with frozen_parameters(*run.models), self.autocast(), run.calls.flags():
             with torch.no_grad():
-                reference = self.chain.reference(images)
+                attacked = run.attacked(images)
             total: Tensor | None = None
-            for k, state, following in self._steps_backwards(kept, reference):
-                grad, part = self._step_backward(k, state, following, reference, grad)
+            for k, state, following in self._steps_backwards(kept, attacked):
+                grad, part = self._step_backward(k, state, following, attacked, grad)
                 if part is not None:
                     total = part if total is None else total + part
             return self._start_backward(images, grad, total)
 
     def _steps_backwards(
-        self, kept: list[State], reference: Tensor | None
+        self, kept: list[State], attacked: Tensor | None
     ) -> Iterator[tuple[int, State, Tensor | None]]:
         """(k, the state before step k, the stored one after it where known), last step first."""
         unchanged = self.end[0]._version == self.end_version
@@ -152,12 +144,12 @@ class _Run:
             first = segment * self.stride
             last = min(first + self.stride, self.steps)
             device = self.end[0].device
-            states = [tuple(t.to(device, non_blocking=True) for t in kept[segment])]
+            again = [tuple(t.to(device, non_blocking=True) for t in kept[segment])]
             with torch.no_grad():
                 for k in range(first, last - 1):
-                    states.append(self.chain.step(k, states[-1], reference))
+                    again.append(self.run.step(k, again[-1], attacked))
             for k in reversed(range(first, last)):
-                state = states.pop()
+                state = again.pop()
                 yield k, state, following
                 following = state[0]
 
@@ -166,19 +158,18 @@ class _Run:
         k: int,
         state: State,
         following: Tensor | None,
-        reference: Tensor | None,
+        attacked: Tensor | None,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of step k's input state and, where it reads it, of the reference."""
+        """Gradients of step k's input state and, where it reads them, of the attacked images."""
+        verify = self.run.options.verify_states
+        look = verify or (self.run.options.check_values and k == self.steps - 1)
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            r = None if reference is None else reference.detach().requires_grad_()
-            out = self.chain.step(k, (x, *state[1:]), r)[0]
-            last = k == self.steps - 1
-            if following is not None and (self.verify or (self.check and last)):
-                check_replay(
-                    self.chain, k, state, reference, out.detach(), following, strict=self.verify
-                )
+            r = None if attacked is None else attacked.detach().requires_grad_()
+            out = self.run.step(k, (x, *state[1:]), r)[0]
+            if following is not None and look:
+                check_replay(self.run, k, state, attacked, out.detach(), following, strict=verify)
             if not out.requires_grad:  # an output clamped or stopped everywhere
                 return torch.zeros_like(x), None
             inputs = [x] if r is None else [x, r]
@@ -187,14 +178,14 @@ class _Run:
         return gradient, None if r is None else grads[1]
 
     def _start_backward(self, images: Tensor, grad: Tensor, total: Tensor | None) -> Tensor:
-        """Through the pixel maps: of the start, and of the reference where it was read."""
+        """Through the pixel maps: of the start, and of the attacked images where they were read."""
         with torch.enable_grad():
             pixels = images.detach().requires_grad_()
-            outputs, grads = [self.chain.start(pixels)[0]], [grad]
+            outputs, grads = [self.run.start(pixels)[0]], [grad]
             if total is not None:
-                reference = self.chain.reference(pixels)
-                assert reference is not None
-                outputs.append(reference)
+                attacked = self.run.attacked(pixels)
+                assert attacked is not None
+                outputs.append(attacked)
                 grads.append(total)
             (gradient,) = torch.autograd.grad(outputs, pixels, grads)
         return gradient
@@ -204,10 +195,10 @@ class _ExactGradient(torch.autograd.Function):
     """Images -> final state. States travel as saved tensors, so autograd frees and guards them."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, run: _Run) -> Tensor:
-        end, kept = run.forward(images)
-        ctx.run = run
-        ctx.width = len(run.end)
+    def forward(ctx: Any, images: Tensor, recomputed: _Recomputed) -> Tensor:
+        end, kept = recomputed.forward(images)
+        ctx.recomputed = recomputed
+        ctx.width = len(recomputed.end)
         ctx.save_for_backward(images, *(tensor for state in kept for tensor in state))
         ctx.set_materialize_grads(False)
         return end
@@ -219,31 +210,22 @@ class _ExactGradient(torch.autograd.Function):
         images, *flat = ctx.saved_tensors
         kept = [tuple(flat[i : i + ctx.width]) for i in range(0, len(flat), ctx.width)]
         with torch.inference_mode(False), torch.no_grad():
-            gradient = ctx.run.backward(images, kept, grad)
+            gradient = ctx.recomputed.backward(images, kept, grad)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _apply(_FirstDerivativeOnly, gradient, images, grad)
         return gradient, None
 
 
-def exact_run(
-    chain: AnyChain,
-    images: Tensor,
-    *,
-    states: str = "device",
-    verify: bool = False,
-    check: bool = True,
-) -> State:
-    """Run a chain; the first tensor of the result carries the exact gradient of that run.
+def exact_final_state(run: Run, images: Tensor) -> State:
+    """The final state of a run; its first tensor carries the exact gradient of that run.
 
-    Args:
-        chain: ready to start, with its models' parameters frozen by the caller.
-        images: [B, C, H, W], requiring grad.
-        states: "device" keeps all N states where they are, "host" in (pinned) host memory, "sqrt"
-            every √N-th on the device, at the price of computing the others once more.
-        verify: compare every state that the backward pass computes again with the stored one, bit
-            for bit.
-        check: compare the last one, to catch models that do not repeat themselves; waits for the
-            device once.
+    run: with its models' parameters frozen by the caller. images: [B, C, H, W], requiring grad.
+
+    By the run's options: `states`: "device" keeps all N states where they are, "host" in (pinned)
+    host memory, "sqrt" every √N-th on the device, at the price of computing the others once more.
+    `verify_states`: every state that the backward pass computes again is compared with the stored
+    one, bit for bit. `check_values`: the last one is compared, to catch models that do not repeat
+    themselves; that waits for the device once.
 
     The values are those of a run without gradients, bit for bit. The backward pass may be asked
     for twice (retain_graph=True), and by several runs in any order.
@@ -253,7 +235,7 @@ def exact_run(
     RuntimeError if the models changed since, or do not repeat themselves, and for a derivative of
     the gradient.
     """
-    refuse_training_mode(*models_of(chain))
-    run = _Run(chain, states, verify, check)
-    end = _apply(_ExactGradient, images, run)
-    return (end, *run.end[1:])
+    refuse_training_mode(*run.models)
+    recomputed = _Recomputed(run)
+    end = _apply(_ExactGradient, images, recomputed)
+    return (end, *recomputed.end[1:])

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coup_fast import validation
-from coup_fast.live_bytes import peak_bytes
-from coup_fast.options import PURIFIER_OPTIONS, attribute_of
+from coup_fast import checks
+from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
-from coup_fast.short_chain import first_steps
+from coup_fast.run import validation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,11 +117,9 @@ def eot_gradient(
     model = purified_classifier
     if model.purifier.gradient == "none":
         raise ValueError('the purifier has gradient="none": there is no gradient to average')
-    for name, value in (("draws", draws), ("micro_batch", micro_batch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    checks.integer("draws", draws, 1)
+    if micro_batch is not None:
+        checks.integer("micro_batch", micro_batch, 1)
     validation.check_images(images)
     ids = validation.sample_ids_of(images, sample_ids)
     if labels.shape != ids.shape:
@@ -137,24 +134,24 @@ def eot_gradient(
 
     total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
     losses, scores = [], []
-    with model.draws_from(draw, draws * model.num_draws) as first:
-        for start in range(0, runs, micro_batch):
-            run = torch.arange(start, min(start + micro_batch, runs), device=images.device)
-            which = run % len(images)
-            first_draw = first + run // len(images) * model.num_draws
-            gradient, values, rows = _micro_batch(
-                model, images[which], ids[which], labels[which], first_draw, loss
-            )
-            losses.append(values)
-            scores.append(rows)
-            del values, rows  # so that the next micro-batch has their memory
-            position = 0
-            while position < len(run):  # one draw of consecutive images after the other
-                image = (start + position) % len(images)
-                count = min(len(images) - image, len(run) - position)
-                total[image : image + count] += gradient[position : position + count]
-                position += count
-            del gradient
+    first = model.take_draws(draw, draws * model.num_draws)
+    for start in range(0, runs, micro_batch):
+        run = torch.arange(start, min(start + micro_batch, runs), device=images.device)
+        which = run % len(images)
+        first_draw = first + run // len(images) * model.num_draws
+        gradient, values, rows = _micro_batch(
+            model, images[which], ids[which], labels[which], first_draw, loss
+        )
+        losses.append(values)
+        scores.append(rows)
+        del values, rows  # so that the next micro-batch has their memory
+        position = 0
+        while position < len(run):  # one draw of consecutive images after the other
+            image = (start + position) % len(images)
+            count = min(len(images) - image, len(run) - position)
+            total[image : image + count] += gradient[position : position + count]
+            position += count
+        del gradient
     if not losses:
         empty = total.new_zeros(draws, 0)
         return EotGradient(images.clone(), empty, empty[..., None], micro_batch, memory)
@@ -194,8 +191,7 @@ def _memory_of(model: PurifiedClassifier, image: Tensor, labels: Tensor, loss: L
     clean = model.purifier
     key = (
         *(image.shape, image.dtype, image.device, id(clean.plan)),
-        *(getattr(clean, attribute_of(name)) for name in PURIFIER_OPTIONS),
-        *(model.num_draws, model.vote),
+        *(clean.run_options, model.num_draws, model.vote),
     )
     known = _measured.setdefault(model, {})
     if key not in known:
@@ -211,9 +207,8 @@ def memory_model(
     steps = purifier.plan.num_steps
 
     def peak(runs: int, steps: int) -> int:
-        short = PurifiedClassifier(
-            first_steps(purifier, steps), model.classifier, votes, vote=model.vote
-        )
+        few = purifier.with_plan(purifier.plan.first(steps))
+        short = PurifiedClassifier(few, model.classifier, votes, vote=model.vote)
         images, answer = image.expand(runs, -1, -1, -1), labels.expand(runs)
         ids = torch.arange(runs, device=image.device)
         return peak_bytes(

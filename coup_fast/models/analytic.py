@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .schedules import DiscreteSchedule, VPSchedule
+from coup_fast.schedules import DiscreteSchedule, VPSchedule
 
 
 class GaussianMixture(nn.Module):

@@ -1,0 +1,1 @@
+"""What PyTorch makes necessary: frozen parameters, transforms, modules behind callables, locks."""

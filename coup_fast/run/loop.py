@@ -1,0 +1,47 @@
+"""The loop over a run's steps: the only one, whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from coup_fast.run.steps import Run, State
+
+Step = Callable[[int, State, Tensor | None], State]
+
+
+def states(run: Run, images: Tensor, step: Step | None = None) -> Iterator[tuple[int, State]]:
+    """(k, the state after k steps) from the start, k = 0, to the result.
+
+    step: how step k is taken: `run.step`, the default, which makes each state anew and is
+    differentiable where grad is on; or `run.step_`, which writes over the state before.
+    """
+    step = step or run.step
+    state, attacked = run.start(images), run.attacked(images)
+    yield 0, state
+    for k in range(run.num_steps):
+        state = step(k, state, attacked)
+        yield k + 1, state
+        if run.finished(state):
+            return
+
+
+def final_state(run: Run, images: Tensor, step: Step | None = None) -> State:
+    """The last of `states`."""
+    for _, state in states(run, images, step):
+        final = state
+    return final
+
+
+def joined_states(parts: Sequence[tuple[Run, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """`states` of the batch's parts side by side: (k, [B, C, H, W]), a copy.
+
+    parts: (run, images), at least one. The state of a part that has finished stays as it is.
+    """
+    latest: dict[int, Tensor] = {}
+    for k, row in enumerate(zip_longest(*(states(run, images) for run, images in parts))):
+        latest |= {i: item[1][0] for i, item in enumerate(row) if item is not None}
+        yield k, torch.cat(list(latest.values()))

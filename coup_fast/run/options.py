@@ -1,0 +1,64 @@
+"""The options of a run, whatever the method: their defaults and what each may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from coup_fast import checks
+
+BACKENDS = ("auto", "compiled", "reference")
+GRADIENTS = ("exact", "autograd", "bpda", "none")
+STATES = ("device", "host", "sqrt")
+GUIDANCE_GRADIENTS = ("full", "stopped")
+SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
+COMPILE_MODES = ("default", *SELF_CAPTURING, "max-autotune-no-cudagraphs")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "backend": BACKENDS,
+    "gradient": GRADIENTS,
+    "states": STATES,
+    "verify_states": (True, False),
+    "guidance_gradient": GUIDANCE_GRADIENTS,
+    "check_values": (True, False),
+    "compile": (True, False, *COMPILE_MODES),
+    "cuda_graph": ("auto", True, False),
+    "precision": PRECISIONS,
+    "channels_last": ("auto", True, False),
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options that every purifier takes; `coup_fast.Purifier` says what they mean.
+
+    Raises ValueError listing the choices, TypeError for a max_batch that is no int.
+    """
+
+    backend: str = "auto"
+    gradient: str = "exact"
+    states: str = "device"
+    verify_states: bool = False
+    guidance_gradient: str = "full"
+    check_values: bool = True
+    compile: bool | str = False
+    cuda_graph: bool | str = "auto"
+    precision: str = "fp32"
+    channels_last: bool | str = "auto"
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            checks.choice(name, getattr(self, name), choices)
+        if self.max_batch is not None:
+            checks.integer("max_batch", self.max_batch, 1)
+
+
+RUN_OPTIONS = tuple(field.name for field in fields(RunOptions))
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of a run, and the others, which are the method's."""
+    own = {name: value for name, value in options.items() if name in RUN_OPTIONS}
+    return own, {name: value for name, value in options.items() if name not in RUN_OPTIONS}
