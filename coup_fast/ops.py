@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +33,19 @@ from coup_fast import _extension
 from coup_fast._torch.transforms import FORWARD_MODE, refuse_tangents, wrapped
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    """torch.ops.coup_fast.<name>.default, which torch.compile knows, or what says it is missing."""
+    if not _extension.available():
+        return _missing
+    operator: Callable[..., Any] = getattr(torch.ops.coup_fast, name).default
+    return operator
+
+
 def _missing(*_: Any, **__: Any) -> Any:
     raise RuntimeError(
         "the compiled operators of coup_fast are not loaded (coup_fast.build_info() says why); "
         "use coup_fast.reference, or rebuild with `pip install --no-build-isolation .`"
     )
-
-
-class _Operator(NamedTuple):
-    name: str
-    call: Callable[..., Any]  # torch.ops.coup_fast.<name>.default, which torch.compile knows
-    direct: Callable[..., Any]  # what that calls in turn, 0.3 us later
-
-
-def _operator(name: str) -> _Operator:
-    if not _extension.available():
-        return _Operator(name, _missing, _missing)
-    op = getattr(torch.ops.coup_fast, name).default
-    return _Operator(name, op, getattr(op, "_op", op))
 
 
 _normal = _operator("normal")
@@ -64,48 +59,44 @@ _adaptive_step_backward = _operator("adaptive_step_backward")
 _confidence_cotangent = _operator("confidence_cotangent")
 _confidence_cotangent_backward = _operator("confidence_cotangent_backward")
 
-# Found once: a call of a small step takes 5 us, and looking these up 0.3.
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_increment_version = torch.autograd.graph.increment_version
 _below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", nullcontext
 )
 
 
-def _apply(operator: _Operator, tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+def _apply(
+    name: str, operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any
+) -> Any:
     """The operator of args, past the autograd layer where it would record nothing.
 
     That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
     would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that
     may require grad.
     """
-    if _is_compiling():
-        return operator.call(*args)
+    if torch.compiler.is_compiling():
+        return operator(*args)
     if FORWARD_MODE._current_level >= 0:
-        refuse_tangents(f"coup_fast.ops.{operator.name}", tensors)
-    if _is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return _recorded(operator, tensors, args)
+        refuse_tangents(f"coup_fast.ops.{name}", tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        _refuse_unrecorded(name, tensors)
+        return operator(*args)
     with _below_autograd():
-        return operator.direct(*args)
+        return operator(*args)
 
 
-def _recorded(operator: _Operator, tensors: tuple[Tensor | None, ...], args: Any) -> Any:
-    """The operator of args by way of the autograd layer, which torch.func cannot look into."""
+def _refuse_unrecorded(name: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """Raises RuntimeError for derivatives that the autograd layer would not record."""
     if any(tensor is not None and wrapped(tensor) for tensor in tensors):
         raise RuntimeError(
-            f"coup_fast.ops.{operator.name} cannot be differentiated inside a transform of "
-            "torch.func; use torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
+            f"coup_fast.ops.{name} cannot be differentiated inside a transform of torch.func; use "
+            "torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
         )
     for tensor in tensors:
-        if tensor is not None and tensor.ndim == 1 and tensor.requires_grad:  # coeffs alone is 1-D
+        if tensor is not None and tensor.ndim == 1 and tensor.requires_grad:  # only coeffs is 1-D
             raise RuntimeError(
-                f"coup_fast.ops.{operator.name} does not differentiate its coefficients; detach "
-                "coeffs, or use coup_fast.reference, which does"
+                f"coup_fast.ops.{name} does not differentiate its coefficients; detach coeffs, or "
+                "use coup_fast.reference, which does"
             )
-    return operator.call(*args)
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -114,7 +105,7 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     keys: int64 [B, 2]. shape: sizes, shape[0] == B. Philox4x32-10 and Box-Muller, within 2 ulp of
     the exact value for the same words. Not differentiable.
     """
-    out: Tensor = _normal.call(keys, shape)
+    out: Tensor = _normal(keys, shape)
     return out
 
 
@@ -129,7 +120,7 @@ def perturb(
     float32. Differentiable with respect to images.
     """
     tensors = (images, coeffs, noise)
-    out: Tensor = _apply(_perturb, tensors, images, coeffs, keys, noise)
+    out: Tensor = _apply("perturb", _perturb, tensors, images, coeffs, keys, noise)
     return out
 
 
@@ -161,7 +152,7 @@ def reverse_step(
     """
     tensors = (x, model_out, coeffs, guidance, reference, noise)
     rest = (keys, guidance, reference, noise, guidance_norm)
-    out: Tensor = _apply(_reverse_step, tensors, x, model_out, coeffs, *rest)
+    out: Tensor = _apply("reverse_step", _reverse_step, tensors, x, model_out, coeffs, *rest)
     return out
 
 
@@ -182,23 +173,18 @@ def reverse_step_(
 
     Raises RuntimeError if gradients are on and an input requires them.
     """
-    if _is_grad_enabled():
-        for tensor in (x, model_out, coeffs, guidance, reference):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    "reverse_step_ is not differentiable, and one of its inputs requires grad: "
-                    "use reverse_step, or call it under torch.no_grad()"
-                )
-    if _is_compiling():
-        _reverse_step_.call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
-        return
-    if FORWARD_MODE._current_level >= 0:
-        refuse_tangents(
-            "coup_fast.ops.reverse_step_", (x, model_out, coeffs, guidance, reference, noise)
+    tensors = (x, model_out, coeffs, guidance, reference)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "reverse_step_ is not differentiable, and one of its inputs requires grad: "
+            "use reverse_step, or call it under torch.no_grad()"
         )
-    _reverse_step_.direct(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
-    if not x.is_inference():
-        _increment_version(x)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and FORWARD_MODE._current_level >= 0:
+        refuse_tangents("coup_fast.ops.reverse_step_", (*tensors, noise))
+    _reverse_step_(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
+    if not compiling and not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def adaptive_step(
@@ -217,7 +203,7 @@ def adaptive_step(
     """
     tensors = (x, h, h_ahead, coeffs)
     out: tuple[Tensor, Tensor, Tensor] = _apply(
-        _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
+        "adaptive_step", _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
     )
     return out
 
@@ -228,7 +214,9 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
     [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
     """
-    out: tuple[Tensor, Tensor] = _apply(_confidence_cotangent, (logits,), logits)
+    out: tuple[Tensor, Tensor] = _apply(
+        "confidence_cotangent", _confidence_cotangent, (logits,), logits
+    )
     return out
 
 
@@ -316,7 +304,7 @@ def _save_perturb(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_perturb(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (_perturb_backward.call(grad, *ctx.saved_tensors), None, None, None))
+    return _needed(ctx, (_perturb_backward(grad, *ctx.saved_tensors), None, None, None))
 
 
 def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -325,7 +313,7 @@ def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_reverse_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gx, gm, gg, gr = _reverse_step_backward.call(grad, *ctx.saved_tensors, ctx.guidance_norm)
+    gx, gm, gg, gr = _reverse_step_backward(grad, *ctx.saved_tensors, ctx.guidance_norm)
     return _needed(ctx, (gx, gm, None, None, gg, gr, None, None))
 
 
@@ -335,7 +323,7 @@ def _save_adaptive_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _grad_adaptive_step(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (*_adaptive_step_backward.call(grad, *ctx.saved_tensors), None, None))
+    return _needed(ctx, (*_adaptive_step_backward(grad, *ctx.saved_tensors), None, None))
 
 
 def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -343,7 +331,7 @@ def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 
 def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> Tensor:
-    out: Tensor = _confidence_cotangent_backward.call(*grads, *ctx.saved_tensors)
+    out: Tensor = _confidence_cotangent_backward(*grads, *ctx.saved_tensors)
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast._torch.frozen import frozen_parameters
-from coup_fast._torch.locks import lock_across_forks
+from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
@@ -19,7 +19,7 @@ from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
 
-_lock = lock_across_forks()  # of every `next_draw`
+_lock = ForkLock()  # of every `next_draw`
 
 
 def combine_votes(logits: Tensor, vote: str) -> Tensor:
@@ -142,7 +142,7 @@ class PurifiedClassifier(nn.Module):
         draw = checks.integer("draw", draw, 0)
         if not self.fresh_draws:
             return draw
-        with _lock:
+        with _lock.current:
             taken = self.next_draw
             self.next_draw = taken + count
         return draw + taken

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coup_fast._torch.locks import lock_across_forks
+from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import module_of
 from coup_fast._torch.transforms import any_wrapped
 
-_lock = lock_across_forks()
+_lock = ForkLock()
 _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad, number of holders
 
 
@@ -47,7 +47,7 @@ def frozen_parameters(*functions: Any) -> Iterator[None]:
         )
     held: list[nn.Parameter] = []
     try:
-        with _lock:
+        with _lock.current:
             for key, parameter in unique.items():
                 if key in _held or (parameter.requires_grad and not parameter.is_inference()):
                     _held[key] = (parameter, _held.get(key, (parameter, 0))[1] + 1)
@@ -55,7 +55,7 @@ def frozen_parameters(*functions: Any) -> Iterator[None]:
                     parameter.requires_grad_(False)
         yield
     finally:
-        with _lock:
+        with _lock.current:
             for parameter in held:
                 count = _held.pop(id(parameter))[1] - 1
                 if count:

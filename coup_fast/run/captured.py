@@ -10,10 +10,7 @@ replays; the tests have one for the CPU.
 from __future__ import annotations
 
 import copy
-import os
-import threading
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import module_of
 from coup_fast.run.cuda_recorder import CudaRecorder, Recorder
 from coup_fast.run.steps import Run, State
@@ -148,8 +146,7 @@ class Graphs:
         self._loops: OrderedDict[Any, CapturedLoop | str | None] = OrderedDict()
         self._places: Any = None
         self._recorders: dict[torch.device, Recorder] = {}
-        self._lock = threading.Lock()
-        _all.add(self)
+        self._lock = ForkLock()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return type(self), ()
@@ -170,7 +167,7 @@ class Graphs:
         raises RuntimeError where that fails, ValueError where it cannot be tried.
         """
         choice = run.options.cuda_graph
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock.current, torch.inference_mode(False), torch.no_grad():
             self.reason = self._why_eager(run, images, choice)
             if self.reason is not None:
                 if choice is True:
@@ -246,19 +243,6 @@ class Graphs:
         self._loops.move_to_end(key)
         while len(self._loops) > _KEPT:
             self._loops.popitem(last=False)
-
-
-_all: weakref.WeakSet[Graphs] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    """New locks in a child: a run holds its lock for long, so a fork cannot wait (`locks`)."""
-    for graphs in _all:
-        graphs._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # a child forked while others run would wait for ever
-    os.register_at_fork(after_in_child=_free_locks)
 
 
 def _algorithms() -> tuple[Any, ...]:

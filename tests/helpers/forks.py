@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from coup_fast._torch.locks import ForkLock
+
 
 def needs_fork(test: Any) -> Any:
     """Marks a test that forks this process, in which other threads run."""
@@ -17,12 +19,12 @@ def needs_fork(test: Any) -> Any:
     return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(test)
 
 
-def child_can_take(lock: Callable[[], threading.Lock]) -> bool:
+def child_can_take(lock: Callable[[], ForkLock]) -> bool:
     """Whether a child, forked while another thread holds the lock, can take what `lock` gives."""
     held = threading.Event()
 
     def hold() -> None:
-        with lock():
+        with lock().current:
             held.set()
             time.sleep(0.2)
 
@@ -31,6 +33,6 @@ def child_can_take(lock: Callable[[], threading.Lock]) -> bool:
     held.wait()
     child = os.fork()
     if child == 0:
-        os._exit(0 if lock().acquire(timeout=0) else 1)
+        os._exit(0 if lock().current.acquire(timeout=0) else 1)
     thread.join()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

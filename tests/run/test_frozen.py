@@ -10,7 +10,7 @@ from torch import nn
 
 from coup_fast import Purifier, ScoreModel
 from coup_fast._torch.frozen import frozen_parameters
-from coup_fast._torch.locks import lock_across_forks
+from coup_fast._torch.locks import ForkLock
 
 
 def flags(*modules: nn.Module) -> list[bool]:
@@ -82,5 +82,5 @@ def test_parameters_inside_torch_func_are_refused() -> None:
 @needs_fork
 def test_a_forked_process_does_not_find_the_lock_held() -> None:
     """Workers of data loaders are forked while other threads may be purifying."""
-    lock = lock_across_forks()
+    lock = ForkLock()
     assert child_can_take(lambda: lock)
