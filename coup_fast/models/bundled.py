@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coup_fast import checks
 from coup_fast.models.files import load_network
 from coup_fast.score_model import ScoreModel
 
@@ -83,8 +84,7 @@ def load_bundled(
         ImportError: safetensors is missing.
     """
     _check_name(name)
-    if score not in SCORES:
-        raise ValueError(f"score must be 'vp' or 'ncsn', got {score!r}.")
+    checks.choice("score", score, SCORES)
     network, facts = _load(f"{name}_{score}.safetensors")
     classifier, _ = _load(f"{name}_classifier.safetensors")
     score_model = ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max"))
