@@ -30,7 +30,7 @@ from coup_fast import Purifier
 from coup_fast.adjoint import AdjointRun
 from coup_fast.backends import choose_ops
 from coup_fast.chain import Chain
-from coup_fast.evaluation.report import environment
+from coup_fast.evaluation.provenance import environment
 from coup_fast.frozen import frozen_parameters
 from coup_fast.guidance import confidence_gradient
 from coup_fast.live_bytes import peak_bytes

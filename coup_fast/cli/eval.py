@@ -20,7 +20,7 @@ from coup_fast.cli import common
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
-    from coup_fast.evaluation.summary import Report
+    from coup_fast.evaluation.report import Report
 
 HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
 OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")

@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import coup_fast
-    from coup_fast.evaluation.report import processor_name
+    from coup_fast.evaluation.provenance import processor_name
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     missing = {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from coup_fast import checks
-from coup_fast.models.files import load_network
+from coup_fast.models.network_files import load_network
 from coup_fast.score_model import ScoreModel
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -89,6 +89,11 @@ def load_bundled(
     classifier, _ = _load(f"{name}_classifier.safetensors")
     score_model = ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max"))
     return score_model.eval().to(device), classifier.to(device)
+
+
+def score_for(method: str) -> str:
+    """Which score network a method takes: ADP an NCSN, the others a diffusion model."""
+    return "ncsn" if method == "adp" else "vp"
 
 
 def bundled_settings(name: str = "mnist") -> dict[str, Any]:

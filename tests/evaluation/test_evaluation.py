@@ -13,14 +13,14 @@ from helpers import eval_models, tiny
 
 from coup_fast import PurifiedClassifier, Purifier
 from coup_fast.attacks.pgd import PGD
+from coup_fast.cli.demo_measures import measure_defence, operator_share, score
+from coup_fast.cli.demo_pictures import GridRow, chosen_steps, image_grid
 from coup_fast.evaluation import Proportion, accuracy, environment, render_table, write_json
 from coup_fast.evaluation.config import from_dict, read_toml
-from coup_fast.evaluation.defence import measure_defence, operator_share, score
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.metrics import Average, numbers
-from coup_fast.evaluation.pictures import GridRow, chosen_steps, image_grid
 from coup_fast.evaluation.plots import AXES, series
-from coup_fast.evaluation.summary import Report
+from coup_fast.evaluation.report import Report
 
 
 def wilson(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
