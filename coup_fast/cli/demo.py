@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo, print its table, write its files."""
-    modules = ("tqdm", "tabulate", "matplotlib", "scipy", "safetensors", "mlxtend", "foolbox")
+    modules = ("tqdm", "tabulate", "matplotlib", "safetensors", "mlxtend", "foolbox")
     common.require("demo", *modules)
     from coup_fast.cli import demo_run
     from coup_fast.evaluation.provenance import environment, write_json

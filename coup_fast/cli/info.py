@@ -16,8 +16,8 @@ HELP = "say which versions, kernels and devices are in use"
 # Extra -> the modules it brings beyond the core.
 _EXTRAS = {
     "models": ("safetensors",),
-    "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy"),
-    "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy", "mlxtend", "foolbox"),
+    "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib"),
+    "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "foolbox"),
     "bench": ("torchsde", "diffusers", "pytest_benchmark"),
 }
 

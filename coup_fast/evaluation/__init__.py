@@ -1,6 +1,6 @@
 """Numbers about a defence and the ways to get and print them; `evaluate` does all of it.
 
-scipy, tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
+tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
 """
 
 from coup_fast.evaluation.config import EvalConfig, from_dict, read_toml

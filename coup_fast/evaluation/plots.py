@@ -14,7 +14,7 @@ from coup_fast.evaluation.state import canonical
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from coup_fast.evaluation.metrics import Average
+    from coup_fast.evaluation.intervals import Average
     from coup_fast.evaluation.report import Line, Report
 
 ENDINGS = (".png", ".svg")
