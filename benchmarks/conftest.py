@@ -11,7 +11,7 @@ import torch
 from coup_fast import _extension
 from coup_fast.benchmarking import Case, Variant, VariantUnavailable
 from coup_fast.benchmarking.catalogue import FAMILIES, Family
-from coup_fast.evaluation.report import environment
+from coup_fast.evaluation.provenance import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

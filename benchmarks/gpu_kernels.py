@@ -28,7 +28,7 @@ from torch import Tensor
 
 from coup_fast import methods, noise, ops
 from coup_fast.benchmarking import rivals
-from coup_fast.evaluation.report import environment, write_json
+from coup_fast.evaluation.provenance import environment, write_json
 from coup_fast.plan import C, D, V, W
 from coup_fast.schedules import VPSchedule
 

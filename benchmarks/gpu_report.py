@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from coup_fast.evaluation.report import package_versions, write_json
+from coup_fast.evaluation.provenance import package_versions, write_json
 
 PARTS = ("kernels", "operators", "loops")
 QUERY = "name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.memory"

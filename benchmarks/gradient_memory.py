@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from coup_fast import Purifier
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.attacks.peak_memory import peak_bytes
-from coup_fast.evaluation.report import environment
+from coup_fast.evaluation.provenance import environment
 from coup_fast.gradient_check.adjoint import AdjointRun
 from coup_fast.run.backends import choose_ops
 from coup_fast.run.guidance import confidence_gradient

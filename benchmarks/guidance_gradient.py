@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier, eot_gradient
-from coup_fast.evaluation.report import environment
+from coup_fast.evaluation.provenance import environment
 
 
 def gradient(

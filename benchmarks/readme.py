@@ -20,7 +20,7 @@ from pathlib import Path
 
 from coup_fast.benchmarking import loops, results
 from coup_fast.benchmarking.components import COMPONENTS
-from coup_fast.benchmarking.report import Row
+from coup_fast.benchmarking.rows import Row
 from coup_fast.benchmarking.tables import duration, grouped
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import torch
 
 from coup_fast.benchmarking import loops
 from coup_fast.benchmarking.catalogue import family
-from coup_fast.benchmarking.report import Row, run_case
+from coup_fast.benchmarking.rows import Row, run_case
 
 # Family, images, rival, part, least ratio of the rival's time to that of the case's first variant.
 BOUNDS = [

@@ -33,9 +33,10 @@ def number(
         inside = (low < result if above else low <= result) and result <= high
         if inside and math.isfinite(result):
             return result
-    left = "(" if above or math.isinf(low) else "["
-    right = ")" if math.isinf(high) else "]"
-    raise error(_sentence(name, f"a number in {left}{low:g}, {high:g}{right}", value))
+    left, right = "(" if above or math.isinf(low) else "[", ")" if math.isinf(high) else "]"
+    bounded = not math.isinf(low) or not math.isinf(high)
+    expected = f"a number in {left}{low:g}, {high:g}{right}" if bounded else "a finite number"
+    raise error(_sentence(name, expected, value))
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -120,7 +121,8 @@ def _tensor_sentence(name: str, expected: str, value: Tensor) -> str:
 
 def _bound(value: int) -> str:
     """2^64 - 1 says more than 18446744073709551615."""
-    for power in (31, 63, 64):
-        if value in (2**power - 1, -(2**power)):
-            return f"2^{power} - 1" if value > 0 else f"-2^{power}"
-    return str(value)
+    power = value + 1 if value > 0 else -value
+    if power < 2**20 or power & (power - 1):
+        return str(value)
+    text = f"2^{power.bit_length() - 1}"
+    return f"{text} - 1" if value > 0 else f"-{text}"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast import checks
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -74,36 +76,6 @@ def uniform(word: Tensor) -> Tensor:
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
-def _integer(name: str, value: int, minimum: int, maximum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be in [{minimum}, {maximum}], got {value}")
-    return value
-
-
-def _sample_ids(sample_ids: Tensor | Sequence[int]) -> Tensor:
-    if not isinstance(sample_ids, Tensor):
-        items = [_integer("each sample id", item, -(2**63), 2**63 - 1) for item in sample_ids]
-        return torch.tensor(items, dtype=torch.int64)
-    if sample_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"sample_ids must be an integer tensor, got {sample_ids.dtype}")
-    if sample_ids.ndim != 1:
-        raise ValueError(f"sample_ids must have one dimension, got {sample_ids.ndim}")
-    return sample_ids.to(torch.int64)
-
-
-def _draws(draw: int | Tensor, ids: Tensor) -> Tensor:
-    if not isinstance(draw, Tensor):
-        return torch.full_like(ids, _integer("draw", draw, 0, 2**63 - 1))
-    if draw.dtype != torch.int64 or draw.shape != ids.shape:
-        raise ValueError(
-            f"draw must be an int or int64 {list(ids.shape)} like sample_ids, "
-            f"got {draw.dtype} {list(draw.shape)}"
-        )
-    return draw.to(ids.device)
-
-
 def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Tensor:
     """64-bit key of each sample as int64 bit patterns [B], on the device of sample_ids.
 
@@ -114,9 +86,10 @@ def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tenso
     an int64 tensor [B] of one draw per sample.
     Raises TypeError or ValueError for anything else.
     """
-    key = _split(_integer("seed", seed, 0, 2**64 - 1))
-    ids = _sample_ids(sample_ids)
-    draws = _draws(draw, ids)
+    key = _split(checks.integer("seed", seed, 0, 2**64 - 1))
+    ids = checks.ids("sample_ids", sample_ids)
+    draw = checks.draw("draw", draw, len(ids), ids.device)
+    draws = draw if isinstance(draw, Tensor) else torch.full_like(ids, draw)
     if ids.device.type == "cpu" and len(ids) <= _FEW:
         pairs = zip(ids.tolist(), draws.tolist(), strict=True)
         keys = [_signed(_joined(key, *pair)) for pair in pairs]
@@ -153,8 +126,8 @@ def step_keys(
 
     num_steps >= 0, numel >= 0; the rest as for `sample_keys`.
     """
-    num_steps = _integer("num_steps", num_steps, 0, 2**31 - 1)
-    numel = _integer("numel", numel, 0, 2**31 - 1)
+    num_steps = checks.integer("num_steps", num_steps, 0, 2**31 - 1)
+    numel = checks.integer("numel", numel, 0, 2**31 - 1)
     key = sample_keys(seed, sample_ids, draw)
     rows = key.new_empty((num_steps, key.shape[0], 2))
     rows[..., 0] = key

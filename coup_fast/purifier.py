@@ -329,13 +329,7 @@ def _plan(
     options: dict[str, Any],
 ) -> AnyPlan:
     """The method's plan for these models; an unknown option lists both kinds that exist."""
-    known = methods.options(method)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(
-            f"unknown option {', '.join(map(repr, unknown))}; {method} takes "
-            f"{', '.join(known)}, and every purifier {', '.join(RUN_OPTIONS)}"
-        )
+    methods.check_options(method, options, RUN_OPTIONS)
     plan = methods.plan(method, score_model.schedule, score_model.kind, **options)
     validation.check_times(plan.times, score_model.t_max, method)
     if plan.needs_classifier and classifier is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast._torch.modules import declared_channels, grad_leaf, in_dtype_of
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ class ScoreModel(nn.Module):
             )
         if isinstance(network, ScoreModel):
             raise TypeError("network is a ScoreModel already; pass it on, or its .network")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        checks.choice("kind", kind, KINDS)
         if not 0.0 < float(time_scale) < float("inf"):
             raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
         if t_max is not None and not 0.0 < float(t_max) <= 1.0:

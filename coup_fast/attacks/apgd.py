@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coup_fast import checks
 from coup_fast.attacks.attack import Attack, Rule
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.objective import Evaluation
@@ -35,8 +36,7 @@ class APGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rho", "momentum"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+            checks.number(name, getattr(self, name), 0, 1, above=True)
 
     def rule(self, ball: Ball) -> Rule:
         """A step with momentum, of a length that follows the progress of the loss."""

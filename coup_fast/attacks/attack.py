@@ -18,6 +18,7 @@ run on a `PurifiedClassifier` as on any model (docs/attacks.md).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from coup_fast import checks
 from coup_fast.attacks.ball import NORMS, Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import (
@@ -39,7 +41,8 @@ from coup_fast.run import validation
 
 FIRST_ATTACK_DRAW = 2**32
 FIRST_START_DRAW = 2**62
-MAX_SEED = 2**29
+MAX_SEED = 2**29 - 1
+MAX_COUNT = 2**20 - 1
 NOISES = ("fresh", "fixed")
 KEEPS = ("last", "best")
 
@@ -117,24 +120,20 @@ class Attack(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        validation.check_choice("norm", self.norm, NORMS)
-        validation.check_choice("loss", self.loss, tuple(LOSSES))
-        validation.check_choice("gradient", self.gradient, tuple(GRADIENTS))
-        validation.check_choice("noise", self.noise, NOISES)
-        validation.check_choice("keep", self.keep, KEEPS)
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
-        for name, least, beyond in (
-            ("steps", 1, 2**20),
-            ("eot", 1, 2**20),
-            ("restarts", 1, 2**20),
+        checks.choice("norm", self.norm, NORMS)
+        checks.choice("loss", self.loss, LOSSES)
+        checks.choice("gradient", self.gradient, GRADIENTS)
+        checks.choice("noise", self.noise, NOISES)
+        checks.choice("keep", self.keep, KEEPS)
+        checks.number("eps", self.eps, 0, math.inf, above=True)
+        for name, low, high in (
+            ("steps", 1, MAX_COUNT),
+            ("eot", 1, MAX_COUNT),
+            ("restarts", 1, MAX_COUNT),
             ("seed", 0, MAX_SEED),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if not least <= value < beyond:
-                raise ValueError(f"{name} must be in [{least}, {beyond}), got {value}")
+            value = checks.integer(name, getattr(self, name), low, high)
+            object.__setattr__(self, name, value)  # for JSON, which knows no NumPy
 
     @property
     def name(self) -> str:

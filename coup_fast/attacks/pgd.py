@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from coup_fast import checks
 from coup_fast.attacks.attack import Attack, Rule
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.objective import Evaluation
@@ -23,8 +25,7 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.step_size < float("inf"):
-            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
+        checks.number("step_size", self.step_size, 0, math.inf, above=True)
 
     def rule(self, ball: Ball) -> Rule:
         """A step of fixed length."""

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from coup_fast import checks
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.pgd import PGD
-from coup_fast.run import validation
 
 PRESETS: dict[str, Attack] = {
     "pgd-linf": PGD(),
@@ -48,7 +48,7 @@ def preset(name: str, **changes: Any) -> Attack:
     Raises ValueError for an unknown name, listing those that exist; TypeError for an option that
     the attack does not have.
     """
-    validation.check_choice("attack", name, tuple(PRESETS))
+    checks.choice("attack", name, PRESETS)
     attack = PRESETS[name]
     if isinstance(attack, PGD) and "step_size" not in changes:
         step_size = attack.step_size * changes.get("eps", attack.eps) / attack.eps

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coup_fast.benchmarking.case import COPY
 from coup_fast.benchmarking.components import COMPONENTS
-from coup_fast.benchmarking.report import Row
+from coup_fast.benchmarking.rows import Row
 from coup_fast.benchmarking.tables import grouped
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coup_fast.benchmarking.report import Row, row_from
+from coup_fast.benchmarking.rows import Row, row_from
 
 FORMAT = 1
 _NAME = re.compile(r"\d{4}-\d{2}-\d{2}-[a-z0-9-]+\.json")
@@ -35,7 +35,7 @@ def merge(folder: Path, rows: Sequence[Row], command: str) -> Path:
 
     Raises ValueError for a file of another format.
     """
-    from coup_fast.evaluation.report import write_json
+    from coup_fast.evaluation.provenance import write_json
 
     stamp = rows[0].stamp
     assert stamp is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coup_fast.benchmarking.case import COPY
-from coup_fast.benchmarking.report import Row
+from coup_fast.benchmarking.rows import Row
 
 _HEADERS = ["variant", "median", "fastest", "ns/element", "x first", "of copy speed"]
 _LOOP_HEADERS = ["variant", "median a step", "fastest", "x first", "of limit"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from coup_fast.benchmarking.catalogue import Family
-    from coup_fast.benchmarking.report import Row
+    from coup_fast.benchmarking.rows import Row
 
 # Samples of each variant, seconds of a sample, seconds after which a slow variant has had enough.
 FULL = (101, 1e-3, 3.0)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     import coup_fast._extension as extension
     from coup_fast.benchmarking import catalogue, plots, results, tables
-    from coup_fast.evaluation.report import environment
+    from coup_fast.evaluation.provenance import environment
 
     if args.cases == ["list"]:
         for family in catalogue.FAMILIES:
@@ -141,10 +141,11 @@ def _measure(
     """
     from datetime import datetime, timezone
 
-    from coup_fast.benchmarking import case, report
+    from coup_fast.benchmarking import case
+    from coup_fast.benchmarking.rows import run_case, stamp_of
 
     budget = QUICK if args.quick else FULL
-    stamp = report.stamp_of(about, datetime.now(timezone.utc).date().isoformat())
+    stamp = stamp_of(about, datetime.now(timezone.utc).date().isoformat())
     todo = [(f, n) for f in families for n in f.sizes(device, args.batches)]
     if args.quick and not args.batches:
         todo = [(f, n) for f, n in todo if n in f.sizes(device)[:2]]
@@ -155,7 +156,7 @@ def _measure(
             if args.no_compile:
                 chosen = case.without(chosen, "torch.compile")
             try:
-                rows += report.run_case(chosen, *budget, stamp, watched_runs=3)
+                rows += run_case(chosen, *budget, stamp, watched_runs=3)
             except AssertionError as error:
                 wrong.append(f"{chosen.name}, {batch} images: not timed, {error}")
             bar.update()

@@ -159,7 +159,7 @@ def json_file(args: argparse.Namespace) -> Path | None:
 
 def print_or_write(text: str, data: object, args: argparse.Namespace) -> None:
     """Print `text`, or `data` as JSON for a bare `--json`; `--json FILE` also writes the file."""
-    from coup_fast.evaluation.report import to_json, write_json
+    from coup_fast.evaluation.provenance import to_json, write_json
 
     print(to_json(data) if args.json == "-" else text)
     path = json_file(args)

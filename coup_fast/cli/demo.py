@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coup_fast.cli import bundle, common
+from coup_fast.cli import common, networks
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--dataset",
-        choices=tuple(bundle.IMAGE_SHAPES),
+        choices=tuple(networks.IMAGE_SHAPES),
         default="mnist",
         help="images and bundled models (default: mnist)",
     )
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo, print its table, write its files."""
-    modules = ("tqdm", "tabulate", "matplotlib", "scipy", "safetensors", "mlxtend", "foolbox")
+    modules = ("tqdm", "tabulate", "matplotlib", "safetensors", "mlxtend", "foolbox")
     common.require("demo", *modules)
     from coup_fast.cli import demo_run
-    from coup_fast.evaluation.report import environment, write_json
+    from coup_fast.evaluation.provenance import environment, write_json
 
     started = time.perf_counter()
     device = common.choose_device(args.device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier
-from coup_fast.cli import bundle
+from coup_fast.cli import networks
 from coup_fast.cli.common import CommandError, network_progress, progress_bar, say
-from coup_fast.evaluation.defence import DefenceResult, Score, measure_defence, score
-from coup_fast.evaluation.pictures import GridRow, chosen_steps, image_grid
+from coup_fast.cli.demo_measures import DefenceResult, Score, measure_defence, score
+from coup_fast.cli.demo_pictures import GridRow, chosen_steps, image_grid
 from coup_fast.evaluation.tables import render_table
 
 METHODS = ("coup", "diffpure", "adp")
@@ -173,13 +173,13 @@ def prepare(
     images, labels, source = load_images(dataset, folder, count, seed)
     defences: dict[str, PurifiedClassifier] = {}
     for name in names:
-        score_model, classifier = bundle.load(dataset, bundle.score_for(name), device)
+        score_model, classifier = networks.load_bundled(dataset, name, device)
         options = settings.options[name]
         purifier = Purifier(score_model, classifier, method=name, seed=seed, **options)
         defences[name] = PurifiedClassifier(
             purifier, classifier, num_draws=settings.num_draws.get(name, 1)
         )
-    _, classifier = bundle.load(dataset, "vp", device)
+    _, classifier = networks.load_bundled(dataset, "coup", device)
     return Demo(
         source,
         images.to(device),

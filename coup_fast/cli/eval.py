@@ -20,7 +20,7 @@ from coup_fast.cli import common
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
-    from coup_fast.evaluation.summary import Report
+    from coup_fast.evaluation.report import Report
 
 HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
 OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    common.require("cli", "tabulate", "matplotlib", "scipy", "safetensors")
+    common.require("cli", "tabulate", "matplotlib", "safetensors")
     from coup_fast.evaluation.config import from_dict
     from coup_fast.evaluation.evaluate import evaluate
     from coup_fast.evaluation.state import EvaluationError

@@ -16,8 +16,8 @@ HELP = "say which versions, kernels and devices are in use"
 # Extra -> the modules it brings beyond the core.
 _EXTRAS = {
     "models": ("safetensors",),
-    "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy"),
-    "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "scipy", "mlxtend", "foolbox"),
+    "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib"),
+    "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "foolbox"),
     "bench": ("torchsde", "diffusers", "pytest_benchmark"),
 }
 
@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import coup_fast
-    from coup_fast.evaluation.report import processor_name
+    from coup_fast.evaluation.provenance import processor_name
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     missing = {

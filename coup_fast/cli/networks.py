@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coup_fast.cli import bundle
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
@@ -19,13 +18,17 @@ if TYPE_CHECKING:
 
 # --score-format: module and function of the loader, and whether it takes a configuration.
 FORMATS = {
-    "coup-fast": ("coup_fast.models.files", "load_network", False),
+    "coup-fast": ("coup_fast.models.network_files", "load_network", False),
     "score-sde": ("coup_fast.models.score_sde", "load_score_sde", True),
     "guided-diffusion": ("coup_fast.models.guided_diffusion", "load_guided_diffusion", True),
     "edm": ("coup_fast.models.edm", "load_edm", True),
     "ncsnv2": ("coup_fast.models.ncsnv2", "load_ncsnv2", False),
     "diffusers": ("coup_fast.models.diffusers_pipelines", "load_diffusers", False),
 }
+
+
+# Channels, height and width of the images each bundled set takes.
+IMAGE_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def load(args: argparse.Namespace, device: torch.device) -> Networks:
         for option in ("score_format", "score_config"):
             if getattr(args, option) is not None:
                 raise CommandError(f"--{option.replace('_', '-')} is about a file: give --score")
-        score_model, classifier = bundle.load(args.bundled, bundle.score_for(args.method), device)
-        channels, *size = bundle.IMAGE_SHAPES[args.bundled]
+        score_model, classifier = load_bundled(args.bundled, args.method, device)
+        channels, *size = IMAGE_SHAPES[args.bundled]
         if args.classifier is not None:
             classifier = _classifier(args.classifier, device)
         return Networks(score_model, classifier, channels, args.size or (size[0], size[1]))
@@ -92,6 +95,16 @@ def load(args: argparse.Namespace, device: torch.device) -> Networks:
     channels = score_model.in_channels or 3
     size_of = (_declared_size(network) for network in (own, score_model.network))
     return Networks(score_model, own, channels, args.size or next(filter(None, size_of), None))
+
+
+def load_bundled(name: str, method: str, device: torch.device) -> tuple[ScoreModel, nn.Module]:
+    """The bundled score model that a method takes, and the classifier, on `device`."""
+    from coup_fast.models import bundled
+
+    try:
+        return bundled.load_bundled(name, score=bundled.score_for(method), device=device)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise CommandError(str(error)) from error
 
 
 def _score_model(path: Path, kind: str | None, config: str | None) -> ScoreModel:
@@ -119,11 +132,11 @@ def _score_model(path: Path, kind: str | None, config: str | None) -> ScoreModel
 
 def _classifier(source: str, device: torch.device) -> nn.Module:
     if source.partition(":")[0] in ("robustbench", "timm"):
-        from coup_fast.models.classifiers import load_classifier
+        from coup_fast.models.robustbench_timm import load_classifier
 
         named: nn.Module = _read(load_classifier, source).to(device)
         return named
-    from coup_fast.models.files import load_network
+    from coup_fast.models.network_files import load_network
 
     if not Path(source).exists():
         raise CommandError(f"{source} does not exist")

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coup_fast.cli import bundle, common, networks
+from coup_fast.cli import common, networks
 from coup_fast.cli.common import CommandError
-from coup_fast.cli.files import (
+from coup_fast.cli.fitting import Fit
+from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
     IMAGE_SUFFIXES,
     list_images,
     read_array,
     read_image,
 )
-from coup_fast.cli.fitting import Fit
 
 if TYPE_CHECKING:
     import torch
@@ -173,8 +173,11 @@ def _prepare(args: argparse.Namespace) -> _Job:
     device = common.choose_device(args.device)
     if args.bundled_settings and args.score is not None:
         raise CommandError("--bundled-settings suit the bundled models, not --score")
-    options = bundle.settings_for(args.method, args.bundled) if args.bundled_settings else {}
-    options = options | common.parse_settings(args.set)
+    options = common.parse_settings(args.set)
+    if args.bundled_settings:
+        from coup_fast.models.bundled import bundled_settings
+
+        options = bundled_settings(args.bundled)["methods"].get(args.method, {}) | options
     models = networks.load(args, device)
     try:
         with common.plain_errors():
@@ -196,8 +199,8 @@ def _prepare(args: argparse.Namespace) -> _Job:
 
 def _other_sets(channels: int) -> str:
     """What to say to a user whose pictures have other channels than the bundled set."""
-    others = [name for name, shape in bundle.IMAGE_SHAPES.items() if shape[0] != channels]
-    return f"; --bundled {others[0]} takes {bundle.IMAGE_SHAPES[others[0]][0]}" if others else ""
+    others = [name for name, shape in networks.IMAGE_SHAPES.items() if shape[0] != channels]
+    return f"; --bundled {others[0]} takes {networks.IMAGE_SHAPES[others[0]][0]}" if others else ""
 
 
 def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:

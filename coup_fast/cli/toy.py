@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the rates, write the plot."""
-    common.require("cli", "matplotlib", "scipy", "tabulate")
+    common.require("cli", "matplotlib", "tabulate")
     from coup_fast.cli import toy_plot, toy_run
-    from coup_fast.evaluation.report import environment
+    from coup_fast.evaluation.provenance import environment
     from coup_fast.evaluation.tables import render_table
 
     common.check_plot(args.plot)

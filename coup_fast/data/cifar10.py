@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coup_fast import checks
+
 _NAMES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 # SHA-1 of the binary version, MD5 of the Python version: the sums that are published for each.
@@ -53,8 +55,7 @@ def load_cifar10(folder: str | Path, split: str = "train") -> tuple[Tensor, Tens
         ValueError: unknown split, or a file that is not the published one.
         FileNotFoundError: if a file is missing.
     """
-    if split not in _NAMES:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    checks.choice("split", split, _NAMES)
     parts = [_batch(Path(folder), name) for name in _NAMES[split]]
     images = np.concatenate([pixels for pixels, _ in parts])
     labels = np.concatenate([classes for _, classes in parts])

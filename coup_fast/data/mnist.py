@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coup_fast import checks
+
 # MD5 of the uncompressed files.
 _MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -37,8 +39,7 @@ def load_mnist(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor
             set such as Fashion-MNIST).
         FileNotFoundError: if a file is missing.
     """
-    if split not in _PREFIX:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    checks.choice("split", split, _PREFIX)
     images = _read(Path(folder), f"{_PREFIX[split]}-images-idx3-ubyte")
     labels = _read(Path(folder), f"{_PREFIX[split]}-labels-idx1-ubyte")
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)

@@ -1,14 +1,14 @@
 """Numbers about a defence and the ways to get and print them; `evaluate` does all of it.
 
-scipy, tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
+tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
 """
 
 from coup_fast.evaluation.config import EvalConfig, from_dict, read_toml
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.intervals import Proportion, accuracy
-from coup_fast.evaluation.report import environment, write_json
+from coup_fast.evaluation.provenance import environment, write_json
+from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.state import EvaluationError, StateError
-from coup_fast.evaluation.summary import Report
 from coup_fast.evaluation.tables import render_table
 
 __all__ = [

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coup_fast import methods
+from coup_fast import checks, methods
 from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
-from coup_fast.run import validation
 
 UNDEFENDED = "none"
 SWEPT_BY_ATTACKS = ("eps", "eot", "steps")
@@ -127,9 +126,11 @@ def _data(given: Any) -> Data:
     data = Data(**reading.known("[data]", given, [f.name for f in fields(Data)]))
     for name in ("name", "split", "folder"):
         reading.text(f"{name} of [data]", getattr(data, name))
-    reading.count("images of [data]", data.images)
-    reading.count("seed of [data]", data.seed, 0)
-    return data
+    return replace(
+        data,
+        images=checks.integer("images of [data]", data.images, 1),
+        seed=checks.integer("seed of [data]", data.seed, 0),
+    )
 
 
 def _defences(given: Mapping[str, Any]) -> list[Defence]:
@@ -151,9 +152,8 @@ def _defences(given: Mapping[str, Any]) -> list[Defence]:
         if key in options:
             raise ValueError(f"{key} is no option of a defence: it is the {place}")
     name = reading.text("name of [[defence]]", table.get("name", method))
-    num_draws = reading.count("num_draws", table.get("num_draws", 1))
-    vote = table.get("vote", "logits")
-    validation.check_choice("vote", vote, VOTES)
+    num_draws = checks.integer("num_draws", table.get("num_draws", 1), 1)
+    vote = checks.choice("vote", table.get("vote", "logits"), VOTES)
     swept = [key for key in SWEPT_BY_DEFENCES if key in known]
     return [
         Defence(name + suffix, method, one, num_draws, vote, name)
@@ -195,8 +195,7 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
     for given in tables:
         if "preset" not in given:
             raise ValueError('an [[attack]] needs a preset, as in preset = "pgd40"')
-        name = given["preset"]
-        validation.check_choice("preset of [[attack]]", name, tuple(PRESETS))
+        name = checks.choice("preset of [[attack]]", given["preset"], PRESETS)
         keys = [f.name for f in fields(PRESETS[name])]
         table = reading.known("[[attack]]", given, ["preset", "defences", *keys])
         targets = table.pop("defences", None)
@@ -205,7 +204,7 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
             targets = reading.texts("defences of [[attack]]", targets)
         names = {d.name for d in defences} | {d.base for d in defences}
         for target in targets or ():
-            validation.check_choice("defence of an attack", target, tuple(sorted(names)))
+            checks.choice("defence of an attack", target, sorted(names))
         for options, _ in reading.expand(table, SWEPT_BY_ATTACKS):
             attack = preset(name, **options)
             for defence in defences:
@@ -232,14 +231,14 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     ]
     if not defences:
         raise ValueError("there is no [[defence]]; method = 'none' is the bare classifier")
-    if reading.flag("controls", table.get("controls", True)):
+    if checks.flag("controls", table.get("controls", True)):
         defences = _controls(defences)
     names = [d.name for d in defences]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two defences are called {', '.join(twice)}; give each a name")
     numbers = {
-        name: reading.count(name, table[name], 0 if name == "seed" else 1)
+        name: checks.integer(name, table[name], 0 if name == "seed" else 1)
         for name in ("draws", "batch_size", "seed", "threads", "memory_budget")
         if name in table
     }

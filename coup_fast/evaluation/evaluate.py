@@ -21,9 +21,9 @@ from torch import Tensor
 
 from coup_fast.evaluation.config import EvalConfig
 from coup_fast.evaluation.distributed import World, local_device, world
+from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
-from coup_fast.evaluation.summary import Report
 from coup_fast.evaluation.work import Worker
 from coup_fast.malloc import give_back_freed_memory
 

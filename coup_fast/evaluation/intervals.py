@@ -1,20 +1,57 @@
-"""Proportions with Wilson score intervals (E. B. Wilson, JASA 22, 1927)."""
+"""Shares of images with Wilson score intervals (E. B. Wilson, JASA 22, 1927)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Proportion:
-    """`successes` out of `total` with its Wilson interval at `confidence`.
+class Share(ABC):
+    """A share of `total` images and its interval at `confidence`; its fields are its counts.
 
     `total` = 0 gives the rate nan and the interval [0, 1]: nothing is known.
     """
+
+    total: int
+    confidence: float
+
+    @property
+    @abstractmethod
+    def rate(self) -> float:
+        """In [0, 1]; nan without images."""
+
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the Wilson interval, both in [0, 1]."""
+        if self.total == 0:
+            return 0.0, 1.0
+        z, n, p = NormalDist().inv_cdf(0.5 + self.confidence / 2), self.total, self.rate
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
+
+    def percent(self) -> str:
+        """For tables: `97.5 % [94.3, 98.9]`."""
+        low, high = self.interval()
+        return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """For JSON reports; an unknown rate is null."""
+        counts: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        confidence = counts.pop("confidence")
+        low, high = self.interval()
+        rate = self.rate if self.total else None
+        return {**counts, "rate": rate, "low": low, "high": high, "confidence": confidence}
+
+
+@dataclass(frozen=True)
+class Proportion(Share):
+    """`successes` out of `total`."""
 
     successes: int
     total: int
@@ -28,36 +65,28 @@ class Proportion:
 
     @property
     def rate(self) -> float:
-        """The observed proportion in [0, 1], or nan without observations."""
-        return self.successes / self.total if self.total else float("nan")
+        """The observed proportion."""
+        return self.successes / self.total if self.total else math.nan
 
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the Wilson interval, both in [0, 1]."""
-        if self.total == 0:
-            return 0.0, 1.0
-        from scipy.stats import binomtest
 
-        ends = binomtest(self.successes, self.total).proportion_ci(
-            confidence_level=self.confidence, method="wilson"
-        )
-        return float(ends.low), float(ends.high)
+@dataclass(frozen=True)
+class Average(Share):
+    """Mean accuracy over draws: `successes` / `draws` images out of `total`, on average.
 
-    def percent(self) -> str:
-        """For tables: `97.5 % [94.3, 98.9]`."""
-        low, high = self.interval()
-        return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    Its interval is Wilson's for `total` images. Draws of one image are not independent, so they do
+    not count as more images; a mean over draws varies less than one draw, so the interval is wide
+    rather than narrow.
+    """
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """For JSON reports; an unknown rate is null."""
-        low, high = self.interval()
-        return {
-            "successes": self.successes,
-            "total": self.total,
-            "rate": self.rate if self.total else None,
-            "low": low,
-            "high": high,
-            "confidence": self.confidence,
-        }
+    successes: int
+    draws: int
+    total: int
+    confidence: float = 0.95
+
+    @property
+    def rate(self) -> float:
+        """The mean proportion."""
+        return self.successes / (self.draws * self.total) if self.total else math.nan
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, confidence: float = 0.95) -> Proportion:

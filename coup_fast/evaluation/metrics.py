@@ -2,61 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
-from coup_fast.evaluation.intervals import Proportion
-
-
-@dataclass(frozen=True)
-class Average:
-    """Mean accuracy over the draws: `successes` / `draws` images out of `total`, on average.
-
-    Its interval is Wilson's for `total` images. Draws of one image are not independent, so they do
-    not count as more images; a mean over draws varies less than one draw, so the interval is wide
-    rather than narrow.
-    """
-
-    successes: int
-    draws: int
-    total: int
-    confidence: float = 0.95
-
-    @property
-    def rate(self) -> float:
-        """In [0, 1]; nan without images."""
-        return self.successes / (self.draws * self.total) if self.total else math.nan
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's formula (JASA 22, 1927) at this rate."""
-        if self.total == 0:
-            return 0.0, 1.0
-        z, n, p = NormalDist().inv_cdf(0.5 + self.confidence / 2), self.total, self.rate
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-    def percent(self) -> str:
-        """As `Proportion.percent`."""
-        low, high = self.interval()
-        return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """As `Proportion.as_dict`; successes is the sum over draws."""
-        low, high = self.interval()
-        return {
-            "successes": self.successes,
-            "draws": self.draws,
-            "total": self.total,
-            "rate": self.rate if self.total else None,
-            "low": low,
-            "high": high,
-            "confidence": self.confidence,
-        }
+from coup_fast.evaluation.intervals import Average, Proportion
 
 
 def majority(votes: Sequence[int]) -> int:

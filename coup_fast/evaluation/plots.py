@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from coup_fast import methods
 from coup_fast.evaluation.config import UNDEFENDED
+from coup_fast.evaluation.report import radius
 from coup_fast.evaluation.state import canonical
-from coup_fast.evaluation.summary import radius
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from coup_fast.evaluation.metrics import Average
-    from coup_fast.evaluation.summary import Line, Report
+    from coup_fast.evaluation.intervals import Average
+    from coup_fast.evaluation.report import Line, Report
 
 ENDINGS = (".png", ".svg")
 # The Okabe-Ito colours, which colour-blind readers can tell apart.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from coup_fast import checks
+
 
 def known(section: str, given: Any, names: Iterable[str]) -> dict[str, Any]:
     """A copy of a table, all of whose keys are among `names`."""
@@ -34,15 +36,6 @@ def tables(name: str, given: Any) -> list[Mapping[str, Any]]:
     return list(given)
 
 
-def count(name: str, value: Any, least: int = 1) -> int:
-    """An int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
 def text(name: str, value: Any) -> str:
     """A string."""
     if not isinstance(value, str):
@@ -55,13 +48,6 @@ def texts(name: str, value: Any) -> list[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
         raise TypeError(f"{name} must be a list of strings, got {value!r}")
     return list(value)
-
-
-def flag(name: str, value: Any) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
-    return value
 
 
 def expand(given: Mapping[str, Any], swept: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
@@ -78,10 +64,9 @@ def expand(given: Mapping[str, Any], swept: Iterable[str]) -> list[tuple[dict[st
         values = list(value) if listed else [value]
         if not values:
             raise ValueError(f"{key} is an empty list")
-        for one in values:
-            optional = one is None and not listed  # options of a method may be None
-            if isinstance(one, bool) or not (optional or isinstance(one, int | float)):
-                raise TypeError(f"{key} must be a number or a list of numbers, got {value!r}")
+        if value is not None:  # as an option of a method may be
+            for one in values:
+                checks.number(f"each of {key}" if listed else key, one)
         if listed:
             symbol = {"t_star": "t*", "guidance_scale": "λ"}.get(key, key)
             found = [

@@ -1,98 +1,325 @@
-"""What every report records about where its numbers come from, and how it is written."""
+"""The report of an evaluation: one table for the terminal, Markdown and CSV, and JSON.
+
+Everything but the `run` part of the JSON and the last line of the Markdown is a function of the
+results: the same bytes from any number of processes, interrupted or not.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import tempfile
-from importlib import metadata
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-_PACKAGES = ("torch", "numpy", "scipy", "foolbox", "mlxtend", "torchsde", "diffusers")
+from coup_fast.attacks import Attack
+from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
+from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
+from coup_fast.evaluation.provenance import environment, write_json
+from coup_fast.evaluation.state import FORMAT, Unit
+from coup_fast.evaluation.tables import render_table
 
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of coup_fast, Python and the packages that can influence a result."""
-    import coup_fast
-
-    versions = {"coup_fast": coup_fast.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    import torch
-
-    versions["torch"] = torch.__version__  # with its +cpu / +cu suffix
-    return versions
+_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 
 
-def source_commit() -> str | None:
-    """Commit of the source tree coup_fast runs from, `-dirty` if changed; None when installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+def radius(attack: Attack) -> str:
+    """The ball of an attack, as in "ℓ∞ 8/255"."""
+    in_bytes = attack.eps * 255
+    exact = attack.norm == "linf" and abs(in_bytes - round(in_bytes)) < 1e-9
+    return f"{_NORMS[attack.norm]} {f'{round(in_bytes)}/255' if exact else f'{attack.eps:g}'}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the configuration with its numbers; attacked is None for clean images alone.
+
+    union: what the row's numbers join, where each image counts under the attack worst for it.
+    """
+
+    row: Row
+    images: int
+    clean: Numbers
+    attacked: Numbers | None
+    attack_run: dict[str, float | int] | None
+    union: tuple[str, ...] = ()
+
+    @property
+    def attack_label(self) -> str:
+        """The attack in words, weak ones marked."""
+        attack = self.row.attack
+        if self.union:
+            ball = self.union[0].rpartition(", ")[2]
+            return f"each image under the worst of these {len(self.union)}, {ball}"
+        if attack is None:
+            return "none"
+        if self.row.defence.method == UNDEFENDED:
+            name = f"{type(attack).__name__}-{attack.steps} {attack.loss}"
+        else:
+            name = attack.name
+        weak = "WEAK " if self.weakness else ""
+        return f"{weak}{name}, {radius(attack)}"
+
+    @property
+    def weakness(self) -> str | None:
+        """Why the attack says little about this defence; None for an honest one."""
+        attack = self.row.attack
+        plain = attack is None or self.row.defence.method == UNDEFENDED
+        return None if plain or attack is None else attack.weakness
+
+
+class Report:
+    """The finished part of an evaluation.
+
+    units: what the state holds of each unit. Only images for which every row is finished count, so
+    that all rows are about the same images.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        identity: dict[str, Any],
+        units: Mapping[Unit, dict[str, Any]],
+    ) -> None:
+        self.config, self.identity, self._units = config, identity, units
+        rows = range(len(config.rows))
+        batches = range(len(config.batches()))
+        self.batches = [b for b in batches if all((b, row) in units for row in rows)]
+
+    @property
+    def images(self) -> int:
+        """How many images every number is about."""
+        return sum(len(self.config.batches()[batch]) for batch in self.batches)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images have been evaluated."""
+        return self.images == self.config.data.images
+
+    def _predictions(self, row: int) -> tuple[list[list[int]], list[int]]:
+        """Classes [images, draws] and labels [images] of a row."""
+        results = [self._units[batch, row]["result"] for batch in self.batches]
+        predictions = [line for result in results for line in result["predictions"]]
+        return predictions, [label for result in results for label in result["labels"]]
+
+    def _numbers(self, row: int) -> Numbers:
+        return numbers(*self._predictions(row))
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """A line per attack and defence; a defence without attacks has one about clean images."""
+        found = []
+        attacked = {row.defence.name for row in self.config.rows if row.attack is not None}
+        clean = {
+            row.defence.name: self._numbers(i)
+            for i, row in enumerate(self.config.rows)
+            if row.attack is None
+        }
+        for i, row in enumerate(self.config.rows):
+            name = row.defence.name
+            if row.attack is not None:
+                line = Line(row, self.images, clean[name], self._numbers(i), self._attack_run(i))
+                found.append(line)
+            elif name not in attacked:
+                found.append(Line(row, self.images, clean[name], None, None))
+        order = list(clean)
+        found += self._unions(found)
+        return sorted(found, key=lambda line: order.index(line.row.defence.name))
+
+    def _unions(self, lines: list[Line]) -> list[Line]:
+        """For each defence and ball that several attacks share, a line of all of them together."""
+        groups: dict[tuple[str, str], list[Line]] = {}
+        for line in lines:
+            if line.row.attack is not None:
+                key = (line.row.defence.name, radius(line.row.attack))
+                groups.setdefault(key, []).append(line)
+        unions = []
+        for group in groups.values():
+            if len(group) > 1:
+                rows = [self._predictions(self.config.rows.index(line.row)) for line in group]
+                labels = rows[0][1]
+                worst = numbers(worst_of([predictions for predictions, _ in rows], labels), labels)
+                names = tuple(line.attack_label for line in group)
+                clean = Row(group[0].row.defence, None)
+                unions.append(Line(clean, self.images, group[0].clean, worst, None, names))
+        return unions
+
+    def _attack_run(self, row: int) -> dict[str, float | int]:
+        """How the attack went on its own draws, summed over batches."""
+        runs = [self._units[batch, row]["result"]["attack"] for batch in self.batches]
+        fooled = [share for run in runs for share in run["fooled"]]
+        counts = {
+            key: sum(run[key] for run in runs)
+            for key in (
+                "zero_gradients",
+                "gradient_runs",
+                "score_evaluations",
+                "classifier_evaluations",
+            )
+        }
+        return {"fooled_own_draws": sum(fooled) / max(len(fooled), 1), **counts}
+
+    def headers(self) -> list[str]:
+        """Of the table's columns."""
+        k = self.config.draws
+        return [
+            *("defence", "attack", "clean", f"clean, worst of {k}", "final iterate"),
+            *(f"average of {k}", f"worst of {k}", f"majority of {k}"),
+        ]
+
+    def table(self, style: Literal["terminal", "markdown"] = "terminal") -> str:
+        """One line per defence and attack, percentages with their intervals."""
+        rows: list[list[object]] = []
+        for line in self.lines:
+            clean = [line.clean.one_draw.percent(), line.clean.worst.percent()]
+            attacked = [None] * len(NUMBERS) if line.attacked is None else _percents(line.attacked)
+            rows.append([line.row.defence.name, line.attack_label, *clean, *attacked])
+        align: list[Literal["left", "right", "center"]] = ["left", "left"]
+        align += ["right"] * (len(self.headers()) - 2)
+        text = render_table(self.headers(), rows, style, align)
+        return text.replace("WEAK ", "**weak:** ") if style == "markdown" else text
+
+    def heading(self) -> str:
+        """What the table counts."""
+        data = self.config.data
+        part = "" if self.complete else f" of {data.images} asked for (the run is not finished)"
+        where = " ".join(filter(None, [data.name, data.split]))
+        return (
+            f"{self.images} images{part}: {where}, chosen by seed {data.seed}. Every row is about "
+            "the same images. Accuracy in percent with 95 % Wilson intervals."
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None
+
+    def notes(self) -> list[str]:
+        """What has to be said beside the table."""
+        k = self.config.draws
+        notes = [
+            "final iterate: the attack's result under one draw of the defence's noise, which the "
+            f"attack never saw; average, worst and majority: of {k} such draws. "
+            f"“clean, worst of {k}” is the control for “worst of {k}”.",
+            "The defences are randomised: an attack needs fresh draws at each iterate (EOT), and "
+            "of AutoAttack the version `rand` is the right one.",
+        ]
+        weak = {line.row.attack.gradient: line.weakness for line in self.lines if line.row.attack}
+        for gradient, reason in weak.items():
+            if reason:
+                notes.append(
+                    f"weak ({gradient}): the attack {reason}; not a measure of robustness."
+                )
+        if any(line.row.defence.guided for line in self.lines):
+            notes.append(
+                "Guided defences use the classifier's gradient inside. AutoAttack's check for "
+                "dynamic defences looks for functions named `grad` or `backward` and misses the "
+                "same gradient computed in C++. “exact” differentiates through it to second order."
+            )
+        if any(line.union for line in self.lines):
+            notes.append(
+                "Accuracy under an attack is an upper bound of robustness. The closest one here is "
+                "that under the worst attack on each image, weak ones included: where the loss is "
+                "too curved for its steps, an attack with the right gradient can be the worse one."
+            )
+        if self.images < 512:
+            notes.append(f"{self.images} images are few: mind the intervals.")
+        return notes
+
+    def as_dict(self, run: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For JSON. run: what says where and how it was computed."""
+        plans = self.identity["plans"]
+        rows = []
+        for line in self.lines:
+            row = self.config.as_dict()["rows"][self.config.rows.index(line.row)]
+            rows.append(
+                {
+                    **row,
+                    "plan": plans.get(line.row.defence.name),
+                    "guided": line.row.defence.guided,
+                    "attack_label": line.attack_label,
+                    "weakness": line.weakness,
+                    "worst_of": list(line.union),
+                    "images": line.images,
+                    "draws": 1 if line.row.defence.method == UNDEFENDED else self.config.draws,
+                    "clean": line.clean.as_dict(),
+                    "attacked": None if line.attacked is None else line.attacked.as_dict(),
+                    "attack_run": line.attack_run,
+                }
+            )
+        report = {
+            "format": FORMAT,
+            "heading": self.heading(),
+            "images": self.images,
+            "complete": self.complete,
+            "rows": rows,
+            "notes": self.notes(),
+            "identity": self.identity,
+        }
+        return report if run is None else {**report, "run": run}
+
+    def csv(self) -> str:
+        """The table for programs: a rate and an interval's ends for each number."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        names = [f"clean_{name}" for name in NUMBERS] + [f"attacked_{name}" for name in NUMBERS]
+        head = ["defence", "method", "attack", "gradient", "weak", "norm", "eps", "steps", "eot"]
+        head += ["images", "draws"]
+        writer.writerow(head + [f"{n}{end}" for n in names for end in ("", "_low", "_high")])
+        for line in self.lines:
+            defence, attack = line.row.defence, line.row.attack
+            cells: list[object] = [defence.name, defence.method]
+            if attack is None:
+                cells += ["worst of all" if line.union else ""] + [""] * 6
+            else:
+                cells += [type(attack).__name__, attack.gradient, line.weakness or "", attack.norm]
+                cells += [attack.eps, attack.steps, attack.eot]
+            cells += [line.images, 1 if defence.method == UNDEFENDED else self.config.draws]
+            for part in (line.clean, line.attacked):
+                for name in NUMBERS:
+                    number = None if part is None else getattr(part, name)
+                    ends = ["", "", ""] if number is None else [number.rate, *number.interval()]
+                    cells += ends
+            writer.writerow(cells)
+        return file.getvalue()
+
+    def run_facts(self, device: str, command: str) -> dict[str, Any]:
+        """Where and how it was computed: command, versions, host, time; not for comparing."""
+        runs = [unit["run"] for unit in self._units.values()]
+        seconds: dict[str, float] = {}
+        for (_, row), unit in sorted(self._units.items()):
+            name = self.config.rows[row].name
+            seconds[name] = round(seconds.get(name, 0.0) + unit["run"]["seconds"], 3)
+        return {
+            "command": command,
+            "seconds": round(sum(seconds.values()), 1),
+            "seconds_by_row": seconds,
+            "hosts": sorted({run["host"] for run in runs}),
+            "most_processes": max((run["ranks"] for run in runs), default=0),
+            "starts": len({(run["host"], run["process"]) for run in runs if run["rank"] == 0}),
+            "environment": environment(device),
+        }
+
+    def markdown(self, run: dict[str, Any] | None = None) -> str:
+        """Heading, table, notes, and where it comes from."""
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        text = f"{self.heading()}\n\n{self.table('markdown')}\n\n{notes}\n"
+        if run is None:
+            return text
+        about = run["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        return (
+            f"{text}\n`{run['command']}`: {run['seconds']:.0f} s of computing on "
+            f"{about['device_name']}, commit {about['commit'] or '(installed)'}; {versions}.\n"
+        )
+
+    def write(self, folder: Path, device: str = "cpu", command: str = "") -> list[Path]:
+        """report.json, report.md, report.csv and the plots in `folder`; returns their paths."""
+        from coup_fast.evaluation.plots import draw  # it imports this module
+
+        run = self.run_facts(device, command)
+        paths = [folder / name for name in ("report.json", "report.md", "report.csv")]
+        write_json(paths[0], self.as_dict(run))
+        paths[1].write_text(f"# Evaluation\n\n{self.markdown(run)}", encoding="utf-8")
+        paths[2].write_text(self.csv(), encoding="utf-8")
+        return paths + (draw(self, folder) if self.images else [])
 
 
-def processor_name() -> str:
-    """The processor's marketing name where the system tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, commit, device, instruction set and thread count of this process."""
-    import torch
-
-    import coup_fast
-
-    name = processor_name()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(torch.device(device))
-    return {
-        "versions": package_versions(),
-        "commit": source_commit(),
-        "system": platform.platform(terse=True),
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "build": coup_fast.build_info(),
-    }
-
-
-def to_json(data: object) -> str:
-    """Indented JSON; NaN and infinities are an error, not text that other readers refuse."""
-    return json.dumps(data, indent=2, allow_nan=False)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write `data` as JSON in one step: a reader never sees half a file."""
-    text = to_json(data) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _percents(found: Numbers) -> list[str]:
+    return [getattr(found, name).percent() for name in NUMBERS]

@@ -111,11 +111,6 @@ def model_loader(name: str, device: torch.device) -> ModelLoader:
     return load
 
 
-def score_for(method: str) -> str:
-    """Which network a method runs on: ADP on an NCSN, the others on a diffusion model."""
-    return "ncsn" if method == "adp" else "vp"
-
-
 def tensor_digest(*tensors: Tensor) -> str:
     """SHA-256 of dtypes, shapes and bytes."""
     total = hashlib.sha256()

@@ -19,8 +19,9 @@ from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks import Attack
 from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
-from coup_fast.evaluation.sources import ModelLoader, model_digest, score_for, tensor_digest
+from coup_fast.evaluation.sources import ModelLoader, model_digest, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
+from coup_fast.models.bundled import score_for
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation

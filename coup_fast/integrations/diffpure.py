@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.integrations.diffpure_files import RunFolder, load_score_model
 from coup_fast.plan import Plan, start_row
 from coup_fast.purifier import Purifier
@@ -332,10 +333,7 @@ class Diffusion(_Runner):
     def _method_options(self) -> dict[str, Any]:
         variances = {"fixedsmall": "fixed-small", "fixedlarge": "fixed-large"}
         kind = getattr(self.config.model, "var_type", "fixedsmall")
-        if kind not in variances:
-            raise ValueError(
-                f"config.model.var_type must be one of {', '.join(variances)}, got {kind!r}"
-            )
+        checks.choice("config.model.var_type", kind, variances)
         return super()._method_options() | {"variance": variances[kind]}
 
     def _checkpoint_kind(self) -> str:

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from coup_fast import methods
+from coup_fast import checks, methods
 from coup_fast.models.diffusers_pipelines import discrete_schedule
 from coup_fast.noise import step_keys
 from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
@@ -64,10 +64,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         method: str = "coup",
         options: dict[str, Any] | None = None,
     ) -> None:
-        if prediction_type not in _KINDS:
-            raise ValueError(
-                f"prediction_type must be one of {', '.join(_KINDS)}, got {prediction_type!r}"
-            )
+        checks.choice("prediction_type", prediction_type, _KINDS)
         schedule = discrete_schedule(self.config)
         self.schedule = schedule if time_scale is None else schedule.continuous()
         self.init_noise_sigma = 1.0

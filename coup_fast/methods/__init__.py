@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..plan import AdaptivePlan, Plan
+from ..plan import AnyPlan
 from ..schedules import Schedule
 from .adp import adp
 from .discrete import ddim, ddpm, gradual
@@ -29,7 +29,7 @@ from .sde import (
     vp_ode,
 )
 
-METHODS: dict[str, Callable[..., Plan | AdaptivePlan]] = {
+METHODS: dict[str, Callable[..., AnyPlan]] = {
     "coup": coup,
     "coup-l2": coup_l2,
     "coup-short": coup_short,
@@ -50,6 +50,7 @@ METHODS: dict[str, Callable[..., Plan | AdaptivePlan]] = {
 __all__ = [
     "METHODS",
     "adp",
+    "check_options",
     "coup",
     "coup_l2",
     "coup_short",
@@ -77,17 +78,26 @@ def options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def plan(name: str, schedule: Schedule, kind: str, **chosen: Any) -> Plan | AdaptivePlan:
+def check_options(name: str, chosen: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raises ValueError, listing those that exist, for an option that the method does not take.
+
+    others: options that the caller takes beside the method's, for the list.
+    """
+    known = options(name)
+    unknown = [option for option in chosen if option not in known]
+    if unknown:
+        beside = f", and every purifier {', '.join(others)}" if others else ""
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"it takes {', '.join(known)}{beside}"
+        )
+
+
+def plan(name: str, schedule: Schedule, kind: str, **chosen: Any) -> AnyPlan:
     """The plan of a method for networks of this schedule and kind.
 
     Raises ValueError for an unknown method or option, listing those that exist, and ValueError or
     TypeError for values that are out of range or contradict each other.
     """
-    known = options(name)
-    unknown = [option for option in chosen if option not in known]
-    if unknown:
-        raise ValueError(
-            f"method {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"it takes {', '.join(known)}"
-        )
+    check_options(name, chosen)
     return METHODS[name](schedule, kind, **chosen)

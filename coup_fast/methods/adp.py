@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from .. import checks
 from ..plan import AdaptivePlan
 from ..schedules import Schedule
-from . import checks
 
 NOISE_VARIANTS = ("gaussian", "binary")
 

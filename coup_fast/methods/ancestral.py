@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import checks
 from ..plan import (
     LOG_VAR_HI,
     LOG_VAR_LO,
@@ -25,7 +26,6 @@ from ..plan import (
     start_row,
 )
 from ..schedules import Array, DiscreteSchedule
-from . import checks
 
 VARIANCES = ("fixed-small", "fixed-large", "learned")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .. import checks
 from ..plan import C, D, Plan, Rows, joined, make_plan, network_row, start_row
 from ..plan import ddim as ddim_step
 from ..schedules import Schedule
-from . import checks
 from .ancestral import (
     VARIANCES,
     Level,
@@ -20,6 +20,7 @@ from .ancestral import (
     levels,
     start_at,
 )
+from .network_and_guidance import VP, diffusion_model, guidance_options
 
 
 def ddpm(
@@ -55,12 +56,12 @@ def ddpm(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    model = checks.diffusion_model("ddpm", schedule, kind)
+    model = diffusion_model("ddpm", schedule, kind)
     chain = model.discrete()
     count = count_of(chain, t_star)
     num_steps = checks.integer("num_steps", count if num_steps is None else num_steps, 1, count)
     checks.choice("variance", variance, VARIANCES)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
     steps = levels(chain, count, num_steps)
     floor = floor_of(steps, chain)
@@ -78,7 +79,7 @@ def ddpm(
 
 
 def _ddim_rows(
-    model: checks.VP, kind: str, steps: Sequence[Level], eta: float, clip: bool, scale: float
+    model: VP, kind: str, steps: Sequence[Level], eta: float, clip: bool, scale: float
 ) -> Rows:
     rows = []
     for level in steps:
@@ -116,12 +117,12 @@ def ddim(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    model = checks.diffusion_model("ddim", schedule, kind)
+    model = diffusion_model("ddim", schedule, kind)
     chain = model.discrete()
     count = count_of(chain, t_star)
     num_steps = checks.integer("num_steps", count if num_steps is None else num_steps, 1, count)
     eta = checks.number("eta", eta, 0.0, 1.0)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
     return make_plan(
         "ddim",
@@ -161,12 +162,12 @@ def gradual(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    model = checks.diffusion_model("gradual", schedule, kind)
+    model = diffusion_model("gradual", schedule, kind)
     chain = model.discrete()
     rounds = checks.integers("rounds", rounds, 1, chain.num_steps)
     stride = checks.integer("stride", stride, 1, min(rounds))
     eta = checks.number("eta", eta, 0.0, 1.0)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
     parts = []
     for k, count in enumerate(rounds):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .. import checks
 from ..plan import X_VAR, Z_VAR, D, E, Plan, Rows, V, joined, make_plan, start_row
 from ..schedules import Schedule
-from . import checks
 from .ancestral import (
     VARIANCES,
     ancestral_row,
@@ -19,6 +19,7 @@ from .ancestral import (
     forward_rows,
     levels,
 )
+from .network_and_guidance import diffusion_model, guidance_options
 
 GDMP_BATCH = 100  # the authors' batch size, part of their mean-reduced loss
 
@@ -61,7 +62,7 @@ def gdmp(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    model = checks.diffusion_model("gdmp", schedule, kind)
+    model = diffusion_model("gdmp", schedule, kind)
     chain = model.discrete()
     count = count_of(chain, t_star)
     rounds = checks.integer("rounds", rounds, 1, 1000)
@@ -69,7 +70,7 @@ def gdmp(
     ptb = checks.number("ptb", ptb, 0.0, 255.0, above=True)
     numel = math.prod(checks.integers("image_shape", image_shape, 1, 2**31))
     checks.choice("variance", variance, VARIANCES)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
 
     steps = levels(chain, count, count)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from .. import checks
 from ..plan import (
     X0_HI,
     X0_LO,
@@ -22,7 +23,7 @@ from ..plan import (
     start_row,
 )
 from ..schedules import DiscreteSchedule, EDMSchedule, Schedule
-from . import checks
+from .network_and_guidance import diffusion_model, guidance_options
 
 
 def one_shot(
@@ -57,7 +58,7 @@ def one_shot(
     ratio = 2 * checks.number("sigma", 0.25 if sigma is None else sigma, 0.0, math.inf, above=True)
     if t_star is not None:
         t_star = checks.number("t_star", t_star, 0.0, 1.0, above=True)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     clip = checks.flag("clip_denoised", clip_denoised)
     if isinstance(schedule, EDMSchedule):
         start, row, time = _edm(schedule, kind, ratio, t_star, clip, guidance.scale)
@@ -76,7 +77,7 @@ def one_shot(
 def _vp(
     schedule: Schedule, kind: str, ratio: float, t_star: float | None, clip: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    model = checks.diffusion_model("one-shot", schedule, kind)
+    model = diffusion_model("one-shot", schedule, kind)
     alpha_bar = 1 / (1 + ratio**2)
     if isinstance(model, DiscreteSchedule):
         alpha_bars = model.alpha_bar(np.arange(model.num_steps))

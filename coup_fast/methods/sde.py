@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import checks
 from ..plan import (
     C,
     D,
@@ -36,7 +37,7 @@ from ..plan import (
     start_row,
 )
 from ..schedules import Array, Schedule, VPSchedule
-from . import checks
+from .network_and_guidance import VP, diffusion_model, guidance_options
 from .preset import preset
 
 T_END = 1e-5  # where DiffPure and COUP stop
@@ -83,24 +84,26 @@ def _in_denoised(step: Prediction, alpha_bar: float) -> Prediction:
     return Prediction(x0=x0, x=float(step.x + step.eps / noise))
 
 
-def _reverse(
-    method: str,
-    schedule: Schedule,
+def _start(model: VP, t_star: float, forward_noise: bool, clamp_output: bool) -> Array:
+    """Pixels to the state, diffused to t_star if forward_noise."""
+    noised = None
+    if checks.flag("forward_noise", forward_noise):
+        discrete = model.discrete()
+        noised = float(discrete.alpha_bar(t_star * discrete.num_steps - 1))
+    return start_row(noised, clamp=checks.flag("clamp_output", clamp_output))
+
+
+def _reverse_rows(
+    model: VP,
     kind: str,
-    *,
+    times: Array,
+    lengths: Array,
     noise: float,
-    t_star: float,
-    num_steps: int | None,
-    step_size: float | None,
-    guidance: checks.Guidance,
-    forward_noise: bool,
     solver: str,
     clip_denoised: bool,
-    clamp_output: bool,
-) -> Plan:
-    """The reverse SDE (noise 1) or the probability flow (noise 0) from t* to T_END."""
-    model = checks.diffusion_model(method, schedule, kind)
-    times, lengths = _grid(t_star, num_steps, step_size)
+    guidance_scale: float,
+) -> Rows:
+    """Steps of the reverse SDE (noise 1) or of the probability flow (noise 0)."""
     checks.choice("solver", solver, SOLVERS)
     checks.flag("clip_denoised", clip_denoised)
     sde = model.continuous()
@@ -114,21 +117,9 @@ def _reverse(
         if clip_denoised:
             step = _in_denoised(step, alpha_bar)
         row = network_row(step, alpha_bar, kind, clip_denoised=clip_denoised)
-        row[[C, D]] = guidance.scale * step.score(alpha_bar), std
+        row[[C, D]] = guidance_scale * step.score(alpha_bar), std
         rows.append(row)
-    noised = None
-    if checks.flag("forward_noise", forward_noise):
-        discrete = model.discrete()
-        noised = float(discrete.alpha_bar(t_star * discrete.num_steps - 1))
-    clamp = checks.flag("clamp_output", clamp_output)
-    return make_plan(
-        method,
-        start_row(noised, clamp=clamp),
-        Rows(np.stack(rows), model.network_time(times)),
-        clamp_output=clamp,
-        guidance_norm=guidance.norm,
-        guidance_max_norm=guidance.max_norm,
-    )
+    return Rows(np.stack(rows), model.network_time(times))
 
 
 def coup(
@@ -169,19 +160,17 @@ def coup(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    return _reverse(
+    model = diffusion_model("coup", schedule, kind)
+    times, lengths = _grid(t_star, num_steps, step_size)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    scale = guidance.scale
+    return make_plan(
         "coup",
-        schedule,
-        kind,
-        noise=1.0,
-        t_star=t_star,
-        num_steps=num_steps,
-        step_size=step_size,
-        guidance=checks.guidance(guidance_scale, guidance_norm, guidance_max_norm),
-        forward_noise=forward_noise,
-        solver=solver,
-        clip_denoised=clip_denoised,
+        _start(model, t_star, forward_noise, clamp_output),
+        _reverse_rows(model, kind, times, lengths, 1.0, solver, clip_denoised, scale),
         clamp_output=clamp_output,
+        guidance_norm=guidance.norm,
+        guidance_max_norm=guidance.max_norm,
     )
 
 
@@ -269,19 +258,17 @@ def vp_ode(
 
     Options and errors are those of `coup`.
     """
-    return _reverse(
+    model = diffusion_model("vp-ode", schedule, kind)
+    times, lengths = _grid(t_star, num_steps, step_size)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    scale = guidance.scale
+    return make_plan(
         "vp-ode",
-        schedule,
-        kind,
-        noise=0.0,
-        t_star=t_star,
-        num_steps=num_steps,
-        step_size=step_size,
-        guidance=checks.guidance(guidance_scale, guidance_norm, guidance_max_norm),
-        forward_noise=forward_noise,
-        solver=solver,
-        clip_denoised=clip_denoised,
+        _start(model, t_star, forward_noise, clamp_output),
+        _reverse_rows(model, kind, times, lengths, 0.0, solver, clip_denoised, scale),
         clamp_output=clamp_output,
+        guidance_norm=guidance.norm,
+        guidance_max_norm=guidance.max_norm,
     )
 
 
@@ -314,14 +301,14 @@ def ldsde(
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
-    model = checks.diffusion_model("ldsde", schedule, kind)
+    model = diffusion_model("ldsde", schedule, kind)
     if num_steps is None and step_size is None:
         step_size = 1e-2
     _, lengths = _grid(t_star, num_steps, step_size)
     sigma2 = checks.number("sigma2", sigma2, 0.0, np.inf, above=True)
     rate = checks.number("lambda_ld", lambda_ld, 0.0, np.inf, above=True)
     eta = checks.number("eta", eta, 0.0, np.inf)
-    guidance = checks.guidance(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     score_time = 0.01
     alpha_bar = float(model.continuous().alpha_bar(score_time))
     rows = np.tile(blank_row(), (len(lengths), 1))

@@ -2,13 +2,13 @@
 
 from coup_fast.models.bundled import BUNDLED, bundled_settings, describe_bundled, load_bundled
 from coup_fast.models.classifier import Classifier
-from coup_fast.models.classifiers import load_classifier
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.diffusers_pipelines import load_diffusers
 from coup_fast.models.edm import load_edm
-from coup_fast.models.files import load_network, save_network
 from coup_fast.models.guided_diffusion import load_guided_diffusion
 from coup_fast.models.ncsnv2 import load_ncsnv2
+from coup_fast.models.network_files import load_network, save_network
+from coup_fast.models.robustbench_timm import load_classifier
 from coup_fast.models.score_sde import load_score_sde
 from coup_fast.models.unet import EnergyUNet, UNet
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coup_fast.models.files import load_network
+from coup_fast import checks
+from coup_fast.models.network_files import load_network
 from coup_fast.score_model import ScoreModel
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -83,12 +84,16 @@ def load_bundled(
         ImportError: safetensors is missing.
     """
     _check_name(name)
-    if score not in SCORES:
-        raise ValueError(f"score must be 'vp' or 'ncsn', got {score!r}.")
+    checks.choice("score", score, SCORES)
     network, facts = _load(f"{name}_{score}.safetensors")
     classifier, _ = _load(f"{name}_classifier.safetensors")
     score_model = ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max"))
     return score_model.eval().to(device), classifier.to(device)
+
+
+def score_for(method: str) -> str:
+    """Which score network a method takes: ADP an NCSN, the others a diffusion model."""
+    return "ncsn" if method == "adp" else "vp"
 
 
 def bundled_settings(name: str = "mnist") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
 from coup_fast.models.edm_network import EDMNetwork, EDMNetworkConfig
 from coup_fast.models.state import as_state, build_with, read_state, strip_prefix
@@ -78,13 +79,8 @@ class EDMDenoiser(nn.Module):
         self, network: nn.Module, preconditioning: str = "edm", sigma_data: float = 0.5
     ) -> None:
         super().__init__()
-        if preconditioning not in PRECONDITIONINGS:
-            raise ValueError(
-                f"preconditioning must be one of {', '.join(PRECONDITIONINGS)}, "
-                f"got {preconditioning!r}"
-            )
         self.network = network
-        self.preconditioning = preconditioning
+        self.preconditioning = checks.choice("preconditioning", preconditioning, PRECONDITIONINGS)
         self.sigma_data = sigma_data
         self.in_channels = getattr(network, "in_channels", None)
 
@@ -146,9 +142,7 @@ def load_edm(
         file is a pickle, no state dict, or does not fit; it says what was found and expected.
     """
     if isinstance(config, str):
-        if config not in CONFIGS:
-            raise ValueError(f"unknown configuration {config!r}; there are {', '.join(CONFIGS)}")
-        config = CONFIGS[config]
+        config = CONFIGS[checks.choice("config", config, CONFIGS)]
     path = Path(path)
     if path.suffix == ".pkl" and path.is_file():
         line = (

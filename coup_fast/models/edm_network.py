@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coup_fast import checks
 from coup_fast.models.edm_layers import (
     Block,
     BlockStyle,
@@ -48,10 +49,7 @@ class EDMNetworkConfig:
     augment_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}"
-            )
+        checks.choice("architecture", self.architecture, ARCHITECTURES)
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from coup_fast import checks
 from coup_fast.models.guided_diffusion_net import GuidedDiffusionUNet
 from coup_fast.models.state import as_state, build_with, read_state
 from coup_fast.schedules import DiscreteSchedule
@@ -82,9 +83,9 @@ def guided_diffusion_flags(
     Raises:
         ValueError: an unknown configuration or flag, or one that is not supported.
     """
-    if isinstance(config, str) and config not in CONFIGS:
-        raise ValueError(f"config must be one of {', '.join(CONFIGS)} or flags, got {config!r}")
-    given = {**(CONFIGS[config] if isinstance(config, str) else config or {}), **flags}
+    if isinstance(config, str):
+        config = CONFIGS[checks.choice("config", config, CONFIGS)]
+    given = {**(config or {}), **flags}
     known = (*DEFAULTS, *WITHOUT_EFFECT, "timestep_respacing")
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -97,10 +98,7 @@ def guided_diffusion_flags(
             "class_cond=True: class-conditional networks need a label, which purification does "
             "not have; use the unconditional checkpoint"
         )
-    if complete["noise_schedule"] not in ("linear", "cosine"):
-        raise ValueError(
-            f"noise_schedule must be linear or cosine, got {complete['noise_schedule']!r}"
-        )
+    checks.choice("noise_schedule", complete["noise_schedule"], ("linear", "cosine"))
     respacing = str(given.get("timestep_respacing", ""))
     if respacing not in ("", str(complete["diffusion_steps"])):
         raise ValueError(

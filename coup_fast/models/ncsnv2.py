@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
 from coup_fast.models.ncsnv2_net import ACTIVATIONS, NCSNv2
 from coup_fast.models.state import State, as_state, build_with, describe, read_state, strip_prefix
@@ -65,10 +66,8 @@ def load_ncsnv2(
         ValueError: an unknown option, or a file that does not fit, with what was found and
         expected. FileNotFoundError: no such file.
     """
-    if kind not in ("ncsn", "eps"):
-        raise ValueError(f"kind must be ncsn or eps, got {kind!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    checks.choice("kind", kind, ("ncsn", "eps"))
+    checks.choice("activation", activation, ACTIVATIONS)
     state = _state(path, ema)
     layout = _layout(state, str(path))
     network = build_with(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
 from coup_fast.models.score_sde_network import NCSNpp, NCSNppConfig
 from coup_fast.models.state import (
@@ -119,9 +120,7 @@ def load_score_sde(
         file is not such a checkpoint or does not fit; it says what was found and expected.
     """
     if isinstance(config, str):
-        if config not in CONFIGS:
-            raise ValueError(f"unknown configuration {config!r}; there are {', '.join(CONFIGS)}")
-        config = CONFIGS[config]
+        config = CONFIGS[checks.choice("config", config, CONFIGS)]
     found = read_state(path)
     training = isinstance(found, Mapping) and "model" in found
     state = strip_prefix(

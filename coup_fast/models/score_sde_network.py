@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coup_fast import checks
 from coup_fast.models.score_sde_layers import (
     AddProjected,
     AttentionBlock,
@@ -72,10 +73,7 @@ class NCSNppConfig:
             ("input_pyramid", INPUT_PYRAMIDS),
             ("output_pyramid", OUTPUT_PYRAMIDS),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+            checks.choice(name, getattr(self, name), choices)
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -57,11 +57,11 @@ def prepare(
         classifier = None
 
     ids = validation.sample_ids_of(images, sample_ids)
-    draws = checks.draw("draw", draw, len(images), images.device)
     if noise is None:
         numel = images[0].numel() if len(images) else 0
-        run_noise = Noise(keys=step_keys(seed, ids, draws, plan.num_noise, numel))
+        run_noise = Noise(keys=step_keys(seed, ids, draw, plan.num_noise, numel))
     else:
+        checks.draw("draw", draw, len(images), images.device)
         validation.check_noise(noise, plan.num_noise, images, plan.method)
         recordable = torch.is_inference_mode_enabled() or not noise.is_inference()
         run_noise = Noise(tensors=noise.detach() if recordable else noise.clone())

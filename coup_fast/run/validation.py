@@ -6,7 +6,6 @@ the device, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -116,17 +115,3 @@ def check_noise(noise: Any, needed: int, images: Tensor, method: str) -> None:
         raise TypeError(f"noise must be {allowed}, got {noise.dtype}")
     if noise.device != images.device:
         raise ValueError(f"noise is on {noise.device}, images are on {images.device}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
-    """Raises ValueError, listing the choices, unless value is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises TypeError unless value is an int, ValueError unless it is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast.models.conv_net import ConvNet
-from coup_fast.models.files import build_network, load_network, save_network
+from coup_fast.models.network_files import build_network, load_network, save_network
 from coup_fast.models.unet import UNet
 from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss

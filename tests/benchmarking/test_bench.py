@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from coup_fast import _extension
-from coup_fast.benchmarking import case, operators, report, results, rivals, tables
+from coup_fast.benchmarking import case, operators, results, rivals, tables
 from coup_fast.benchmarking.catalogue import FAMILIES, family
+from coup_fast.benchmarking.rows import Row, run_case
 from coup_fast.benchmarking.timing import Timing, clock_for, measure_in_turns
 from coup_fast.cli import main
 
@@ -100,7 +101,7 @@ def test_a_wrong_rival_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = rivals.guided_step_arithmetic
     monkeypatch.setattr(rivals, "guided_step_arithmetic", lambda *args: 1.001 * right(*args))
     with pytest.raises(AssertionError, match="eager step is off"):
-        report.run_case(operators.step_case(1, CPU), **SHORT)
+        run_case(operators.step_case(1, CPU), **SHORT)
 
 
 @needs_kernels
@@ -131,7 +132,7 @@ def test_a_compiler_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("no C++ compiler\nlong trace")
 
     monkeypatch.setattr(rivals, "compiled", lambda function: broken)
-    rows = report.run_case(operators.adaptive_case(1, CPU), **SHORT)
+    rows = run_case(operators.adaptive_case(1, CPU), **SHORT)
     row = next(row for row in rows if row.variant == "torch.compile")
     assert row.timing is None
     assert row.unavailable == "torch.compile failed: RuntimeError: no C++ compiler"
@@ -150,7 +151,7 @@ def test_traffic_counts_every_byte_once() -> None:
 
 @needs_kernels
 def test_a_busy_machine_is_said() -> None:
-    rows = report.run_case(case.without(operators.adaptive_case(1, CPU), "torch.compile"), **SHORT)
+    rows = run_case(case.without(operators.adaptive_case(1, CPU), "torch.compile"), **SHORT)
     assert rows[0].timing is not None
     steady = replace(
         rows[0].timing, fastest=1.0, lower_quartile=1.0, median=1.0, upper_quartile=1.0
@@ -225,11 +226,11 @@ def test_bench_names_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gradient-mnist" in error
 
 
-def _row(threads: int, median: float, images: int = 8, **stamp: Any) -> report.Row:
+def _row(threads: int, median: float, images: int = 8, **stamp: Any) -> Row:
     timing = Timing(median, median, median, median, 3, 1)
     where = {"date": "2026-01-02", "device": "cpu", "device_name": "Some CPU (TM) 3.2GHz"}
     where |= {"instruction_set": "avx2", "threads": threads, "commit": "c"} | stamp
-    return report.Row("step", images, "3x32x32", 8, 8, 1, "fused", "whole", timing, stamp=where)
+    return Row("step", images, "3x32x32", 8, 8, 1, "fused", "whole", timing, stamp=where)
 
 
 def test_results_are_merged_case_by_case(tmp_path: Path) -> None:

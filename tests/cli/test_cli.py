@@ -103,7 +103,7 @@ def test_a_missing_extra_is_one_sentence_with_the_cure() -> None:
         common.require("demo", "json", "no_such_module")
 
 
-EXTRAS = ("tqdm", "tabulate", "PIL", "matplotlib", "scipy", "safetensors", "mlxtend", "foolbox")
+EXTRAS = ("tqdm", "tabulate", "PIL", "matplotlib", "safetensors", "mlxtend", "foolbox")
 
 
 @pytest.mark.parametrize("command", ["purify", "toy", "demo", "bench"])

@@ -13,8 +13,8 @@ from PIL import Image
 
 import coup_fast
 from coup_fast.cli import common, main
-from coup_fast.cli.files import ImageFile, choose_layout
 from coup_fast.cli.fitting import Fit
+from coup_fast.cli.image_files import ImageFile, choose_layout
 from coup_fast.integrations.pictures import to_whole_numbers
 
 MNIST = Fit(1, 28, 28)

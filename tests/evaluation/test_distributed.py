@@ -15,7 +15,7 @@ from helpers import eval_models
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.distributed import World, local_device
 from coup_fast.evaluation.evaluate import evaluate, rounds
-from coup_fast.evaluation.summary import Report
+from coup_fast.evaluation.report import Report
 
 HERE = Path(__file__).resolve().parent
 TABLES = eval_models.tables(7, batch_size=2, attack=eval_models.tables()["attack"][:1])
@@ -28,7 +28,7 @@ from helpers import eval_models
 from pathlib import Path
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.evaluate import evaluate
-from coup_fast.evaluation.report import to_json
+from coup_fast.evaluation.provenance import to_json
 from coup_fast.evaluation.state import EvaluationError
 import test_distributed as test
 try:
@@ -82,7 +82,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of one process."""
-    from coup_fast.evaluation.report import to_json
+    from coup_fast.evaluation.provenance import to_json
 
     out = tmp_path_factory.mktemp("alone")
     report = evaluate(from_dict(TABLES), out, models=eval_models.load, data=eval_models.images(7))

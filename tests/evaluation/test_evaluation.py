@@ -13,29 +13,31 @@ from helpers import eval_models, tiny
 
 from coup_fast import PurifiedClassifier, Purifier
 from coup_fast.attacks.pgd import PGD
+from coup_fast.cli.demo_measures import measure_defence, operator_share, score
+from coup_fast.cli.demo_pictures import GridRow, chosen_steps, image_grid
 from coup_fast.evaluation import Proportion, accuracy, environment, render_table, write_json
 from coup_fast.evaluation.config import from_dict, read_toml
-from coup_fast.evaluation.defence import measure_defence, operator_share, score
 from coup_fast.evaluation.evaluate import evaluate
-from coup_fast.evaluation.metrics import Average, numbers
-from coup_fast.evaluation.pictures import GridRow, chosen_steps, image_grid
+from coup_fast.evaluation.intervals import Average
+from coup_fast.evaluation.metrics import numbers
 from coup_fast.evaluation.plots import AXES, series
-from coup_fast.evaluation.summary import Report
+from coup_fast.evaluation.report import Report
 
 
-def wilson(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's formula, written out."""
-    p = successes / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def check_wilson(share: Proportion | Average, rate: float) -> None:
+    """Its ends are the rates p that a score test of the observed rate at 5 % just accepts."""
+    z = 1.959963984540054
+    low, high = share.interval()
+    assert low <= share.rate == rate <= high
+    for p in (low, high):
+        assert (rate - p) ** 2 == pytest.approx(z * z * p * (1 - p) / share.total, abs=1e-14)
+    assert (low == 0) == (rate == 0)
+    assert (high == 1) == (rate == 1)
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 10), (3, 200), (190, 200), (7, 7), (1, 1)])
 def test_intervals_are_wilsons(successes: int, total: int) -> None:
-    assert Proportion(successes, total).interval() == pytest.approx(
-        wilson(successes, total), abs=1e-12
-    )
+    check_wilson(Proportion(successes, total), successes / total)
 
 
 def test_nothing_observed_is_nothing_known() -> None:
@@ -152,7 +154,8 @@ def test_image_grid_is_written(tmp_path: Path) -> None:
 def test_average_intervals_are_wilsons() -> None:
     average = Average(570, 3, 200)
     assert average.rate == pytest.approx(0.95)
-    assert average.interval() == pytest.approx(wilson(190, 200), abs=1e-12)
+    check_wilson(average, 0.95)
+    check_wilson(Average(571, 3, 200), 571 / 600)
     assert average.percent() == Proportion(190, 200).percent()
     assert Average(0, 3, 0).interval() == (0.0, 1.0)
 
@@ -206,7 +209,7 @@ def test_controls_are_added_and_sweeps_expanded() -> None:
     [
         ({"epsilons": 1}, "has no 'epsilons'"),
         ({"data": {"image": 3}}, r"\[data\] has no 'image'"),
-        ({"draws": 0}, "draws must be at least 1"),
+        ({"draws": 0}, "draws must be an int of at least 1"),
         ({"defence": []}, "no \\[\\[defence\\]\\]"),
         ({"defence": [{"method": "coop"}]}, "unknown method 'coop'"),
         ({"defence": [{"method": "coup", "vote": "all"}]}, "vote"),
@@ -231,17 +234,23 @@ def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
     [
         ({"data": "digits"}, r"\[data\] must be a table, got 'digits'"),
         ({"data": {"name": 3}}, r"name of \[data\] must be a string, got 3"),
-        ({"data": {"images": "many"}}, r"images of \[data\] must be an int, got 'many'"),
+        ({"data": {"images": "many"}}, r"images of \[data\] must be an int of .*, got 'many'"),
         ({"models": 3}, "models must be a string, got 3"),
-        ({"controls": "yes"}, "controls must be true or false, got 'yes'"),
+        ({"controls": "yes"}, "controls must be True or False, got 'yes'"),
         ({"defence": "coup"}, r"defence must be tables, each under \[\[defence\]\], got 'coup'"),
         ({"defence": {"method": "coup"}}, r"each under \[\[defence\]\]"),
         ({"defence": [{"method": "coup", "name": 3}]}, "name of .* must be a string, got 3"),
         ({"defence": [{"method": "coup", "options": 3}]}, "options of .* must be a table, got 3"),
-        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star must be a number"),
-        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, r"numbers, got \['a'\]"),
+        (
+            {"defence": [{"method": "coup", "options": {"t_star": "a"}}]},
+            "t_star must be a finite number",
+        ),
+        (
+            {"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]},
+            "each of t_star must be a finite number, got 'a'",
+        ),
         ({"attack": 3}, r"each under \[\[attack\]\], got 3"),
-        ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a number .* got 'big'"),
+        ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a finite number, got 'big'"),
         ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, "must be a list of strings"),
     ],
 )

@@ -24,8 +24,8 @@ from coup_fast.cli import main
 from coup_fast.evaluation import state as state_module
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.evaluate import evaluate
+from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.state import EvaluationError, State, StateError, digest
-from coup_fast.evaluation.summary import Report
 
 TESTS = Path(__file__).resolve().parents[1]
 ATTACK = [{"preset": "pgd40", "steps": 2, "eot": 2, "eps": 0.1}]

@@ -264,10 +264,10 @@ def test_unknown_names_list_what_exists() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("coup", {"t_star": 0.0}, ValueError, r"t_star must be in \(1e-05, 1\], got 0.0"),
+        ("coup", {"t_star": 0.0}, ValueError, r"t_star must be a number in \(1e-05, 1\], got 0.0"),
         ("coup", {"t_star": 1.5}, ValueError, "t_star"),
         ("coup", {"t_star": float("nan")}, ValueError, "t_star"),
-        ("coup", {"t_star": "0.1"}, TypeError, "t_star must be a number, got '0.1'"),
+        ("coup", {"t_star": "0.1"}, TypeError, "t_star must be a number in .*, got '0.1'"),
         ("coup", {"t_star": True}, TypeError, "t_star"),
         ("coup", {"num_steps": 0}, ValueError, "num_steps must be an int in"),
         ("coup", {"num_steps": 10.0}, TypeError, "num_steps"),

@@ -29,7 +29,7 @@ def test_load_bundled_gives_modules_ready_for_use() -> None:
     assert classifier(x).shape == (2, 10)
     with pytest.raises(ValueError, match="no bundled model 'imagenet'"):
         load_bundled("imagenet")
-    with pytest.raises(ValueError, match="'vp' or 'ncsn'"):
+    with pytest.raises(ValueError, match="score must be one of vp, ncsn"):
         load_bundled("mnist", score="edm")
 
 

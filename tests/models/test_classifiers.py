@@ -14,8 +14,8 @@ from torch import nn
 
 import coup_fast
 from coup_fast.models.classifier import Classifier
-from coup_fast.models.classifiers import Normalised, load_classifier
-from coup_fast.models.files import save_network
+from coup_fast.models.network_files import save_network
+from coup_fast.models.robustbench_timm import Normalised, load_classifier
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 

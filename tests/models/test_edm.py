@@ -166,7 +166,7 @@ def test_a_pickle_is_not_opened_but_explained(tmp_path: Path) -> None:
 def test_files_that_do_not_fit_say_what_was_found(tmp_path: Path) -> None:
     path = saved(tmp_path)
     state = torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match=r"unknown configuration 'edm'; there are edm-cifar10"):
+    with pytest.raises(ValueError, match=r"config must be one of edm-cifar10.*, got 'edm'"):
         load_edm(path, "edm")
     with pytest.raises(ValueError, match=r"does not fit EDMNetwork: 146 entries found, 150 exp"):
         load_edm(path, EDMConfig(replace(TINY, architecture="ncsnpp")))

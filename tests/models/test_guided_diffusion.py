@@ -219,7 +219,7 @@ def test_double_precision_is_double_throughout(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ({"class_cond": True}, "class_cond=True"),
-        ({"noise_schedule": "sqrt"}, "noise_schedule must be linear or cosine, got 'sqrt'"),
+        ({"noise_schedule": "sqrt"}, "noise_schedule must be one of linear, cosine, got 'sqrt'"),
         ({"timestep_respacing": "250"}, "timestep_respacing='250' .* num_steps"),
         ({"num_chanels": 3}, "no flag num_chanels; it has image_size"),
         ({"image_size": 96}, "image_size 96 needs a channel_mult"),

@@ -145,7 +145,7 @@ def test_other_activations_and_centring(tmp_path: Path) -> None:
     torch.testing.assert_close(rescaled(2 * x - 1, t), outs[0])
     with pytest.raises(ValueError, match="activation must be one of elu, relu, lrelu, swish"):
         load_ncsnv2(path, activation="gelu")
-    with pytest.raises(ValueError, match="kind must be ncsn or eps"):
+    with pytest.raises(ValueError, match="kind must be one of ncsn, eps"):
         load_ncsnv2(path, kind="score")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coup_fast.models.classifier import Classifier
-from coup_fast.models.files import build_network, load_network, save_network
+from coup_fast.models.network_files import build_network, load_network, save_network
 from coup_fast.models.unet import EnergyUNet, UNet, time_embedding
 from coup_fast.score_model import EnergyModel
 

@@ -254,7 +254,7 @@ def test_files_that_do_not_fit_say_what_was_found(
     refused(lambda c: c["model"].update({"step": torch.ones(1)}), "154 missing|155 missing")
     refused(lambda c: c.update(model=[1, 2]), "'model' of .* should be a state dict")
     refused(lambda c: None, "does not fit NCSNpp.*of another shape.*no known conf", "vp/wider")
-    refused(lambda c: None, "unknown configuration 'cifar10'; there are vp/wider", "cifar10")
+    refused(lambda c: None, "config must be one of vp/wider.*, got 'cifar10'", "cifar10")
     refused(lambda c: c.update(step=Path("x")), "cannot be read .*weights_only=True")
     monkeypatch.setattr(score_sde, "CONFIGS", {"vp/wider": wider, "vp/tiny": TINY_VP})
     refused(lambda c: None, "it fits vp/tiny", "vp/wider")

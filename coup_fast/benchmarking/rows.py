@@ -64,7 +64,7 @@ class Row:
 
 
 def stamp_of(environment: dict[str, Any], date: str) -> dict[str, Any]:
-    """What every row says about where it comes from, of `evaluation.report.environment`."""
+    """What every row says about where it comes from, of `evaluation.provenance.environment`."""
     device = torch.device(environment["device"])
     on_cpu = device.type == "cpu"
     return {

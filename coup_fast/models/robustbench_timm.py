@@ -150,7 +150,7 @@ def _file(
     path: Path, architecture: nn.Module | Callable[[], nn.Module] | None, key: str | None
 ) -> nn.Module:
     if architecture is None and path.suffix == ".safetensors":
-        from coup_fast.models.files import load_network
+        from coup_fast.models.network_files import load_network
 
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint file {path}")
