@@ -326,7 +326,7 @@ def test_inputs_are_checked(images: Tensor) -> None:
         attack(model, 2 * images, LABELS)
     with pytest.raises(ValueError, match="rounding error; clamp"):
         attack(model, images + 5e-5 + (1 - images.max()), LABELS)
-    with pytest.raises(ValueError, match="one id per image"):
+    with pytest.raises(ValueError, match=r"sample_ids must be integers \[4\]"):
         attack(model, images, LABELS, sample_ids=[1])
 
 

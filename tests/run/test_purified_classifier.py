@@ -95,7 +95,7 @@ def test_same_call_same_scores_unless_fresh_draws_are_asked_for() -> None:
     assert torch.equal(fresh(u), calls[0])
     with pytest.raises(ValueError, match="NaN"):
         fresh(u / 0 * 0)
-    assert fresh.next_draw == 2  # a call that failed used no draws
+    assert fresh.next_draw == 4  # no later call gets the draws of one that failed
 
 
 @pytest.mark.parametrize("vote", VOTES)
@@ -186,10 +186,11 @@ def test_calls_at_once_get_draws_of_their_own() -> None:
     assert not torch.equal(first, second)
 
 
-def test_draws_of_a_failed_call_are_used_again() -> None:
+def test_draws_of_a_failed_call_are_used_up() -> None:
     model = defended("diffpure", num_draws=2, fresh_draws=True)
     handle = model.purifier.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(images())
     handle.remove()
-    assert model.next_draw == 0
+    assert model.next_draw == 2
+    assert torch.equal(model(images()), defended("diffpure", num_draws=2)(images(), draw=2))
