@@ -120,7 +120,11 @@ def test_accepted_sample_ids() -> None:
     [
         ({"method": "cuop"}, ValueError, "unknown method 'cuop'.*coup.*diffpure.*one-shot"),
         ({"stps": 3}, ValueError, "'stps'.*t_star.*num_steps.*backend.*guidance_gradient"),
-        ({"method": "adp", "t_star": 0.1}, ValueError, "'adp' has no option 't_star'; it takes sigma.*backend"),
+        (
+            {"method": "adp", "t_star": 0.1},
+            ValueError,
+            "'adp' has no option 't_star'; it takes sigma.*backend",
+        ),
         ({"num_steps": 0}, ValueError, "num_steps"),
         ({"t_star": 2.0}, ValueError, "t_star"),
         ({"backend": "cuda"}, ValueError, "auto, compiled, reference, got 'cuda'"),
