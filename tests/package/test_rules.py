@@ -89,6 +89,22 @@ def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
         assert first != "coup_fast" or inner not in outer, f"{path.name} imports {module}"
 
 
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("_torch", ("checks", "methods", "noise", "ops", "plan", "purifier", "run", "score_model")),
+        ("methods", ("purifier", "run")),
+        ("run", ("methods", "purified_classifier", "purifier")),
+    ],
+)
+def test_the_core_is_in_layers(folder: str, forbidden: tuple[str, ...]) -> None:
+    for path in sorted((ROOT / "coup_fast" / folder).glob("*.py")):
+        for module in runtime_imports(ast.parse(path.read_text())):
+            first, _, rest = module.partition(".")
+            known = first == "coup_fast" and rest.partition(".")[0] in forbidden
+            assert not known, f"{folder}/{path.name} imports {module}"
+
+
 def test_no_file_names_a_machine_or_a_package_index() -> None:
     # Written so that the patterns do not match this file.
     machine = r"(?<![\w.])/(?:work|farm|root|home|opt/wheels|opt/py[p]i)(?:/|\b(?=[\"'\s]))"
