@@ -66,7 +66,7 @@ class VPSchedule:
     def discrete(self, num_steps: int = 1000) -> DiscreteSchedule:
         """The same process in num_steps steps, β_i linear from beta_min/N to beta_max/N.
 
-        methods.md's score-SDE discretisation; with the default β it is also DDPM's.
+        As in the score-SDE code. With the default β it is DDPM's (docs/methods.md, Notation).
         """
         return DiscreteSchedule.linear(
             self.beta_min / num_steps, self.beta_max / num_steps, num_steps

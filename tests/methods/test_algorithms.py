@@ -38,7 +38,7 @@ def linear_gaussian():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
 def test_coup_is_its_algorithm(backend: str, scale: float) -> None:
-    """Section 2 of methods.md in float64 on a linear-Gaussian problem, with the same noise."""
+    """docs/methods.md, COUP, in float64 on a linear-Gaussian problem, with the same noise."""
     mixture = linear_gaussian()
     u = images(4, 3, 4)
     z = noises(100, u.shape)
@@ -109,7 +109,7 @@ def ncsn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("noise_variant", ["gaussian", "binary"])
 @pytest.mark.parametrize("every", [True, False])
 def test_adp_is_its_algorithm(noise_variant: str, every: bool) -> None:
-    """Section 3 of methods.md, a run in float64, step by step."""
+    """docs/methods.md, ADP: a run in float64, step by step."""
     u, z = images(5, dtype=torch.float64), noises(1, (5, 3, 8, 8)).double()
     sigma = 0.25
     noise = sigma * z[0]
@@ -163,7 +163,7 @@ def test_adp_step_size_is_lambda_sigma_for_a_gaussian() -> None:
 
 @pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
 def test_gdmp_rows_are_the_guided_steps(variance: str) -> None:
-    """Section 5 of methods.md, MSE gradient by autograd on a batch of 100, at each index."""
+    """docs/methods.md, GDMP: the MSE's gradient by autograd on a batch of 100, at each index."""
     made = methods.gdmp(DiscreteSchedule(), variance=variance)
     schedule = DiscreteSchedule()
     shape = (100, 3, 32, 32)

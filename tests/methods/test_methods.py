@@ -27,7 +27,7 @@ def row_at(made: Plan, t: float) -> np.ndarray:
     return made.coeffs[int(np.argmin(np.abs(made.times - t)))]
 
 
-# --- the numbers of methods.md ----------------------------------------------------------------
+# --- docs/methods.md, "Numbers to check an implementation by" and "Published settings" ----------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_euler_maruyama_rows(t: float, a: str, b: str, c: str, d: str) -> None:
 
 
 def test_euler_maruyama_row_of_a_full_step_at_t_0_001() -> None:
-    """methods.md lists h = 1e-3 here; the last real step is 0.99e-3."""
+    """docs/methods.md lists h = 1e-3 here; the last real step is 0.99e-3."""
     row = methods.coup(VP, step_size=1e-3, t_star=0.00101).coeffs[0]
     h = 0.001  # from 0.00101 to T_END in one step
     beta = 0.1 + 19.9 * 0.00101
@@ -96,7 +96,7 @@ def test_short_chains_are_ten_exponential_steps(name: str) -> None:
 
 
 def test_published_defaults() -> None:
-    """As in methods.md, but for the short chains: steps, noise tensors, guidance, clamps."""
+    """docs/methods.md, Published settings: steps, noise tensors, guidance, clamps."""
     expected = {
         "coup": (100, 100, True, True),
         "coup-l2": (75, 75, True, True),
@@ -140,9 +140,9 @@ def test_adp_defaults() -> None:
 
 
 def test_the_contrast_drift_of_adp_under_a_zero_step() -> None:
-    """methods.md, section 8: a pixel at 0.8984 drifts to 0.9143 in ten iterations.
+    """docs/methods.md, ADP: T⁻¹ ten times takes a pixel from 0.8984 to 0.9143.
 
-    T once at the start and T⁻¹ ten times: nine maps too many.
+    A run applies T once at the start and T⁻¹ ten times: nine maps too many.
     """
     made = build("adp", sigma=0.0)
     x = interpreter.start(made.start, torch.tensor([[0.8984]], dtype=torch.float64), None)

@@ -17,7 +17,7 @@ BACKENDS = ["reference", pytest.param("compiled", marks=needs_compiled)]
 
 
 class ReverseVP:
-    """dx = [½β x + β (s + λ g)] dτ + √β dW in τ = 1 - t, from methods.md; flat states."""
+    """dx = [½β x + β (s + λ g)] dτ + √β dW in τ = 1 - t (docs/methods.md, COUP); flat states."""
 
     noise_type = "diagonal"
     sde_type = "ito"
@@ -120,7 +120,7 @@ def test_torchsde_probability_flow() -> None:
 
 
 def test_imagenet_network_is_told_the_index_of_the_exact_time() -> None:
-    """DiffPure sums time up in float32 before it cuts 1000 t off (docs/design.md)."""
+    """DiffPure sums time up in float32 before it cuts 1000 t off (docs/methods.md, DiffPure)."""
     torchsde = pytest.importorskip("torchsde")
 
     class Times(ReverseVP):

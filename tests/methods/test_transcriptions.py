@@ -1,6 +1,7 @@
 """COUP and ADP against their algorithms written out directly in float64, with the same noise.
 
-The loops below are methods.md's, in PyTorch's own operations; they share nothing with the package.
+The loops below are those of docs/methods.md, COUP and ADP, in PyTorch's own operations; they share
+nothing with the package.
 """
 
 from __future__ import annotations
