@@ -1,15 +1,16 @@
 // confidence_cotangent and its backward on the CPU: threads over rows. The kernels are in
-// tiles_confidence.cpp.
-#include "confidence_call.h"
+// per_isa/confidence_cotangent.cpp.
+#include "calls/confidence_cotangent.h"
+
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles_confidence.h"
 
 namespace coup_fast {
 namespace {
 
 std::tuple<Tensor, Tensor> confidence_cotangent(const Tensor& logits) {
   return confidence_cotangent_call(logits, [](const ConfidenceCotangent& params) {
-    const auto kernel = COUP_FAST_PICK(confidence_rows);
+    const auto kernel = COUP_FAST_PICK(confidence_cotangent_rows);
     parallel(params.batch, params.classes,
              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   });
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor> confidence_cotangent(const Tensor& logits) {
 Tensor confidence_cotangent_backward(const Tensor& grad_log_confidence,
                                      const Tensor& grad_cotangent, const Tensor& logits) {
   const auto run = [](const ConfidenceCotangentBackward& params) {
-    const auto kernel = COUP_FAST_PICK(confidence_backward_rows);
+    const auto kernel = COUP_FAST_PICK(confidence_cotangent_backward_rows);
     parallel(params.batch, params.classes,
              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   };

@@ -1,7 +1,8 @@
-// perturb and its backward on the CPU: threads over tiles. The kernels are in tiles_noise.cpp.
+// perturb and its backward on the CPU: threads over tiles. The kernels are in per_isa/perturb.cpp.
+#include "calls/perturb.h"
+
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
-#include "perturb_call.h"
 
 namespace coup_fast {
 namespace {
@@ -10,7 +11,7 @@ Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& ke
                const MaybeTensor& noise) {
   return perturb_call(images, coeffs, keys, noise, [](const Perturb& params) {
     const auto kernel = COUP_FAST_PICK(perturb_tiles);
-    parallel(num_tiles(params.batch, params.channels * params.pixels), kTileElements,
+    parallel(num_tiles(params.batch, params.channels * params.pixels), kTile,
              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   });
 }
@@ -20,7 +21,7 @@ Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& 
   const auto run = [](const PerturbBackward& params) {
     const Perturb& forward = params.forward;
     const auto kernel = COUP_FAST_PICK(perturb_backward_tiles);
-    parallel(num_tiles(forward.batch, forward.channels * forward.pixels), kTileElements,
+    parallel(num_tiles(forward.batch, forward.channels * forward.pixels), kTile,
              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   };
   return perturb_backward_call(grad, images, coeffs, keys, noise, run);

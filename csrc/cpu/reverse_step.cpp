@@ -1,11 +1,12 @@
 // reverse_step, its in-place twin and its backward on the CPU: threads and the order of the passes.
-// The kernels are in tiles_reverse_step.cpp.
+// The kernels are in per_isa/reverse_step.cpp.
+#include "calls/reverse_step.h"
+
 #include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
-#include "reverse_step_call.h"
 
 namespace coup_fast {
 namespace {
@@ -32,7 +33,7 @@ std::vector<float> sum_samples(const ReverseStep& params, const Fill& fill) {
 }
 
 std::vector<float> guidance_squares(const ReverseStep& params) {
-  const auto kernel = COUP_FAST_PICK(guidance_square_segments);
+  const auto kernel = COUP_FAST_PICK(reverse_step_squares);
   return sum_samples(
       params, [&](float* sums, int64_t begin, int64_t end) { kernel(params, sums, begin, end); });
 }
@@ -46,7 +47,7 @@ void run(const ReverseStep& params) {
     for (float& scale : scales) scale = guidance_scale(row, params.guidance_norm, scale);
   }
   const float* scale_of = scales.empty() ? nullptr : scales.data();
-  parallel(num_tiles(params.batch, params.channels * params.pixels), kTileElements,
+  parallel(num_tiles(params.batch, params.channels * params.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, scale_of, begin, end); });
 }
 
@@ -59,7 +60,7 @@ std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) 
   for (size_t i = 0; i < samples.size(); ++i) {
     samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], 0.0f);
   }
-  const auto kernel = COUP_FAST_PICK(guidance_dot_segments);
+  const auto kernel = COUP_FAST_PICK(reverse_step_dots);
   const std::vector<float> dots =
       sum_samples(forward, [&](float* sums, int64_t begin, int64_t end) {
         kernel(params, samples.data(), sums, begin, end);
@@ -75,8 +76,7 @@ void run_backward(const ReverseStepBackward& params) {
   if (needs_norm(params.forward)) samples = guidance_samples(params);
   const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
   const auto kernel = COUP_FAST_PICK(reverse_step_backward_tiles);
-  parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels),
-           kTileElements,
+  parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });
 }
 

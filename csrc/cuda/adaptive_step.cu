@@ -1,13 +1,13 @@
-// adaptive_step and its backward on CUDA; formulas in math/adaptive.h.
+// adaptive_step and its backward on CUDA; formulas in math/adaptive_step.h.
 //
 // Bytes of a forward call, float32, per element: x, h, h_ahead read, x' written: 16 (12 with 16-bit
 // h and h_ahead); h is kept between sums and update. The floor is those bytes over the device's
 // copy bandwidth. Backward reads grad, x, h, h_ahead and writes three gradients: 28. Above 3072
 // elements a sample it reads x, h_ahead and grad a second time (from L2), because the sum that
 // alpha's gradient needs depends on the clamp, and that on alpha.
-#include "adaptive_call.h"
-#include "adaptive_step.h"
+#include "calls/adaptive_step.h"
 #include "cuda/per_sample.cuh"
+#include "params/adaptive_step.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -16,7 +16,7 @@ struct AdaptiveState {
   AdaptiveRow row;
   bool alive;  // before the step
   AdaptiveSample sample;
-  float slope;  // backward: k of math/adaptive.h
+  float slope;  // backward: k of math/adaptive_step.h
 };
 
 // <h, h> and <h, h - h_ahead> of some quads.

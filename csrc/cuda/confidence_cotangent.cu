@@ -1,12 +1,13 @@
-// confidence_cotangent and its backward on CUDA; formulas in math/confidence.h.
+// confidence_cotangent and its backward on CUDA; formulas in math/confidence_cotangent.h.
 //
 // One warp a row: lane l holds classes l, l + 32, ..., which is the canonical order of the sums, so
 // the result is the CPU's bit for bit. The row is read from memory once and then, in two more
 // passes (sum, result), from L1. Bytes of a row of K float32 logits: 4 K read, 4 K + 4 written;
 // backward reads 8 K + 4 and writes 4 K. With few rows the floor is not bytes but the K / 32
 // dependent additions of a lane, about 4 cycles each.
-#include "confidence_call.h"
+#include "calls/confidence_cotangent.h"
 #include "cuda/launch.cuh"
+#include "math/confidence_cotangent.h"
 
 namespace coup_fast::cuda {
 namespace {

@@ -1,9 +1,8 @@
-// perturb and its backward on CUDA; formulas in math/step.h. Bytes an element: images read, 4
+// perturb and its backward on CUDA; formulas in math/perturb.h. Bytes an element: images read, 4
 // written; backward reads grad, and images too where the row clamps, and writes the gradient in the
 // type of images. The floor is those bytes over the device's copy bandwidth.
+#include "calls/perturb.h"
 #include "cuda/per_quad.cuh"
-#include "cuda/step_quads.cuh"
-#include "perturb_call.h"
 
 namespace coup_fast::cuda {
 namespace {

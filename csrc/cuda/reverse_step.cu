@@ -1,4 +1,4 @@
-// reverse_step, its in-place twin and its backward on CUDA; formulas in math/step.h.
+// reverse_step, its in-place twin and its backward on CUDA; formulas in math/reverse_step.h.
 //
 // Without a guidance norm every element stands alone: per_quad.cuh. With one, per_sample.cuh sums
 // <G, G> first, and in backward <G, a> as well, keeping G in shared memory in between.
@@ -9,10 +9,10 @@
 // the arithmetic of the noise (see normal.cu), whichever takes longer.
 #include <string>
 
+#include "calls/reverse_step.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/per_sample.cuh"
 #include "cuda/step_quads.cuh"
-#include "reverse_step_call.h"
 
 namespace coup_fast::cuda {
 namespace {

@@ -1,39 +1,11 @@
-// What the kernels of reverse_step and perturb share: the noise of some quads, and a step's inputs
-// in registers. Loads of all tensors are issued before the first is used; Philox runs in their
-// shadow.
+// What the kernels of reverse_step share: a step's inputs in registers. Loads of all tensors are
+// issued before the first is used; Philox runs in their shadow.
 #pragma once
 
-#include "cuda/packed.cuh"
-#include "math/normal.h"
-#include "reverse_step.h"
+#include "cuda/quads.cuh"
+#include "params/reverse_step.h"
 
 namespace coup_fast::cuda {
-
-// The normals of the quads' Philox blocks. They are of one sample: one key, one key schedule.
-template <class Io>
-__device__ __forceinline__ Quads<Io::kCount> noise_at(const Io& io, const int64_t* keys) {
-  const NoiseKey key{static_cast<uint64_t>(keys[2 * io.sample()]),
-                     static_cast<uint64_t>(keys[2 * io.sample() + 1])};
-  const PhiloxKeys<float> schedule = philox_keys<float>(key.key);
-  Quads<Io::kCount> quads;
-#pragma unroll
-  for (int q = 0; q < Io::kCount; ++q) {
-    const uint64_t counter = key.offset + io.block(q);
-    const Normals<float> normals =
-        normals_of<float>(philox<float>(counter, counter >> 32, 0, 0, schedule));
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) quads.quad[q].at[k] = normals.value[k];
-  }
-  return quads;
-}
-
-// z, given or drawn. wanted is uniform over the grid.
-template <class Io>
-__device__ __forceinline__ Quads<Io::kCount> noise_of(const Io& io, bool wanted, const View& given,
-                                                      const int64_t* keys) {
-  if (!wanted) return {};
-  return given.data != nullptr ? load(io, given) : noise_at(io, keys);
-}
 
 // The row of a call, and what it leaves to do.
 struct StepConstants {

@@ -5,8 +5,8 @@
 #include <string>
 #include <tuple>
 
-#include "checks.h"
-#include "reverse_step.h"
+#include "calls/arguments.h"
+#include "params/reverse_step.h"
 
 namespace coup_fast {
 

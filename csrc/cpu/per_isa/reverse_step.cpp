@@ -1,7 +1,7 @@
 // Kernels of reverse_step and its backward, compiled once per instruction set. Formulas:
-// math/step.h.
-#include "cpu/tile.h"
-#include "cpu/tiles.h"
+// math/reverse_step.h.
+#include "cpu/kernels.h"
+#include "cpu/per_isa/tile.h"
 
 namespace coup_fast::COUP_FAST_ISA {
 namespace {
@@ -169,7 +169,7 @@ void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t 
   }
 }
 
-void guidance_square_segments(const ReverseStep& params, float* sums, int64_t begin, int64_t end) {
+void reverse_step_squares(const ReverseStep& params, float* sums, int64_t begin, int64_t end) {
   const Tiling tiling(params.channels, params.pixels, View{});
   Buffer buffer, lanes;
   for (int64_t item = begin; item < end; ++item) {
@@ -182,8 +182,8 @@ void guidance_square_segments(const ReverseStep& params, float* sums, int64_t be
   }
 }
 
-void guidance_dot_segments(const ReverseStepBackward& params, const GuidanceSample* samples,
-                           float* sums, int64_t begin, int64_t end) {
+void reverse_step_dots(const ReverseStepBackward& params, const GuidanceSample* samples,
+                       float* sums, int64_t begin, int64_t end) {
   const ReverseStep& forward = params.forward;
   const StepRow row = step_row(forward.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(forward));

@@ -4,8 +4,8 @@
 
 #include <tuple>
 
-#include "checks.h"
-#include "confidence_cotangent.h"
+#include "calls/arguments.h"
+#include "params/confidence_cotangent.h"
 
 namespace coup_fast {
 

@@ -4,8 +4,8 @@
 
 #include <tuple>
 
-#include "adaptive_step.h"
-#include "checks.h"
+#include "calls/arguments.h"
+#include "params/adaptive_step.h"
 
 namespace coup_fast {
 

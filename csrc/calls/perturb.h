@@ -2,8 +2,8 @@
 // makes the output, calls run(params). Knows no kernel.
 #pragma once
 
-#include "checks.h"
-#include "perturb.h"
+#include "calls/arguments.h"
+#include "params/perturb.h"
 
 namespace coup_fast {
 
