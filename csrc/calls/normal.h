@@ -1,5 +1,6 @@
-// normal from tensors to parameters, once for CPU and CUDA: checks the arguments, makes the output,
-// calls run(params). Knows no kernel.
+// normal from tensors to parameters, for any device: checks the arguments,
+// makes the outputs, calls run(params, keys), which is a device's kernels; keys tells which device.
+// Knows no kernel.
 #pragma once
 
 #include <vector>
@@ -9,8 +10,8 @@
 
 namespace coup_fast {
 
-template <class Run>
-Tensor normal_call(const Tensor& keys, const std::vector<int64_t>& shape, const Run& run) {
+template <auto run>
+Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
   const auto given = [&] {
     return sizes_text(shape.data(), static_cast<int64_t>(shape.size())) + " and keys " +
            text_of(keys);
@@ -30,7 +31,7 @@ Tensor normal_call(const Tensor& keys, const std::vector<int64_t>& shape, const 
   params.out = static_cast<float*>(out.data_ptr());
   params.batch = arguments.batch;
   params.numel = params.batch == 0 ? 0 : out.numel() / params.batch;
-  if (params.batch * params.numel > 0) run(params);
+  if (params.batch * params.numel > 0) run(params, keys);
   return out;
 }
 

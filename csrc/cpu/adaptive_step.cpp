@@ -36,7 +36,7 @@ std::vector<AdaptiveSample> samples_of(const AdaptiveStep& params) {
   return samples;
 }
 
-void run(const AdaptiveStep& params) {
+void run(const AdaptiveStep& params, const Tensor&) {
   const int64_t numel = params.channels * params.pixels;
   if (numel > 0 && num_segments(numel) == 1) {
     const auto kernel = COUP_FAST_PICK(adaptive_step_samples);
@@ -53,7 +53,7 @@ void run(const AdaptiveStep& params) {
            [&](int64_t begin, int64_t end) { kernel(params, samples.data(), begin, end); });
 }
 
-void run_backward(const AdaptiveStepBackward& params) {
+void run_backward(const AdaptiveStepBackward& params, const Tensor&) {
   const AdaptiveStep& forward = params.forward;
   const int64_t numel = forward.channels * forward.pixels, segments = num_segments(numel);
   const std::vector<AdaptiveSample> samples = samples_of(forward);
@@ -73,21 +73,11 @@ void run_backward(const AdaptiveStepBackward& params) {
   });
 }
 
-ThreeTensors adaptive_step(const Tensor& x, const Tensor& h, const Tensor& h_ahead,
-                           const Tensor& alive, const Tensor& coeffs) {
-  return adaptive_step_call(x, h, h_ahead, alive, coeffs, run);
-}
-
-ThreeTensors adaptive_step_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
-                                    const Tensor& h_ahead, const Tensor& alive,
-                                    const Tensor& coeffs) {
-  return adaptive_step_backward_call(grad, x, h, h_ahead, alive, coeffs, run_backward);
-}
-
 }  // namespace
 }  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  m.impl("adaptive_step", TORCH_BOX(&coup_fast::adaptive_step));
-  m.impl("adaptive_step_backward", TORCH_BOX(&coup_fast::adaptive_step_backward));
+  using namespace coup_fast;
+  m.impl("adaptive_step", TORCH_BOX(&adaptive_step<run>));
+  m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<run_backward>));
 }

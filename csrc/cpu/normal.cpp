@@ -7,15 +7,16 @@
 namespace coup_fast {
 namespace {
 
-Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
-  return normal_call(keys, shape, [](const Normal& params) {
-    const auto kernel = COUP_FAST_PICK(normal_tiles);
-    parallel(num_tiles(params.batch, params.numel), kTile,
-             [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-  });
+void run(const Normal& params, const Tensor&) {
+  const auto kernel = COUP_FAST_PICK(normal_tiles);
+  parallel(num_tiles(params.batch, params.numel), kTile,
+           [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace
 }  // namespace coup_fast
 
-STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) { m.impl("normal", TORCH_BOX(&coup_fast::normal)); }
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
+  using namespace coup_fast;
+  m.impl("normal", TORCH_BOX(&normal<run>));
+}

@@ -2,7 +2,6 @@
 // The kernels are in per_isa/reverse_step.cpp.
 #include "calls/reverse_step.h"
 
-#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -38,7 +37,7 @@ std::vector<float> guidance_squares(const ReverseStep& params) {
       params, [&](float* sums, int64_t begin, int64_t end) { kernel(params, sums, begin, end); });
 }
 
-void run(const ReverseStep& params) {
+void run(const ReverseStep& params, const Tensor&) {
   const auto kernel = COUP_FAST_PICK(reverse_step_tiles);
   std::vector<float> scales;
   if (needs_norm(params)) {
@@ -71,7 +70,7 @@ std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) 
   return samples;
 }
 
-void run_backward(const ReverseStepBackward& params) {
+void run_backward(const ReverseStepBackward& params, const Tensor&) {
   std::vector<GuidanceSample> samples;
   if (needs_norm(params.forward)) samples = guidance_samples(params);
   const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
@@ -80,35 +79,12 @@ void run_backward(const ReverseStepBackward& params) {
            [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });
 }
 
-Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                    const MaybeTensor& keys, const MaybeTensor& guidance,
-                    const MaybeTensor& reference, const MaybeTensor& noise,
-                    const std::string& guidance_norm) {
-  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                           run);
-}
-
-void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                   const MaybeTensor& keys, const MaybeTensor& guidance,
-                   const MaybeTensor& reference, const MaybeTensor& noise,
-                   const std::string& guidance_norm) {
-  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                             run);
-}
-
-FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
-                                  const Tensor& coeffs, const MaybeTensor& keys,
-                                  const MaybeTensor& guidance, const MaybeTensor& reference,
-                                  const MaybeTensor& noise, const std::string& guidance_norm) {
-  return reverse_step_backward_call(grad, x, model_out, coeffs, keys, guidance, reference, noise,
-                                    guidance_norm, run_backward);
-}
-
 }  // namespace
 }  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  m.impl("reverse_step", TORCH_BOX(&coup_fast::reverse_step));
-  m.impl("reverse_step_", TORCH_BOX(&coup_fast::reverse_step_));
-  m.impl("reverse_step_backward", TORCH_BOX(&coup_fast::reverse_step_backward));
+  using namespace coup_fast;
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<run>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<run>));
+  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<run_backward>));
 }

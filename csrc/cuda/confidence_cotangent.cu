@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Kernel, class Params>
-void run(const Tensor& logits, const char* name, Kernel* kernel, const Params& params) {
+void launch_rows(const Tensor& logits, const char* name, Kernel* kernel, const Params& params) {
   const int64_t blocks = (params.batch + kRowsPerBlock - 1) / kRowsPerBlock;
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "coup_fast::", name, ": too many rows, split the batch");
   Shape shape;
@@ -126,26 +126,20 @@ void run(const Tensor& logits, const char* name, Kernel* kernel, const Params& p
   launch(Device(logits), name, shape, kernel, params);
 }
 
-std::tuple<Tensor, Tensor> confidence_cotangent(const Tensor& logits) {
-  return confidence_cotangent_call(logits, [&](const ConfidenceCotangent& params) {
-    run(logits, "confidence_cotangent", forward_kernel, params);
-  });
+void run(const ConfidenceCotangent& params, const Tensor& logits) {
+  launch_rows(logits, "confidence_cotangent", forward_kernel, params);
 }
 
-Tensor confidence_cotangent_backward(const Tensor& grad_log_confidence,
-                                     const Tensor& grad_cotangent, const Tensor& logits) {
-  const auto run_kernel = [&](const ConfidenceCotangentBackward& params) {
-    run(logits, "confidence_cotangent_backward", backward_kernel, params);
-  };
-  return confidence_cotangent_backward_call(grad_log_confidence, grad_cotangent, logits,
-                                            run_kernel);
+void run_backward(const ConfidenceCotangentBackward& params, const Tensor& logits) {
+  launch_rows(logits, "confidence_cotangent_backward", backward_kernel, params);
 }
 
 }  // namespace
 }  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("confidence_cotangent", TORCH_BOX(&coup_fast::cuda::confidence_cotangent));
+  using namespace coup_fast;
+  m.impl("confidence_cotangent", TORCH_BOX(&confidence_cotangent<cuda::run>));
   m.impl("confidence_cotangent_backward",
-         TORCH_BOX(&coup_fast::cuda::confidence_cotangent_backward));
+         TORCH_BOX(&confidence_cotangent_backward<cuda::run_backward>));
 }

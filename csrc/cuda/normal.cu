@@ -23,20 +23,19 @@ struct Draw {
   }
 };
 
-Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
-  return normal_call(keys, shape, [&](const Normal& params) {
-    View out;
-    out.data = params.out;
-    out.sample_stride = out.channel_stride = params.numel;
-    out.pixel_stride = 1;
-    launch_per_quad(Device(keys), "normal", Draw{params.keys, out}, out, params.batch, 1,
-                    params.numel, access_of({&out}, 1, params.numel, params.batch));
-  });
+void run(const Normal& params, const Tensor& keys) {
+  View out;
+  out.data = params.out;
+  out.sample_stride = out.channel_stride = params.numel;
+  out.pixel_stride = 1;
+  launch_per_quad(Device(keys), "normal", Draw{params.keys, out}, out, params.batch, 1,
+                  params.numel, access_of({&out}, 1, params.numel, params.batch));
 }
 
 }  // namespace
 }  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("normal", TORCH_BOX(&coup_fast::cuda::normal));
+  using namespace coup_fast;
+  m.impl("normal", TORCH_BOX(&normal<cuda::run>));
 }

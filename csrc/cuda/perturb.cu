@@ -63,33 +63,27 @@ struct Backward {
   }
 };
 
-Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& keys,
-               const MaybeTensor& noise) {
-  return perturb_call(images, coeffs, keys, noise, [&](const Perturb& params) {
-    const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
-                                    params.pixels, params.batch);
-    launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
-                    params.channels, params.pixels, access);
-  });
+void run(const Perturb& params, const Tensor& images) {
+  const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
+                                  params.pixels, params.batch);
+  launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
+                  params.channels, params.pixels, access);
 }
 
-Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& coeffs,
-                        const MaybeTensor& keys, const MaybeTensor& noise) {
-  const auto run = [&](const PerturbBackward& params) {
-    const Perturb& forward = params.forward;
-    const Access access =
-        access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
-                  forward.channels, forward.pixels, forward.batch);
-    launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
-                    forward.batch, forward.channels, forward.pixels, access);
-  };
-  return perturb_backward_call(grad, images, coeffs, keys, noise, run);
+void run_backward(const PerturbBackward& params, const Tensor& images) {
+  const Perturb& forward = params.forward;
+  const Access access =
+      access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
+                forward.channels, forward.pixels, forward.batch);
+  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
+                  forward.batch, forward.channels, forward.pixels, access);
 }
 
 }  // namespace
 }  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("perturb", TORCH_BOX(&coup_fast::cuda::perturb));
-  m.impl("perturb_backward", TORCH_BOX(&coup_fast::cuda::perturb_backward));
+  using namespace coup_fast;
+  m.impl("perturb", TORCH_BOX(&perturb<cuda::run>));
+  m.impl("perturb_backward", TORCH_BOX(&perturb_backward<cuda::run_backward>));
 }

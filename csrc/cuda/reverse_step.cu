@@ -7,8 +7,6 @@
 // same. Backward reads grad, and of the inputs only what masks, variance or norm depend on, and
 // writes a gradient for each input. The floor is those bytes over the device's copy bandwidth, or
 // the arithmetic of the noise (see normal.cu), whichever takes longer.
-#include <string>
-
 #include "calls/reverse_step.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/per_sample.cuh"
@@ -214,7 +212,8 @@ bool is_plain(const ReverseStep& params) {
 }
 
 template <bool kPlain>
-void run_plain(const Device& device, const Tensor& x, const ReverseStep& params) {
+void launch_step(const ReverseStep& params, const Tensor& x) {
+  const Device device(x);
   const Access access =
       access_of({&params.x, &params.m, &params.s, &params.g, &params.r, &params.z, &params.out},
                 params.channels, params.pixels, params.batch);
@@ -227,11 +226,12 @@ void run_plain(const Device& device, const Tensor& x, const ReverseStep& params)
   }
 }
 
-void run(const Device& device, const Tensor& x, const ReverseStep& params) {
-  is_plain(params) ? run_plain<true>(device, x, params) : run_plain<false>(device, x, params);
+void run(const ReverseStep& params, const Tensor& x) {
+  is_plain(params) ? launch_step<true>(params, x) : launch_step<false>(params, x);
 }
 
-void run_backward(const Device& device, const Tensor& x, const ReverseStepBackward& params) {
+void run_backward(const ReverseStepBackward& params, const Tensor& x) {
+  const Device device(x);
   const ReverseStep& forward = params.forward;
   const Access access = access_of(
       {&forward.x, &forward.m, &forward.s, &forward.g, &forward.r, &forward.z, &params.grad,
@@ -249,36 +249,12 @@ void run_backward(const Device& device, const Tensor& x, const ReverseStepBackwa
   }
 }
 
-Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                    const MaybeTensor& keys, const MaybeTensor& guidance,
-                    const MaybeTensor& reference, const MaybeTensor& noise,
-                    const std::string& guidance_norm) {
-  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                           [&](const ReverseStep& params) { run(Device(x), x, params); });
-}
-
-void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                   const MaybeTensor& keys, const MaybeTensor& guidance,
-                   const MaybeTensor& reference, const MaybeTensor& noise,
-                   const std::string& guidance_norm) {
-  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                             [&](const ReverseStep& params) { run(Device(x), x, params); });
-}
-
-FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
-                                  const Tensor& coeffs, const MaybeTensor& keys,
-                                  const MaybeTensor& guidance, const MaybeTensor& reference,
-                                  const MaybeTensor& noise, const std::string& guidance_norm) {
-  return reverse_step_backward_call(
-      grad, x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-      [&](const ReverseStepBackward& params) { run_backward(Device(x), x, params); });
-}
-
 }  // namespace
 }  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("reverse_step", TORCH_BOX(&coup_fast::cuda::reverse_step));
-  m.impl("reverse_step_", TORCH_BOX(&coup_fast::cuda::reverse_step_));
-  m.impl("reverse_step_backward", TORCH_BOX(&coup_fast::cuda::reverse_step_backward));
+  using namespace coup_fast;
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<cuda::run>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<cuda::run>));
+  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<cuda::run_backward>));
 }
