@@ -74,10 +74,10 @@ void run_backward(const AdaptiveStepBackward& params, const Tensor&) {
 }
 
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  using namespace coup_fast;
   m.impl("adaptive_step", TORCH_BOX(&adaptive_step<run>));
   m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast

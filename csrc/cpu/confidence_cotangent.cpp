@@ -21,10 +21,10 @@ void run_backward(const ConfidenceCotangentBackward& params, const Tensor&) {
 }
 
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  using namespace coup_fast;
   m.impl("confidence_cotangent", TORCH_BOX(&confidence_cotangent<run>));
   m.impl("confidence_cotangent_backward", TORCH_BOX(&confidence_cotangent_backward<run_backward>));
 }
+
+}  // namespace coup_fast

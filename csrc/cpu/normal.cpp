@@ -14,9 +14,7 @@ void run(const Normal& params, const Tensor&) {
 }
 
 }  // namespace
-}  // namespace coup_fast
 
-STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  using namespace coup_fast;
-  m.impl("normal", TORCH_BOX(&normal<run>));
-}
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) { m.impl("normal", TORCH_BOX(&normal<run>)); }
+
+}  // namespace coup_fast

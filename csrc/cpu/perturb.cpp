@@ -21,10 +21,10 @@ void run_backward(const PerturbBackward& params, const Tensor&) {
 }
 
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  using namespace coup_fast;
   m.impl("perturb", TORCH_BOX(&perturb<run>));
   m.impl("perturb_backward", TORCH_BOX(&perturb_backward<run_backward>));
 }
+
+}  // namespace coup_fast

@@ -80,11 +80,11 @@ void run_backward(const ReverseStepBackward& params, const Tensor&) {
 }
 
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  using namespace coup_fast;
   m.impl("reverse_step", TORCH_BOX(&reverse_step<run>));
   m.impl("reverse_step_", TORCH_BOX(&reverse_step_<run>));
   m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast

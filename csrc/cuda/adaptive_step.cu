@@ -195,10 +195,10 @@ void run_backward(const AdaptiveStepBackward& params, const Tensor& x) {
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  using namespace coup_fast;
-  m.impl("adaptive_step", TORCH_BOX(&adaptive_step<cuda::run>));
-  m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<cuda::run_backward>));
+  m.impl("adaptive_step", TORCH_BOX(&adaptive_step<run>));
+  m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

@@ -135,11 +135,10 @@ void run_backward(const ConfidenceCotangentBackward& params, const Tensor& logit
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  using namespace coup_fast;
-  m.impl("confidence_cotangent", TORCH_BOX(&confidence_cotangent<cuda::run>));
-  m.impl("confidence_cotangent_backward",
-         TORCH_BOX(&confidence_cotangent_backward<cuda::run_backward>));
+  m.impl("confidence_cotangent", TORCH_BOX(&confidence_cotangent<run>));
+  m.impl("confidence_cotangent_backward", TORCH_BOX(&confidence_cotangent_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

@@ -33,9 +33,7 @@ void run(const Normal& params, const Tensor& keys) {
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  using namespace coup_fast;
-  m.impl("normal", TORCH_BOX(&normal<cuda::run>));
-}
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) { m.impl("normal", TORCH_BOX(&normal<run>)); }
+
+}  // namespace coup_fast::cuda

@@ -80,10 +80,10 @@ void run_backward(const PerturbBackward& params, const Tensor& images) {
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  using namespace coup_fast;
-  m.impl("perturb", TORCH_BOX(&perturb<cuda::run>));
-  m.impl("perturb_backward", TORCH_BOX(&perturb_backward<cuda::run_backward>));
+  m.impl("perturb", TORCH_BOX(&perturb<run>));
+  m.impl("perturb_backward", TORCH_BOX(&perturb_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

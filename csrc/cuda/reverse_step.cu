@@ -26,8 +26,7 @@ struct Forward {
 
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
-    auto raw = load_step(io, params, reads_of_sum<kPlain>());
-    draw_noise(io, params, row.terms.z, raw);
+    const auto raw = load_step(io, params, reads_of_call<kPlain>(row.terms, false));
     store_step(io, params, row, row.row.c, step_values<kPlain>(io, params, raw, nullptr));
   }
 };
@@ -43,8 +42,7 @@ struct Backward {
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
     const auto raw_grad = io.load_raw(params.grad);
-    auto raw = load_step(io, params.forward, reads_of_gradient<kPlain>(row.terms, false));
-    draw_noise(io, params.forward, gradient_needs_noise(row.terms), raw);
+    const auto raw = load_step(io, params.forward, reads_of_gradient(row.terms, false));
     const auto in = step_values<kPlain>(io, params.forward, raw, nullptr);
     const auto grad = finish_load(io, params.grad, raw_grad);
     const float scale = row.row.c;
@@ -88,11 +86,7 @@ struct NormedForward {
   template <int kPhase, class Io>
   __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
     if (!is_phase(kPhase, kRounds)) return {};
-    StepReads reads = reads_of_sum<kPlain>();
-    reads.g = false;
-    auto raw = load_step(io, params, reads);
-    draw_noise(io, params, state.constants.terms.z, raw);
-    return raw;
+    return load_step(io, params, reads_of_call<kPlain>(state.constants.terms, true));
   }
 
   template <int kRound, class Io>
@@ -140,15 +134,11 @@ struct NormedBackward {
   __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
     if (kPhase == 0) return {};
     const StepTerms& terms = state.constants.terms;
-    StepReads reads = reads_of_gradient<false>(terms, true);
-    if (kPhase == 1 && !terms.out_clamp)
-      reads = StepReads{false, false, terms.learned, false, false};
-    reads.g = false;
+    StepReads reads = kPhase == 1 ? reads_of_dot(terms) : reads_of_gradient(terms, true);
+    reads.g = false;  // it is staged
     Inputs<Io::kCount> in;
     in.grad = io.load_raw(params.grad);
     in.step = load_step(io, params.forward, reads);
-    const bool noisy = kPhase == 1 ? terms.z && terms.out_clamp : gradient_needs_noise(terms);
-    draw_noise(io, params.forward, noisy, in.step);
     return in;
   }
 
@@ -250,11 +240,11 @@ void run_backward(const ReverseStepBackward& params, const Tensor& x) {
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  using namespace coup_fast;
-  m.impl("reverse_step", TORCH_BOX(&reverse_step<cuda::run>));
-  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<cuda::run>));
-  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<cuda::run_backward>));
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<run>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<run>));
+  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

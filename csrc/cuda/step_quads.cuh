@@ -22,24 +22,11 @@ __device__ __forceinline__ StepConstants step_constants(const ReverseStep& param
   return StepConstants{row, step_terms(row, inputs)};
 }
 
-struct StepReads {
-  bool x, m, s, g, r;
-};
-
-// For the sum of the terms: all there is, so that the loads need not wait for the row.
+// For the sum of the terms: all there is, so that the loads need not wait for the row. staged_g:
+// the caller holds G already.
 template <bool kPlain>
-__device__ __forceinline__ StepReads reads_of_sum() {
-  return StepReads{true, true, !kPlain, true, !kPlain};
-}
-
-// For the gradients: all that a clamp's mask, the variance or the guidance's norm depends on.
-template <bool kPlain>
-__device__ __forceinline__ StepReads reads_of_gradient(const StepTerms& terms, bool normed) {
-  const bool all = terms.out_clamp || terms.learned;
-  const bool x0 = terms.x0 && terms.x0_clamp;
-  return StepReads{(all && (terms.x || (terms.x0 && terms.x0_x))) || (x0 && terms.x0_x),
-                   (all && (terms.m || (terms.x0 && terms.x0_m))) || (x0 && terms.x0_m),
-                   !kPlain && terms.learned, terms.g && (all || normed), !kPlain && terms.r && all};
+__device__ __forceinline__ StepReads reads_of_call(const StepTerms& terms, bool staged_g) {
+  return StepReads{true, true, !kPlain, !staged_g, !kPlain, terms.z};
 }
 
 // A step's inputs as loaded, and the noise.
@@ -68,13 +55,8 @@ __device__ __forceinline__ RawStep<Io::kCount> load_step(const Io& io, const Rev
   if (reads.s) raw.s = io.load_raw(params.s);
   if (reads.g) raw.g = io.load_raw(params.g);
   if (reads.r) raw.r = io.load_raw(params.r);
+  raw.z = noise_of(io, reads.z, params.z, params.keys);
   return raw;
-}
-
-template <class Io>
-__device__ __forceinline__ void draw_noise(const Io& io, const ReverseStep& params, bool wanted,
-                                           RawStep<Io::kCount>& raw) {
-  raw.z = noise_of(io, wanted, params.z, params.keys);
 }
 
 // staged_g: G where the caller holds it already, or null.

@@ -48,6 +48,20 @@ struct StepTerms {
   bool learned;                        // some of them depend on the learned variance
 };
 
+// The terms of most rows: x0 and x, or x and m, and of G, r and z those that are named. Bounds are
+// applied even where they are infinite, which changes nothing.
+COUP_FAST_FN constexpr StepTerms terms_of(bool x0, bool g, bool r, bool z) {
+  StepTerms terms{};
+  terms.x0 = terms.x0_x = terms.x0_m = x0;
+  terms.x = true;
+  terms.m = !x0;
+  terms.g = g;
+  terms.r = r;
+  terms.z = z;
+  terms.x0_clamp = terms.out_clamp = true;
+  return terms;
+}
+
 COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) {
   StepTerms terms{};
   terms.x0 = row.u != 0.0f;
@@ -62,6 +76,20 @@ COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) 
   terms.x0_clamp = bounded(row.x0_lo, row.x0_hi);
   terms.out_clamp = bounded(row.out_lo, row.out_hi);
   return terms;
+}
+
+// Which inputs an element needs.
+struct StepReads {
+  bool x, m, s, g, r, z;
+};
+
+COUP_FAST_FN constexpr StepReads reads_of_sum(const StepTerms& terms) {
+  return StepReads{terms.x || (terms.x0 && terms.x0_x),
+                   terms.m || (terms.x0 && terms.x0_m),
+                   terms.learned,
+                   terms.g,
+                   terms.r,
+                   terms.z};
 }
 
 // c_i: the row's c scaled by the norm of the sample's guidance; 0 if that is 0.
@@ -153,9 +181,26 @@ COUP_FAST_FN F step_value(const StepRow& row, const StepTerms& terms, float scal
 
 // --- gradient ------------------------------------------------------------------------------------
 
-// Whether the gradient needs the sum itself, and with it the noise.
-COUP_FAST_FN bool gradient_needs_noise(const StepTerms& terms) {
-  return terms.z && (terms.out_clamp || terms.learned);
+// For the gradients: all that a clamp's mask, the variance or the guidance's norm depends on.
+COUP_FAST_FN constexpr StepReads reads_of_gradient(const StepTerms& terms, bool normed) {
+  const StepReads sum = reads_of_sum(terms);
+  const bool all = terms.out_clamp || terms.learned;
+  const bool x0 = terms.x0 && terms.x0_clamp;
+  return StepReads{(all && sum.x) || (x0 && terms.x0_x),
+                   (all && sum.m) || (x0 && terms.x0_m),
+                   terms.learned,
+                   terms.g && (all || normed),
+                   terms.r && all,
+                   terms.z && all};
+}
+
+// For <G, a>, see guidance_sample: G, and what a depends on.
+COUP_FAST_FN constexpr StepReads reads_of_dot(const StepTerms& terms) {
+  StepReads reads{};
+  if (terms.out_clamp) reads = reads_of_sum(terms);
+  reads.s = terms.learned;
+  reads.g = terms.g;
+  return reads;
 }
 
 // y: the gradient of the sum, given that of x'.
