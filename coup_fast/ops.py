@@ -224,7 +224,7 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What csrc/checks.h new_dense allocates: contiguous, or channels_last where `like` is that."""
+    """What csrc/calls/tensors.h new_dense makes: contiguous, or channels_last as `like` is."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.ndim)
     if layout is None or like.is_contiguous() or not like.is_contiguous(memory_format=layout):
         layout = torch.contiguous_format

@@ -2,10 +2,10 @@
 // the cache. Else: sums over segments, what they say about each sample, then the update of tiles,
 // each stage parallel over its items, so that one large sample uses all threads. Results don't
 // depend on how many there are, nor on the way.
-#include "adaptive_call.h"
+#include "calls/adaptive_step.h"
+
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
-#include "cpu/tiles_adaptive.h"
 
 namespace coup_fast {
 namespace {
@@ -24,7 +24,7 @@ float total(const std::vector<float>& sums, int64_t segments, int64_t sample, in
 std::vector<AdaptiveSample> samples_of(const AdaptiveStep& params) {
   const int64_t segments = num_segments(params.channels * params.pixels);
   std::vector<float> sums(static_cast<size_t>(2 * params.batch * segments));
-  const auto kernel = COUP_FAST_PICK(adaptive_change_segments);
+  const auto kernel = COUP_FAST_PICK(adaptive_step_sums);
   parallel(params.batch * segments, kSegment,
            [&](int64_t begin, int64_t end) { kernel(params, sums.data(), begin, end); });
   const AdaptiveRow row = adaptive_row(params.coeffs);
@@ -36,10 +36,10 @@ std::vector<AdaptiveSample> samples_of(const AdaptiveStep& params) {
   return samples;
 }
 
-void run(const AdaptiveStep& params) {
+void run(const AdaptiveStep& params, const Tensor&) {
   const int64_t numel = params.channels * params.pixels;
   if (numel > 0 && num_segments(numel) == 1) {
-    const auto kernel = COUP_FAST_PICK(adaptive_samples);
+    const auto kernel = COUP_FAST_PICK(adaptive_step_samples);
     parallel(params.batch, numel, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
     return;
   }
@@ -49,16 +49,16 @@ void run(const AdaptiveStep& params) {
     params.alpha[i] = samples[static_cast<size_t>(i)].alpha;
   }
   const auto kernel = COUP_FAST_PICK(adaptive_step_tiles);
-  parallel(num_tiles(params.batch, numel), kTileElements,
+  parallel(num_tiles(params.batch, numel), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, samples.data(), begin, end); });
 }
 
-void run_backward(const AdaptiveStepBackward& params) {
+void run_backward(const AdaptiveStepBackward& params, const Tensor&) {
   const AdaptiveStep& forward = params.forward;
   const int64_t numel = forward.channels * forward.pixels, segments = num_segments(numel);
   const std::vector<AdaptiveSample> samples = samples_of(forward);
   std::vector<float> sums(static_cast<size_t>(forward.batch * segments));
-  const auto dot_kernel = COUP_FAST_PICK(adaptive_dot_segments);
+  const auto dot_kernel = COUP_FAST_PICK(adaptive_step_dots);
   parallel(forward.batch * segments, kSegment, [&](int64_t begin, int64_t end) {
     dot_kernel(params, samples.data(), sums.data(), begin, end);
   });
@@ -67,27 +67,17 @@ void run_backward(const AdaptiveStepBackward& params) {
     slopes[static_cast<size_t>(i)] =
         adaptive_alpha_slope(samples[static_cast<size_t>(i)], total(sums, segments, i, 1, 0));
   }
-  const auto kernel = COUP_FAST_PICK(adaptive_backward_tiles);
-  parallel(num_tiles(forward.batch, numel), kTileElements, [&](int64_t begin, int64_t end) {
+  const auto kernel = COUP_FAST_PICK(adaptive_step_backward_tiles);
+  parallel(num_tiles(forward.batch, numel), kTile, [&](int64_t begin, int64_t end) {
     kernel(params, samples.data(), slopes.data(), begin, end);
   });
 }
 
-ThreeTensors adaptive_step(const Tensor& x, const Tensor& h, const Tensor& h_ahead,
-                           const Tensor& alive, const Tensor& coeffs) {
-  return adaptive_step_call(x, h, h_ahead, alive, coeffs, run);
-}
-
-ThreeTensors adaptive_step_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
-                                    const Tensor& h_ahead, const Tensor& alive,
-                                    const Tensor& coeffs) {
-  return adaptive_step_backward_call(grad, x, h, h_ahead, alive, coeffs, run_backward);
-}
-
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  m.impl("adaptive_step", TORCH_BOX(&coup_fast::adaptive_step));
-  m.impl("adaptive_step_backward", TORCH_BOX(&coup_fast::adaptive_step_backward));
+  m.impl("adaptive_step", TORCH_BOX(&adaptive_step<run>));
+  m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast

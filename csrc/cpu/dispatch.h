@@ -1,8 +1,8 @@
 // Chooses the instruction set once: the best this machine has, or what COUP_FAST_CPU says. A kernel
-// lives in a tiles*.cpp, which the build compiles once per instruction set in a namespace of its
+// lives in cpu/per_isa, which the build compiles once per instruction set in a namespace of its
 // name:
 //
-//   COUP_FAST_TILES(void frobnicate(const Frob& params, int64_t begin, int64_t end))   declares
+//   COUP_FAST_KERNEL(void frobnicate(const Frob& params, int64_t begin, int64_t end))   declares
 //   COUP_FAST_PICK(frobnicate)(params, begin, end)                                     chooses
 #pragma once
 
@@ -30,22 +30,22 @@ Function* pick(Function* baseline, [[maybe_unused]] Function* avx2,
 }  // namespace coup_fast
 
 #if defined(COUP_FAST_X86)
-#define COUP_FAST_TILES(...) \
-  namespace baseline {       \
-  __VA_ARGS__;               \
-  }                          \
-  namespace avx2 {           \
-  __VA_ARGS__;               \
-  }                          \
-  namespace avx512 {         \
-  __VA_ARGS__;               \
+#define COUP_FAST_KERNEL(...) \
+  namespace baseline {        \
+  __VA_ARGS__;                \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__;                \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__;                \
   }
 #define COUP_FAST_PICK(function) \
   ::coup_fast::pick(&baseline::function, &avx2::function, &avx512::function)
 #else
-#define COUP_FAST_TILES(...) \
-  namespace baseline {       \
-  __VA_ARGS__;               \
+#define COUP_FAST_KERNEL(...) \
+  namespace baseline {        \
+  __VA_ARGS__;                \
   }
 #define COUP_FAST_PICK(function) (&baseline::function)
 #endif

@@ -1,11 +1,11 @@
 // reverse_step, its in-place twin and its backward on the CPU: threads and the order of the passes.
-// The kernels are in tiles_reverse_step.cpp.
-#include <string>
+// The kernels are in per_isa/reverse_step.cpp.
+#include "calls/reverse_step.h"
+
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles.h"
-#include "reverse_step_call.h"
 
 namespace coup_fast {
 namespace {
@@ -32,12 +32,12 @@ std::vector<float> sum_samples(const ReverseStep& params, const Fill& fill) {
 }
 
 std::vector<float> guidance_squares(const ReverseStep& params) {
-  const auto kernel = COUP_FAST_PICK(guidance_square_segments);
+  const auto kernel = COUP_FAST_PICK(reverse_step_squares);
   return sum_samples(
       params, [&](float* sums, int64_t begin, int64_t end) { kernel(params, sums, begin, end); });
 }
 
-void run(const ReverseStep& params) {
+void run(const ReverseStep& params, const Tensor&) {
   const auto kernel = COUP_FAST_PICK(reverse_step_tiles);
   std::vector<float> scales;
   if (needs_norm(params)) {
@@ -46,7 +46,7 @@ void run(const ReverseStep& params) {
     for (float& scale : scales) scale = guidance_scale(row, params.guidance_norm, scale);
   }
   const float* scale_of = scales.empty() ? nullptr : scales.data();
-  parallel(num_tiles(params.batch, params.channels * params.pixels), kTileElements,
+  parallel(num_tiles(params.batch, params.channels * params.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, scale_of, begin, end); });
 }
 
@@ -59,7 +59,7 @@ std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) 
   for (size_t i = 0; i < samples.size(); ++i) {
     samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], 0.0f);
   }
-  const auto kernel = COUP_FAST_PICK(guidance_dot_segments);
+  const auto kernel = COUP_FAST_PICK(reverse_step_dots);
   const std::vector<float> dots =
       sum_samples(forward, [&](float* sums, int64_t begin, int64_t end) {
         kernel(params, samples.data(), sums, begin, end);
@@ -70,45 +70,21 @@ std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) 
   return samples;
 }
 
-void run_backward(const ReverseStepBackward& params) {
+void run_backward(const ReverseStepBackward& params, const Tensor&) {
   std::vector<GuidanceSample> samples;
   if (needs_norm(params.forward)) samples = guidance_samples(params);
   const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
   const auto kernel = COUP_FAST_PICK(reverse_step_backward_tiles);
-  parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels),
-           kTileElements,
+  parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });
 }
 
-Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                    const MaybeTensor& keys, const MaybeTensor& guidance,
-                    const MaybeTensor& reference, const MaybeTensor& noise,
-                    const std::string& guidance_norm) {
-  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                           run);
-}
-
-void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                   const MaybeTensor& keys, const MaybeTensor& guidance,
-                   const MaybeTensor& reference, const MaybeTensor& noise,
-                   const std::string& guidance_norm) {
-  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                             run);
-}
-
-FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
-                                  const Tensor& coeffs, const MaybeTensor& keys,
-                                  const MaybeTensor& guidance, const MaybeTensor& reference,
-                                  const MaybeTensor& noise, const std::string& guidance_norm) {
-  return reverse_step_backward_call(grad, x, model_out, coeffs, keys, guidance, reference, noise,
-                                    guidance_norm, run_backward);
-}
-
 }  // namespace
-}  // namespace coup_fast
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CPU, m) {
-  m.impl("reverse_step", TORCH_BOX(&coup_fast::reverse_step));
-  m.impl("reverse_step_", TORCH_BOX(&coup_fast::reverse_step_));
-  m.impl("reverse_step_backward", TORCH_BOX(&coup_fast::reverse_step_backward));
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<run>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<run>));
+  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast

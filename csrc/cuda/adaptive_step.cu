@@ -1,13 +1,13 @@
-// adaptive_step and its backward on CUDA; formulas in math/adaptive.h.
+// adaptive_step and its backward on CUDA; formulas in math/adaptive_step.h.
 //
 // Bytes of a forward call, float32, per element: x, h, h_ahead read, x' written: 16 (12 with 16-bit
 // h and h_ahead); h is kept between sums and update. The floor is those bytes over the device's
 // copy bandwidth. Backward reads grad, x, h, h_ahead and writes three gradients: 28. Above 3072
 // elements a sample it reads x, h_ahead and grad a second time (from L2), because the sum that
 // alpha's gradient needs depends on the clamp, and that on alpha.
-#include "adaptive_call.h"
-#include "adaptive_step.h"
+#include "calls/adaptive_step.h"
 #include "cuda/per_sample.cuh"
+#include "params/adaptive_step.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -16,7 +16,7 @@ struct AdaptiveState {
   AdaptiveRow row;
   bool alive;  // before the step
   AdaptiveSample sample;
-  float slope;  // backward: k of math/adaptive.h
+  float slope;  // backward: k of math/adaptive_step.h
 };
 
 // <h, h> and <h, h - h_ahead> of some quads.
@@ -178,34 +178,27 @@ struct Backward {
   __device__ void update_sample(int64_t, const State&) const {}
 };
 
-ThreeTensors adaptive_step(const Tensor& x, const Tensor& h, const Tensor& h_ahead,
-                           const Tensor& alive, const Tensor& coeffs) {
-  return adaptive_step_call(x, h, h_ahead, alive, coeffs, [&](const AdaptiveStep& params) {
-    const Access access = access_of({&params.x, &params.h, &params.h_ahead, &params.x_next},
-                                    params.channels, params.pixels, params.batch);
-    launch_per_sample(Device(x), "adaptive_step", Forward{params}, x, params.batch, params.channels,
-                      params.pixels, access);
-  });
+void run(const AdaptiveStep& params, const Tensor& x) {
+  const Access access = access_of({&params.x, &params.h, &params.h_ahead, &params.x_next},
+                                  params.channels, params.pixels, params.batch);
+  launch_per_sample(Device(x), "adaptive_step", Forward{params}, x, params.batch, params.channels,
+                    params.pixels, access);
 }
 
-ThreeTensors adaptive_step_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
-                                    const Tensor& h_ahead, const Tensor& alive,
-                                    const Tensor& coeffs) {
-  const auto run = [&](const AdaptiveStepBackward& params) {
-    const AdaptiveStep& forward = params.forward;
-    const Access access = access_of({&forward.x, &forward.h, &forward.h_ahead, &params.grad,
-                                     &params.grad_x, &params.grad_h, &params.grad_h_ahead},
-                                    forward.channels, forward.pixels, forward.batch);
-    launch_per_sample(Device(x), "adaptive_step_backward", Backward{params}, x, forward.batch,
-                      forward.channels, forward.pixels, access);
-  };
-  return adaptive_step_backward_call(grad, x, h, h_ahead, alive, coeffs, run);
+void run_backward(const AdaptiveStepBackward& params, const Tensor& x) {
+  const AdaptiveStep& forward = params.forward;
+  const Access access = access_of({&forward.x, &forward.h, &forward.h_ahead, &params.grad,
+                                   &params.grad_x, &params.grad_h, &params.grad_h_ahead},
+                                  forward.channels, forward.pixels, forward.batch);
+  launch_per_sample(Device(x), "adaptive_step_backward", Backward{params}, x, forward.batch,
+                    forward.channels, forward.pixels, access);
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("adaptive_step", TORCH_BOX(&coup_fast::cuda::adaptive_step));
-  m.impl("adaptive_step_backward", TORCH_BOX(&coup_fast::cuda::adaptive_step_backward));
+  m.impl("adaptive_step", TORCH_BOX(&adaptive_step<run>));
+  m.impl("adaptive_step_backward", TORCH_BOX(&adaptive_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

@@ -1,12 +1,13 @@
-// confidence_cotangent and its backward on CUDA; formulas in math/confidence.h.
+// confidence_cotangent and its backward on CUDA; formulas in math/confidence_cotangent.h.
 //
 // One warp a row: lane l holds classes l, l + 32, ..., which is the canonical order of the sums, so
 // the result is the CPU's bit for bit. The row is read from memory once and then, in two more
 // passes (sum, result), from L1. Bytes of a row of K float32 logits: 4 K read, 4 K + 4 written;
 // backward reads 8 K + 4 and writes 4 K. With few rows the floor is not bytes but the K / 32
 // dependent additions of a lane, about 4 cycles each.
-#include "confidence_call.h"
+#include "calls/confidence_cotangent.h"
 #include "cuda/launch.cuh"
+#include "math/confidence_cotangent.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Kernel, class Params>
-void run(const Tensor& logits, const char* name, Kernel* kernel, const Params& params) {
+void launch_rows(const Tensor& logits, const char* name, Kernel* kernel, const Params& params) {
   const int64_t blocks = (params.batch + kRowsPerBlock - 1) / kRowsPerBlock;
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "coup_fast::", name, ": too many rows, split the batch");
   Shape shape;
@@ -125,26 +126,19 @@ void run(const Tensor& logits, const char* name, Kernel* kernel, const Params& p
   launch(Device(logits), name, shape, kernel, params);
 }
 
-std::tuple<Tensor, Tensor> confidence_cotangent(const Tensor& logits) {
-  return confidence_cotangent_call(logits, [&](const ConfidenceCotangent& params) {
-    run(logits, "confidence_cotangent", forward_kernel, params);
-  });
+void run(const ConfidenceCotangent& params, const Tensor& logits) {
+  launch_rows(logits, "confidence_cotangent", forward_kernel, params);
 }
 
-Tensor confidence_cotangent_backward(const Tensor& grad_log_confidence,
-                                     const Tensor& grad_cotangent, const Tensor& logits) {
-  const auto run_kernel = [&](const ConfidenceCotangentBackward& params) {
-    run(logits, "confidence_cotangent_backward", backward_kernel, params);
-  };
-  return confidence_cotangent_backward_call(grad_log_confidence, grad_cotangent, logits,
-                                            run_kernel);
+void run_backward(const ConfidenceCotangentBackward& params, const Tensor& logits) {
+  launch_rows(logits, "confidence_cotangent_backward", backward_kernel, params);
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("confidence_cotangent", TORCH_BOX(&coup_fast::cuda::confidence_cotangent));
-  m.impl("confidence_cotangent_backward",
-         TORCH_BOX(&coup_fast::cuda::confidence_cotangent_backward));
+  m.impl("confidence_cotangent", TORCH_BOX(&confidence_cotangent<run>));
+  m.impl("confidence_cotangent_backward", TORCH_BOX(&confidence_cotangent_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

@@ -3,9 +3,8 @@
 // block takes several hundred instructions for its four elements (ten rounds, two logarithms, two
 // sines and cosines), so on devices of several TB/s the floor is more likely the rate of
 // instructions.
-#include "checks.h"
+#include "calls/normal.h"
 #include "cuda/per_quad.cuh"
-#include "cuda/step_quads.cuh"
 
 namespace coup_fast::cuda {
 namespace {
@@ -24,22 +23,17 @@ struct Draw {
   }
 };
 
-Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
-  const Tensor out = new_normal(keys, shape);
-  Arguments arguments("normal", "keys", keys);
-  const int64_t batch = keys.size(0), numel = batch == 0 ? 0 : out.numel() / batch;
-  View view;
-  view.data = out.data_ptr();
-  view.sample_stride = view.channel_stride = numel;
-  view.pixel_stride = 1;
-  launch_per_quad(Device(keys), "normal", Draw{arguments.keys(keys), view}, view, batch, 1, numel,
-                  access_of({&view}, 1, numel, batch));
-  return out;
+void run(const Normal& params, const Tensor& keys) {
+  View out;
+  out.data = params.out;
+  out.sample_stride = out.channel_stride = params.numel;
+  out.pixel_stride = 1;
+  launch_per_quad(Device(keys), "normal", Draw{params.keys, out}, out, params.batch, 1,
+                  params.numel, access_of({&out}, 1, params.numel, params.batch));
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("normal", TORCH_BOX(&coup_fast::cuda::normal));
-}
+STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) { m.impl("normal", TORCH_BOX(&normal<run>)); }
+
+}  // namespace coup_fast::cuda

@@ -8,9 +8,9 @@
 //   apply(io, row)         reads, computes and writes the quads of one access
 #pragma once
 
+#include "cuda/index.h"
 #include "cuda/launch.cuh"
-#include "cuda/packed.cuh"
-#include "math/work.h"
+#include "cuda/quads.cuh"
 
 namespace coup_fast::cuda {
 

@@ -32,10 +32,10 @@
 
 #include <utility>
 
+#include "cuda/index.h"
 #include "cuda/launch.cuh"
-#include "cuda/packed.cuh"
+#include "cuda/quads.cuh"
 #include "cuda/sample_sums.cuh"
-#include "math/work.h"
 
 namespace coup_fast::cuda {
 

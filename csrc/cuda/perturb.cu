@@ -1,9 +1,8 @@
-// perturb and its backward on CUDA; formulas in math/step.h. Bytes an element: images read, 4
+// perturb and its backward on CUDA; formulas in math/perturb.h. Bytes an element: images read, 4
 // written; backward reads grad, and images too where the row clamps, and writes the gradient in the
 // type of images. The floor is those bytes over the device's copy bandwidth.
+#include "calls/perturb.h"
 #include "cuda/per_quad.cuh"
-#include "cuda/step_quads.cuh"
-#include "perturb_call.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -64,33 +63,27 @@ struct Backward {
   }
 };
 
-Tensor perturb(const Tensor& images, const Tensor& coeffs, const MaybeTensor& keys,
-               const MaybeTensor& noise) {
-  return perturb_call(images, coeffs, keys, noise, [&](const Perturb& params) {
-    const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
-                                    params.pixels, params.batch);
-    launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
-                    params.channels, params.pixels, access);
-  });
+void run(const Perturb& params, const Tensor& images) {
+  const Access access = access_of({&params.images, &params.noise, &params.out}, params.channels,
+                                  params.pixels, params.batch);
+  launch_per_quad(Device(images), "perturb", Forward{params}, params.images, params.batch,
+                  params.channels, params.pixels, access);
 }
 
-Tensor perturb_backward(const Tensor& grad, const Tensor& images, const Tensor& coeffs,
-                        const MaybeTensor& keys, const MaybeTensor& noise) {
-  const auto run = [&](const PerturbBackward& params) {
-    const Perturb& forward = params.forward;
-    const Access access =
-        access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
-                  forward.channels, forward.pixels, forward.batch);
-    launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
-                    forward.batch, forward.channels, forward.pixels, access);
-  };
-  return perturb_backward_call(grad, images, coeffs, keys, noise, run);
+void run_backward(const PerturbBackward& params, const Tensor& images) {
+  const Perturb& forward = params.forward;
+  const Access access =
+      access_of({&forward.images, &forward.noise, &params.grad, &params.grad_images},
+                forward.channels, forward.pixels, forward.batch);
+  launch_per_quad(Device(images), "perturb_backward", Backward{params}, forward.images,
+                  forward.batch, forward.channels, forward.pixels, access);
 }
 
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("perturb", TORCH_BOX(&coup_fast::cuda::perturb));
-  m.impl("perturb_backward", TORCH_BOX(&coup_fast::cuda::perturb_backward));
+  m.impl("perturb", TORCH_BOX(&perturb<run>));
+  m.impl("perturb_backward", TORCH_BOX(&perturb_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

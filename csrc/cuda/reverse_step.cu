@@ -1,4 +1,4 @@
-// reverse_step, its in-place twin and its backward on CUDA; formulas in math/step.h.
+// reverse_step, its in-place twin and its backward on CUDA; formulas in math/reverse_step.h.
 //
 // Without a guidance norm every element stands alone: per_quad.cuh. With one, per_sample.cuh sums
 // <G, G> first, and in backward <G, a> as well, keeping G in shared memory in between.
@@ -7,12 +7,10 @@
 // same. Backward reads grad, and of the inputs only what masks, variance or norm depend on, and
 // writes a gradient for each input. The floor is those bytes over the device's copy bandwidth, or
 // the arithmetic of the noise (see normal.cu), whichever takes longer.
-#include <string>
-
+#include "calls/reverse_step.h"
 #include "cuda/per_quad.cuh"
 #include "cuda/per_sample.cuh"
 #include "cuda/step_quads.cuh"
-#include "reverse_step_call.h"
 
 namespace coup_fast::cuda {
 namespace {
@@ -28,8 +26,7 @@ struct Forward {
 
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
-    auto raw = load_step(io, params, reads_of_sum<kPlain>());
-    draw_noise(io, params, row.terms.z, raw);
+    const auto raw = load_step(io, params, reads_of_call<kPlain>(row.terms, false));
     store_step(io, params, row, row.row.c, step_values<kPlain>(io, params, raw, nullptr));
   }
 };
@@ -45,8 +42,7 @@ struct Backward {
   template <class Io>
   __device__ void apply(const Io& io, const Row& row) const {
     const auto raw_grad = io.load_raw(params.grad);
-    auto raw = load_step(io, params.forward, reads_of_gradient<kPlain>(row.terms, false));
-    draw_noise(io, params.forward, gradient_needs_noise(row.terms), raw);
+    const auto raw = load_step(io, params.forward, reads_of_gradient(row.terms, false));
     const auto in = step_values<kPlain>(io, params.forward, raw, nullptr);
     const auto grad = finish_load(io, params.grad, raw_grad);
     const float scale = row.row.c;
@@ -90,11 +86,7 @@ struct NormedForward {
   template <int kPhase, class Io>
   __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
     if (!is_phase(kPhase, kRounds)) return {};
-    StepReads reads = reads_of_sum<kPlain>();
-    reads.g = false;
-    auto raw = load_step(io, params, reads);
-    draw_noise(io, params, state.constants.terms.z, raw);
-    return raw;
+    return load_step(io, params, reads_of_call<kPlain>(state.constants.terms, true));
   }
 
   template <int kRound, class Io>
@@ -142,15 +134,11 @@ struct NormedBackward {
   __device__ Inputs<Io::kCount> load(const Io& io, const State& state) const {
     if (kPhase == 0) return {};
     const StepTerms& terms = state.constants.terms;
-    StepReads reads = reads_of_gradient<false>(terms, true);
-    if (kPhase == 1 && !terms.out_clamp)
-      reads = StepReads{false, false, terms.learned, false, false};
-    reads.g = false;
+    StepReads reads = kPhase == 1 ? reads_of_dot(terms) : reads_of_gradient(terms, true);
+    reads.g = false;  // it is staged
     Inputs<Io::kCount> in;
     in.grad = io.load_raw(params.grad);
     in.step = load_step(io, params.forward, reads);
-    const bool noisy = kPhase == 1 ? terms.z && terms.out_clamp : gradient_needs_noise(terms);
-    draw_noise(io, params.forward, noisy, in.step);
     return in;
   }
 
@@ -214,7 +202,8 @@ bool is_plain(const ReverseStep& params) {
 }
 
 template <bool kPlain>
-void run_plain(const Device& device, const Tensor& x, const ReverseStep& params) {
+void launch_step(const ReverseStep& params, const Tensor& x) {
+  const Device device(x);
   const Access access =
       access_of({&params.x, &params.m, &params.s, &params.g, &params.r, &params.z, &params.out},
                 params.channels, params.pixels, params.batch);
@@ -227,11 +216,12 @@ void run_plain(const Device& device, const Tensor& x, const ReverseStep& params)
   }
 }
 
-void run(const Device& device, const Tensor& x, const ReverseStep& params) {
-  is_plain(params) ? run_plain<true>(device, x, params) : run_plain<false>(device, x, params);
+void run(const ReverseStep& params, const Tensor& x) {
+  is_plain(params) ? launch_step<true>(params, x) : launch_step<false>(params, x);
 }
 
-void run_backward(const Device& device, const Tensor& x, const ReverseStepBackward& params) {
+void run_backward(const ReverseStepBackward& params, const Tensor& x) {
+  const Device device(x);
   const ReverseStep& forward = params.forward;
   const Access access = access_of(
       {&forward.x, &forward.m, &forward.s, &forward.g, &forward.r, &forward.z, &params.grad,
@@ -249,36 +239,12 @@ void run_backward(const Device& device, const Tensor& x, const ReverseStepBackwa
   }
 }
 
-Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                    const MaybeTensor& keys, const MaybeTensor& guidance,
-                    const MaybeTensor& reference, const MaybeTensor& noise,
-                    const std::string& guidance_norm) {
-  return reverse_step_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                           [&](const ReverseStep& params) { run(Device(x), x, params); });
-}
-
-void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                   const MaybeTensor& keys, const MaybeTensor& guidance,
-                   const MaybeTensor& reference, const MaybeTensor& noise,
-                   const std::string& guidance_norm) {
-  reverse_step_in_place_call(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-                             [&](const ReverseStep& params) { run(Device(x), x, params); });
-}
-
-FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
-                                  const Tensor& coeffs, const MaybeTensor& keys,
-                                  const MaybeTensor& guidance, const MaybeTensor& reference,
-                                  const MaybeTensor& noise, const std::string& guidance_norm) {
-  return reverse_step_backward_call(
-      grad, x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm,
-      [&](const ReverseStepBackward& params) { run_backward(Device(x), x, params); });
-}
-
 }  // namespace
-}  // namespace coup_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(coup_fast, CUDA, m) {
-  m.impl("reverse_step", TORCH_BOX(&coup_fast::cuda::reverse_step));
-  m.impl("reverse_step_", TORCH_BOX(&coup_fast::cuda::reverse_step_));
-  m.impl("reverse_step_backward", TORCH_BOX(&coup_fast::cuda::reverse_step_backward));
+  m.impl("reverse_step", TORCH_BOX(&reverse_step<run>));
+  m.impl("reverse_step_", TORCH_BOX(&reverse_step_<run>));
+  m.impl("reverse_step_backward", TORCH_BOX(&reverse_step_backward<run_backward>));
 }
+
+}  // namespace coup_fast::cuda

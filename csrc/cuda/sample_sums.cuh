@@ -5,8 +5,8 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include "cuda/packed.cuh"
-#include "math/work.h"
+#include "cuda/index.h"
+#include "cuda/quads.cuh"
 
 namespace coup_fast::cuda {
 

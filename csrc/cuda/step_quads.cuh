@@ -1,39 +1,11 @@
-// What the kernels of reverse_step and perturb share: the noise of some quads, and a step's inputs
-// in registers. Loads of all tensors are issued before the first is used; Philox runs in their
-// shadow.
+// What the kernels of reverse_step share: a step's inputs in registers. Loads of all tensors are
+// issued before the first is used; Philox runs in their shadow.
 #pragma once
 
-#include "cuda/packed.cuh"
-#include "math/normal.h"
-#include "reverse_step.h"
+#include "cuda/quads.cuh"
+#include "params/reverse_step.h"
 
 namespace coup_fast::cuda {
-
-// The normals of the quads' Philox blocks. They are of one sample: one key, one key schedule.
-template <class Io>
-__device__ __forceinline__ Quads<Io::kCount> noise_at(const Io& io, const int64_t* keys) {
-  const NoiseKey key{static_cast<uint64_t>(keys[2 * io.sample()]),
-                     static_cast<uint64_t>(keys[2 * io.sample() + 1])};
-  const PhiloxKeys<float> schedule = philox_keys<float>(key.key);
-  Quads<Io::kCount> quads;
-#pragma unroll
-  for (int q = 0; q < Io::kCount; ++q) {
-    const uint64_t counter = key.offset + io.block(q);
-    const Normals<float> normals =
-        normals_of<float>(philox<float>(counter, counter >> 32, 0, 0, schedule));
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) quads.quad[q].at[k] = normals.value[k];
-  }
-  return quads;
-}
-
-// z, given or drawn. wanted is uniform over the grid.
-template <class Io>
-__device__ __forceinline__ Quads<Io::kCount> noise_of(const Io& io, bool wanted, const View& given,
-                                                      const int64_t* keys) {
-  if (!wanted) return {};
-  return given.data != nullptr ? load(io, given) : noise_at(io, keys);
-}
 
 // The row of a call, and what it leaves to do.
 struct StepConstants {
@@ -50,24 +22,11 @@ __device__ __forceinline__ StepConstants step_constants(const ReverseStep& param
   return StepConstants{row, step_terms(row, inputs)};
 }
 
-struct StepReads {
-  bool x, m, s, g, r;
-};
-
-// For the sum of the terms: all there is, so that the loads need not wait for the row.
+// For the sum of the terms: all there is, so that the loads need not wait for the row. staged_g:
+// the caller holds G already.
 template <bool kPlain>
-__device__ __forceinline__ StepReads reads_of_sum() {
-  return StepReads{true, true, !kPlain, true, !kPlain};
-}
-
-// For the gradients: all that a clamp's mask, the variance or the guidance's norm depends on.
-template <bool kPlain>
-__device__ __forceinline__ StepReads reads_of_gradient(const StepTerms& terms, bool normed) {
-  const bool all = terms.out_clamp || terms.learned;
-  const bool x0 = terms.x0 && terms.x0_clamp;
-  return StepReads{(all && (terms.x || (terms.x0 && terms.x0_x))) || (x0 && terms.x0_x),
-                   (all && (terms.m || (terms.x0 && terms.x0_m))) || (x0 && terms.x0_m),
-                   !kPlain && terms.learned, terms.g && (all || normed), !kPlain && terms.r && all};
+__device__ __forceinline__ StepReads reads_of_call(const StepTerms& terms, bool staged_g) {
+  return StepReads{true, true, !kPlain, !staged_g, !kPlain, terms.z};
 }
 
 // A step's inputs as loaded, and the noise.
@@ -96,13 +55,8 @@ __device__ __forceinline__ RawStep<Io::kCount> load_step(const Io& io, const Rev
   if (reads.s) raw.s = io.load_raw(params.s);
   if (reads.g) raw.g = io.load_raw(params.g);
   if (reads.r) raw.r = io.load_raw(params.r);
+  raw.z = noise_of(io, reads.z, params.z, params.keys);
   return raw;
-}
-
-template <class Io>
-__device__ __forceinline__ void draw_noise(const Io& io, const ReverseStep& params, bool wanted,
-                                           RawStep<Io::kCount>& raw) {
-  raw.z = noise_of(io, wanted, params.z, params.keys);
 }
 
 // staged_g: G where the caller holds it already, or null.

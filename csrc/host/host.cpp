@@ -1,6 +1,6 @@
-// _host: csrc/math seen from Python, scalar and torch-free, so that tests can hold the mathematics
-// and the index arithmetic against NumPy and float64. Functions of numbers work on arrays
-// elementwise. Nothing in the package uses it.
+// _host: csrc/math and csrc/cuda/index.h seen from Python, scalar and torch-free, so that tests can
+// hold the mathematics and the index arithmetic against NumPy and float64. Functions of numbers
+// work on arrays elementwise. Nothing in the package uses it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,10 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "math/confidence_cotangent.h"
 #include "math/layout.h"
 #include "math/normal.h"
 #include "math/reduce.h"
-#include "math/step.h"
+#include "math/reverse_step.h"
 
 namespace py = pybind11;
 
@@ -90,7 +91,7 @@ bool dense_sample(int64_t channels, int64_t pixels, const Sizes& strides) {
 
 }  // namespace
 
-void bind_work(py::module_& m);  // work.cpp
+void bind_index(py::module_& m);  // index.cpp
 
 }  // namespace coup_fast
 
@@ -104,6 +105,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("uniform", py::vectorize([](uint32_t word) { return uniform<float>(word); }));
   m.def("log", py::vectorize([](float value) { return log_positive<float>(value); }));
   m.def("exp", py::vectorize([](float value) { return exp<float>(value); }));
+
+  m.def("log_confidence",
+        py::vectorize([](float others) { return log_confidence(confidence_row(0.0f, others)); }));
 
   m.def("float_of_float16", py::vectorize([](uint16_t bits) { return float_of_float16(bits); }));
   m.def("float_of_bfloat16", py::vectorize([](uint16_t bits) { return float_of_bfloat16(bits); }));
@@ -122,7 +126,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("sample_is_dense", &dense_sample, py::arg("channels"), py::arg("pixels"),
         py::arg("strides"));
 
-  bind_work(m);
+  bind_index(m);
   m.def("canonical_dot", &dot);
   m.attr("segment") = kSegment;
   m.attr("reduce_lanes") = kReduceLanes;

@@ -1,6 +1,7 @@
 // float16 and bfloat16 as bit patterns: exact widening, and rounding to nearest even.
-// Scalar, for host and device; csrc/cpu/simd.h widens whole vectors to the same values. On a device
-// the conversions are instructions, which round the same (only the payload of a NaN may differ).
+// Scalar, for host and device; csrc/cpu/per_isa/vectors.h widens whole vectors to the same values.
+// On a device the conversions are instructions, which round the same (only the payload of a NaN may
+// differ).
 #pragma once
 
 #include <cstdint>

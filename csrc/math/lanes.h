@@ -1,5 +1,6 @@
 // What the mathematics asks of a lane type, and the scalar lane type, float, for host and device.
-// csrc/cpu/simd.h specialises Lanes for vector types; every operation gives the same bits in each.
+// csrc/cpu/per_isa/vectors.h specialises Lanes for vector types; every operation gives the same
+// bits in each.
 //
 // Operators (+ - * & | ^ << >> < == ...) are those of the language. A type F is a float or a vector
 // of them, Lanes<F>::U the unsigned integers of the same width; >> is a logical shift.

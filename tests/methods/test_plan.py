@@ -51,9 +51,9 @@ def test_columns_have_the_contract_order() -> None:
 @pytest.mark.parametrize(
     ("header", "struct", "columns"),
     [
-        ("step.h", "StepRow", ROW_COLUMNS),
-        ("step.h", "PerturbRow", plan.START_COLUMNS),
-        ("adaptive.h", "AdaptiveRow", plan.ADAPTIVE_COLUMNS),
+        ("reverse_step.h", "StepRow", ROW_COLUMNS),
+        ("perturb.h", "PerturbRow", plan.START_COLUMNS),
+        ("adaptive_step.h", "AdaptiveRow", plan.ADAPTIVE_COLUMNS),
     ],
 )
 def test_kernels_have_the_same_columns(header: str, struct: str, columns) -> None:

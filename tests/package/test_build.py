@@ -49,11 +49,11 @@ def test_only_the_stable_abi_of_torch_and_no_python_is_used() -> None:
 @needs_nm
 def test_code_for_one_instruction_set_does_not_leak_into_another() -> None:
     """Inline functions are merged by the linker: one compiled for AVX-512 must not serve all."""
-    objects = list(ROOT.glob("build/cmake-*-inplace/CMakeFiles/tiles_avx*.dir/**/*.o"))
+    objects = list(ROOT.glob("build/cmake-*-inplace/CMakeFiles/per_isa_avx*.dir/**/*.o"))
     if not objects:
         pytest.skip("needs the build folder of an in-place build on x86-64")
     for path in objects:
-        isa = re.search(r"tiles_(\w+)\.dir", str(path))[1]
+        isa = re.search(r"per_isa_(\w+)\.dir", str(path))[1]
         for line in run("nm", "--defined-only", path).stdout.splitlines():
             _, kind, name = line.split(maxsplit=2)
             assert kind not in "WuT" or f"{len(isa)}{isa}" in name, f"{path.name} {isa}: {line}"

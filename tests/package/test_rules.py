@@ -28,7 +28,8 @@ def project_files(suffixes: set[str]) -> list[Path]:
 
 
 def includes_of(folder: str) -> Iterator[tuple[Path, str]]:
-    for path in sorted((ROOT / folder).rglob("*")):
+    place = ROOT / folder
+    for path in [place] if place.is_file() else sorted(place.rglob("*")):
         if path.suffix in CODE:
             for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
                 yield path.relative_to(ROOT), name
@@ -39,8 +40,12 @@ def includes_of(folder: str) -> Iterator[tuple[Path, str]]:
     [
         # math/: C++ standard headers (no dot in the name) and its own files, nothing else.
         ("csrc/math", r"(?!math/)[\w/]*\..*|cuda.*|pybind11.*|torch.*"),
-        ("csrc/host", r"torch/.*|ATen/.*|c10/.*|cuda.*"),
+        ("csrc/host", r"torch/.*|ATen/.*|c10/.*|cuda(?!/index\.h).*"),
+        ("csrc/params", r"(?!math/)[\w/]*\..*"),
+        ("csrc/calls", r"cpu/.*|cuda.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
+        ("csrc/cpu/per_isa", r"torch/.*|calls/.*|cuda.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
         ("csrc/cpu", r"cuda.*|cuda/.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
+        ("csrc/cuda/index.h", r"(?!math/)[\w/]*\..*"),
         ("csrc/cuda", r"cpu/.*|pybind11/.*|Python\.h|ATen/.*|c10/.*"),
     ],
 )

@@ -1,5 +1,5 @@
-// The one step that every purification method is a sequence of (docs of the coefficient table:
-// coup_fast/plan.py), its gradient, and the pixel map with forward diffusion.
+// The one step that every purification method is a sequence of, and its gradient (docs of the
+// coefficient table: coup_fast/plan.py).
 //
 //   x0  = clamp(p x + q m, x0_lo, x0_hi)
 //   sum = u x0 + v x + w m + c_i G + e r + d z
@@ -11,6 +11,7 @@
 // in the row is exactly 0, or whose input is absent, contributes nothing, whatever its input.
 #pragma once
 
+#include "math/clamp.h"
 #include "math/elementary.h"
 
 namespace coup_fast {
@@ -47,7 +48,19 @@ struct StepTerms {
   bool learned;                        // some of them depend on the learned variance
 };
 
-COUP_FAST_FN bool bounded(float lo, float hi) { return !(lo == -INFINITY && hi == INFINITY); }
+// The terms of most rows: x0 and x, or x and m, and of G, r and z those that are named. Bounds are
+// applied even where they are infinite, which changes nothing.
+COUP_FAST_FN constexpr StepTerms terms_of(bool x0, bool g, bool r, bool z) {
+  StepTerms terms{};
+  terms.x0 = terms.x0_x = terms.x0_m = x0;
+  terms.x = true;
+  terms.m = !x0;
+  terms.g = g;
+  terms.r = r;
+  terms.z = z;
+  terms.x0_clamp = terms.out_clamp = true;
+  return terms;
+}
 
 COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) {
   StepTerms terms{};
@@ -65,6 +78,20 @@ COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) 
   return terms;
 }
 
+// Which inputs an element needs.
+struct StepReads {
+  bool x, m, s, g, r, z;
+};
+
+COUP_FAST_FN constexpr StepReads reads_of_sum(const StepTerms& terms) {
+  return StepReads{terms.x || (terms.x0 && terms.x0_x),
+                   terms.m || (terms.x0 && terms.x0_m),
+                   terms.learned,
+                   terms.g,
+                   terms.r,
+                   terms.z};
+}
+
 // c_i: the row's c scaled by the norm of the sample's guidance; 0 if that is 0.
 COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float square) {
   if (norm == GuidanceNorm::kNone) return row.c;
@@ -72,22 +99,6 @@ COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float s
   const float length = Lanes<float>::sqrt(square);
   if (norm == GuidanceNorm::kNormalised) return row.c / length;
   return length <= row.g_max ? row.c : row.c * (row.g_max / length);
-}
-
-// NaN propagates.
-template <class F>
-COUP_FAST_FN F clamp(F value, float lo, float hi) {
-  using L = Lanes<F>;
-  value = L::select(L::set(lo) > value, L::set(lo), value);
-  return L::select(L::set(hi) < value, L::set(hi), value);
-}
-
-// The gradient of clamp(value, lo, hi): it passes where lo <= value <= hi.
-template <class F>
-COUP_FAST_FN F clamp_gradient(F gradient, F value, float lo, float hi) {
-  using L = Lanes<F>;
-  gradient = L::select(value >= L::set(lo), gradient, L::set(0.0f));
-  return L::select(value <= L::set(hi), gradient, L::set(0.0f));
 }
 
 // The inputs of some elements. What the terms leave out is not read.
@@ -170,9 +181,26 @@ COUP_FAST_FN F step_value(const StepRow& row, const StepTerms& terms, float scal
 
 // --- gradient ------------------------------------------------------------------------------------
 
-// Whether the gradient needs the sum itself, and with it the noise.
-COUP_FAST_FN bool gradient_needs_noise(const StepTerms& terms) {
-  return terms.z && (terms.out_clamp || terms.learned);
+// For the gradients: all that a clamp's mask, the variance or the guidance's norm depends on.
+COUP_FAST_FN constexpr StepReads reads_of_gradient(const StepTerms& terms, bool normed) {
+  const StepReads sum = reads_of_sum(terms);
+  const bool all = terms.out_clamp || terms.learned;
+  const bool x0 = terms.x0 && terms.x0_clamp;
+  return StepReads{(all && sum.x) || (x0 && terms.x0_x),
+                   (all && sum.m) || (x0 && terms.x0_m),
+                   terms.learned,
+                   terms.g && (all || normed),
+                   terms.r && all,
+                   terms.z && all};
+}
+
+// For <G, a>, see guidance_sample: G, and what a depends on.
+COUP_FAST_FN constexpr StepReads reads_of_dot(const StepTerms& terms) {
+  StepReads reads{};
+  if (terms.out_clamp) reads = reads_of_sum(terms);
+  reads.s = terms.learned;
+  reads.g = terms.g;
+  return reads;
 }
 
 // y: the gradient of the sum, given that of x'.
@@ -256,53 +284,6 @@ COUP_FAST_FN StepGradients<F> step_gradients(const StepRow& row, const StepTerms
                               row.log_var_hi);
   }
   return out;
-}
-
-// --- pixel map and forward diffusion -----------------------------------------------------------
-//   out_scale clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias
-
-struct PerturbRow {
-  float scale, bias, std, sign_std, lo, hi, out_scale, out_bias;
-};
-constexpr int kPerturbColumns = 8;
-
-COUP_FAST_FN PerturbRow perturb_row(const float* coeffs) {
-  PerturbRow row;
-  memcpy(&row, coeffs, sizeof(row));
-  return row;
-}
-
-COUP_FAST_FN bool perturb_is_noisy(const PerturbRow& row) {
-  return row.std != 0.0f || row.sign_std != 0.0f;
-}
-
-// Before the clamp. noisy: the row is, and there is noise. sign(z) is 1 for z = 0.
-template <class F>
-COUP_FAST_FN F perturb_sum(const PerturbRow& row, bool noisy, F u, F z) {
-  using L = Lanes<F>;
-  F sum = L::set(row.bias);
-  if (row.scale != 0.0f) sum = L::fma(L::set(row.scale), u, sum);
-  if (noisy && row.std != 0.0f) sum = L::fma(L::set(row.std), z, sum);
-  if (noisy && row.sign_std != 0.0f) {
-    sum = sum + L::select(z < L::set(0.0f), L::set(-row.sign_std), L::set(row.sign_std));
-  }
-  return sum;
-}
-
-template <class F>
-COUP_FAST_FN F perturb_value(const PerturbRow& row, bool noisy, F u, F z) {
-  using L = Lanes<F>;
-  F sum = perturb_sum<F>(row, noisy, u, z);
-  if (bounded(row.lo, row.hi)) sum = clamp<F>(sum, row.lo, row.hi);
-  return L::fma(L::set(row.out_scale), sum, L::set(row.out_bias));
-}
-
-template <class F>
-COUP_FAST_FN F perturb_gradient(const PerturbRow& row, bool noisy, F u, F z, F gradient) {
-  using L = Lanes<F>;
-  const F y = L::set(row.out_scale) * gradient * L::set(row.scale);
-  if (!bounded(row.lo, row.hi)) return y;
-  return clamp_gradient<F>(y, perturb_sum<F>(row, noisy, u, z), row.lo, row.hi);
 }
 
 }  // namespace coup_fast

@@ -10,7 +10,7 @@
 //
 // Everything is read once, so loads are marked for early eviction from the caches.
 //
-// Knows raw pointers and strides; math/work.h says which quads a thread takes.
+// Knows raw pointers and strides; cuda/index.h says which quads a thread takes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,9 +19,9 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "cuda/index.h"
 #include "math/layout.h"
-#include "math/philox.h"
-#include "math/work.h"
+#include "math/normal.h"
 
 namespace coup_fast::cuda {
 
@@ -255,6 +255,34 @@ __device__ __forceinline__ void each(const Io&, Visit visit) {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) visit(q, k);
   }
+}
+
+// --- the noise of quads --------------------------------------------------------------------------
+
+// The normals of the quads' Philox blocks. They are of one sample: one key, one key schedule.
+template <class Io>
+__device__ __forceinline__ Quads<Io::kCount> noise_at(const Io& io, const int64_t* keys) {
+  const NoiseKey key{static_cast<uint64_t>(keys[2 * io.sample()]),
+                     static_cast<uint64_t>(keys[2 * io.sample() + 1])};
+  const PhiloxKeys<float> schedule = philox_keys<float>(key.key);
+  Quads<Io::kCount> quads;
+#pragma unroll
+  for (int q = 0; q < Io::kCount; ++q) {
+    const uint64_t counter = key.offset + io.block(q);
+    const Normals<float> normals =
+        normals_of<float>(philox<float>(counter, counter >> 32, 0, 0, schedule));
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) quads.quad[q].at[k] = normals.value[k];
+  }
+  return quads;
+}
+
+// z, given or drawn. wanted is uniform over the grid.
+template <class Io>
+__device__ __forceinline__ Quads<Io::kCount> noise_of(const Io& io, bool wanted, const View& given,
+                                                      const int64_t* keys) {
+  if (!wanted) return {};
+  return given.data != nullptr ? load(io, given) : noise_at(io, keys);
 }
 
 // --- which access a call can have, decided on the host ------------------------------------------

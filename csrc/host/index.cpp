@@ -1,6 +1,6 @@
-// _host: which thread of a CUDA kernel works on which elements (math/work.h), by running all
-// threads of a launch on the host; and the scalar functions of math/confidence.h.
-#include "math/work.h"
+// _host: which thread of a CUDA kernel works on which elements (cuda/index.h), by running all
+// threads of a launch on the host.
+#include "cuda/index.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -8,8 +8,6 @@
 
 #include <tuple>
 #include <vector>
-
-#include "math/confidence.h"
 
 namespace py = pybind11;
 
@@ -70,7 +68,7 @@ std::tuple<int, int> team_of(int64_t segments, int most_groups, bool has_cluster
 
 }  // namespace
 
-void bind_work(py::module_& m) {
+void bind_index(py::module_& m) {
   m.def("grid_places", &grid_places, py::arg("threads"), py::arg("batch"), py::arg("channels"),
         py::arg("pixels"), py::arg("channels_last"));
   m.def("sum_places", &sum_places, py::arg("numel"), py::arg("blocks"), py::arg("groups"));
@@ -80,9 +78,6 @@ void bind_work(py::module_& m) {
   m.attr("max_own") = cuda::kMaxOwn;
   m.attr("sum_threads") = cuda::kSumThreads;
   m.attr("sum_steps") = cuda::kSumSteps;
-
-  m.def("log_confidence",
-        py::vectorize([](float others) { return log_confidence(confidence_row(0.0f, others)); }));
 }
 
 }  // namespace coup_fast

@@ -1,25 +1,8 @@
-// Kernels of normal and perturb, compiled once per instruction set. Formulas: math/normal.h,
-// step.h.
-#include "cpu/tile.h"
-#include "cpu/tiles.h"
+// Kernels of perturb and its backward, compiled once per instruction set. Formulas: math/perturb.h.
+#include "cpu/kernels.h"
+#include "cpu/per_isa/tile.h"
 
 namespace coup_fast::COUP_FAST_ISA {
-
-void normal_tiles(const NormalDraw& draw, int64_t begin, int64_t end) {
-  const Tiling tiling(1, draw.numel, View{});
-  Buffer buffer;
-  for (int64_t item = begin; item < end; ++item) {
-    const Tile tile = tiling[item];
-    float* out = draw.out + tile.sample * draw.numel + tile.first;
-    if (tile.count == kTile) {
-      generate(noise_key(draw.keys, tile.sample), static_cast<uint64_t>(tile.first / kBlock),
-               kTile / (kBlock * kWidth), out);
-    } else {
-      memcpy(out, noise_of(draw.keys, tile, buffer),
-             sizeof(float) * static_cast<size_t>(tile.count));
-    }
-  }
-}
 
 // The noise of a tile, given or generated; null where the row or the call has none.
 static const float* perturb_noise(const Perturb& params, const PerturbRow& row,

@@ -1,11 +1,12 @@
-// confidence_cotangent and its backward from tensors to parameters, once for CPU and CUDA: checks
-// the arguments, makes the outputs, calls run(params). Knows no kernel.
+// confidence_cotangent and its backward from tensors to parameters, for any device: checks the
+// arguments, makes the outputs, calls run(params, logits), which is a device's kernels; logits
+// tells which device. Knows no kernel.
 #pragma once
 
 #include <tuple>
 
-#include "checks.h"
-#include "confidence_cotangent.h"
+#include "calls/arguments.h"
+#include "params/confidence_cotangent.h"
 
 namespace coup_fast {
 
@@ -15,8 +16,8 @@ inline void require_logits(const Arguments& arguments, const Tensor& logits) {
                     "logits", "must be [B, K] with at least one class, got ", logits);
 }
 
-template <class Run>
-std::tuple<Tensor, Tensor> confidence_cotangent_call(const Tensor& logits, const Run& run) {
+template <auto run>
+std::tuple<Tensor, Tensor> confidence_cotangent(const Tensor& logits) {
   Arguments arguments("confidence_cotangent", "logits", logits);
   require_logits(arguments, logits);
   ConfidenceCotangent params{};
@@ -27,14 +28,13 @@ std::tuple<Tensor, Tensor> confidence_cotangent_call(const Tensor& logits, const
   const Tensor cotangent = new_dense(logits, logits.scalar_type());
   params.log_confidence = static_cast<float*>(log_confidence.data_ptr());
   params.cotangent = arguments.output(cotangent);
-  if (params.batch > 0) run(params);
+  if (params.batch > 0) run(params, logits);
   return {log_confidence, cotangent};
 }
 
-template <class Run>
-Tensor confidence_cotangent_backward_call(const Tensor& grad_log_confidence,
-                                          const Tensor& grad_cotangent, const Tensor& logits,
-                                          const Run& run) {
+template <auto run>
+Tensor confidence_cotangent_backward(const Tensor& grad_log_confidence,
+                                     const Tensor& grad_cotangent, const Tensor& logits) {
   Arguments arguments("confidence_cotangent_backward", "logits", logits);
   require_logits(arguments, logits);
   ConfidenceCotangentBackward params{};
@@ -51,7 +51,7 @@ Tensor confidence_cotangent_backward_call(const Tensor& grad_log_confidence,
   params.grad_cotangent = arguments.same_shape("grad_cotangent", grad_cotangent);
   const Tensor grad_logits = new_dense(logits, logits.scalar_type());
   params.grad_logits = arguments.output(grad_logits);
-  if (params.batch > 0) run(params);
+  if (params.batch > 0) run(params, logits);
   return grad_logits;
 }
 

@@ -1,11 +1,12 @@
-// adaptive_step and its backward from tensors to parameters, once for CPU and CUDA: checks the
-// arguments, makes the outputs, calls run(params). Knows no kernel.
+// adaptive_step and its backward from tensors to parameters, for any device: checks the arguments,
+// makes the outputs, calls run(params, x), which is a device's kernels; x tells which device.
+// Knows no kernel.
 #pragma once
 
 #include <tuple>
 
-#include "adaptive_step.h"
-#include "checks.h"
+#include "calls/arguments.h"
+#include "params/adaptive_step.h"
 
 namespace coup_fast {
 
@@ -25,9 +26,9 @@ inline AdaptiveStep adaptive_inputs(Arguments& arguments, const Tensor& h, const
   return params;
 }
 
-template <class Run>
-ThreeTensors adaptive_step_call(const Tensor& x, const Tensor& h, const Tensor& h_ahead,
-                                const Tensor& alive, const Tensor& coeffs, const Run& run) {
+template <auto run>
+ThreeTensors adaptive_step(const Tensor& x, const Tensor& h, const Tensor& h_ahead,
+                           const Tensor& alive, const Tensor& coeffs) {
   Arguments arguments("adaptive_step", "x", x);
   AdaptiveStep params = adaptive_inputs(arguments, h, h_ahead, alive, coeffs);
   const Tensor x_next = new_dense(x, ScalarType::Float);
@@ -36,14 +37,14 @@ ThreeTensors adaptive_step_call(const Tensor& x, const Tensor& h, const Tensor& 
   params.x_next = arguments.output(x_next);
   params.alive_next = static_cast<bool*>(alive_next.data_ptr());
   params.alpha = static_cast<float*>(alpha.data_ptr());
-  run(params);
+  run(params, x);
   return {x_next, alive_next, alpha};
 }
 
-template <class Run>
-ThreeTensors adaptive_step_backward_call(const Tensor& grad, const Tensor& x, const Tensor& h,
-                                         const Tensor& h_ahead, const Tensor& alive,
-                                         const Tensor& coeffs, const Run& run) {
+template <auto run>
+ThreeTensors adaptive_step_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
+                                    const Tensor& h_ahead, const Tensor& alive,
+                                    const Tensor& coeffs) {
   Arguments arguments("adaptive_step_backward", "x", x);
   AdaptiveStepBackward params{};
   params.forward = adaptive_inputs(arguments, h, h_ahead, alive, coeffs);
@@ -54,7 +55,7 @@ ThreeTensors adaptive_step_backward_call(const Tensor& grad, const Tensor& x, co
   params.grad_x = arguments.output(grad_x);
   params.grad_h = arguments.output(grad_h);
   params.grad_h_ahead = arguments.output(grad_h_ahead);
-  run(params);
+  run(params, x);
   return {grad_x, grad_h, grad_h_ahead};
 }
 

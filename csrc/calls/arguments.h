@@ -3,114 +3,14 @@
 // shapes and strides; no kernel, and not what an op computes.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "calls/tensors.h"
 #include "math/layout.h"
 
 namespace coup_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-inline std::string name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return std::string("torch.") + torch::headeronly::toString(type);
-  }
-}
-
-inline std::string sizes_text(const int64_t* sizes, int64_t ndim) {
-  std::string text = "[";
-  for (int64_t dim = 0; dim < ndim; ++dim) {
-    text += (dim == 0 ? "" : ", ") + std::to_string(sizes[dim]);
-  }
-  return text + "]";
-}
-
-inline std::string text_of(const Tensor& tensor) {
-  return name_of(tensor.scalar_type()) + " " + sizes_text(tensor.sizes().data(), tensor.dim());
-}
-
-inline std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  const std::string type = tensor.is_cuda() ? "cuda:" : "device ";
-  return type + std::to_string(tensor.get_device_index());
-}
-
-// An uninitialised tensor on the device of `like`. Straight through the C shim: a call through the
-// dispatcher costs more than a small kernel.
-inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                          const std::vector<int64_t>& strides, ScalarType type) {
-  int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  const auto dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from<ScalarType>(type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device,
-                                                  like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-// A contiguous one of these sizes.
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  dense_strides(sizes.data(), static_cast<int64_t>(sizes.size()), false, strides.data());
-  return new_strided(like, sizes, strides, type);
-}
-
-// One of the shape of `like`: contiguous, or channels_last where like is that.
-inline Tensor new_dense(const Tensor& like, ScalarType type) {
-  const int64_t ndim = like.dim();
-  const auto given = like.sizes();
-  const std::vector<int64_t> sizes(given.begin(), given.end());
-  const bool channels_last =
-      !like.is_contiguous() && is_channels_last(sizes.data(), like.strides().data(), ndim);
-  std::vector<int64_t> strides(sizes.size());
-  dense_strides(sizes.data(), ndim, channels_last, strides.data());
-  return new_strided(like, sizes, strides, type);
-}
-
-// The output of normal(keys, shape), one sample for each row of keys.
-inline Tensor new_normal(const Tensor& keys, const std::vector<int64_t>& shape) {
-  const auto given = [&] {
-    return sizes_text(shape.data(), static_cast<int64_t>(shape.size())) + " and keys " +
-           text_of(keys);
-  };
-  STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.dim() == 2 && keys.size(1) == 2 &&
-                      !shape.empty() && shape[0] == keys.size(0),
-                  "coup_fast::normal: keys must be int64 [B, 2] and shape [B, ...], got shape ",
-                  given());
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(size >= 0, "coup_fast::normal: sizes must not be negative, got shape ",
-                    given());
-  }
-  return new_empty(keys, shape, ScalarType::Float);
-}
 
 // Checks the arguments of one call against its state, a tensor [B, C, *spatial], and keeps alive
 // the copies it had to make of tensors whose strides no View can express.

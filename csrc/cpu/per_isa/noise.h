@@ -1,5 +1,5 @@
-// The normals of many blocks of one sample, in vectors. For tiles*.cpp only (one namespace per
-// instruction set). Knows keys and counters; formulas in math/philox.h and math/normal.h.
+// The normals of many blocks of one sample, in vectors. For cpu/per_isa only (one namespace
+// per instruction set). Knows keys and counters; formulas in math/philox.h and math/normal.h.
 //
 // In stages over kStaged groups of blocks, through arrays that stay in the first-level cache. A
 // processor looks ahead over some hundred operations; a block takes several hundred, most of them
@@ -7,7 +7,7 @@
 // enough that it works on several, and its variables fit the registers.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/per_isa/vectors.h"
 
 namespace coup_fast::COUP_FAST_ISA {
 

@@ -5,7 +5,7 @@
 
 namespace coup_fast {
 
-struct NormalDraw {
+struct Normal {
   const int64_t* keys;  // [batch, 2]: key and offset of each sample, as 64-bit patterns
   float* out;           // [batch, numel]
   int64_t batch;

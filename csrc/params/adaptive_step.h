@@ -1,8 +1,9 @@
 // Parameters of adaptive_step and its backward, for the CPU and the CUDA kernels alike: pointers,
-// strides and sizes, after checks.h has seen the tensors. The formulas are in math/adaptive.h.
+// strides and sizes, after csrc/calls has seen the tensors. The formulas are in
+// math/adaptive_step.h.
 #pragma once
 
-#include "math/adaptive.h"
+#include "math/adaptive_step.h"
 #include "math/layout.h"
 
 namespace coup_fast {

@@ -1,9 +1,10 @@
 // Parameters of reverse_step and its backward, for the CPU and the CUDA kernels alike: pointers,
-// strides and sizes, after checks.h has seen the tensors. The formulas are in math/step.h.
+// strides and sizes, after csrc/calls has seen the tensors. The formulas are in
+// math/reverse_step.h.
 #pragma once
 
 #include "math/layout.h"
-#include "math/step.h"
+#include "math/reverse_step.h"
 
 namespace coup_fast {
 

@@ -1,12 +1,13 @@
-// reverse_step, its in-place twin and its backward from tensors to parameters, once for CPU and
-// CUDA: checks the arguments, makes the outputs, calls run(params). Knows no kernel.
+// reverse_step, its in-place twin and its backward from tensors to parameters, for any device:
+// checks the arguments, makes the outputs, calls run(params, x), which is a device's kernels; x
+// tells which device. Knows no kernel.
 #pragma once
 
 #include <string>
 #include <tuple>
 
-#include "checks.h"
-#include "reverse_step.h"
+#include "calls/arguments.h"
+#include "params/reverse_step.h"
 
 namespace coup_fast {
 
@@ -40,39 +41,38 @@ inline ReverseStep reverse_step_params(Arguments& arguments, const MaybeTensor& 
   return params;
 }
 
-template <class Run>
-Tensor reverse_step_call(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                         const MaybeTensor& keys, const MaybeTensor& guidance,
-                         const MaybeTensor& reference, const MaybeTensor& noise,
-                         const std::string& guidance_norm, const Run& run) {
+template <auto run>
+Tensor reverse_step(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                    const MaybeTensor& keys, const MaybeTensor& guidance,
+                    const MaybeTensor& reference, const MaybeTensor& noise,
+                    const std::string& guidance_norm) {
   Arguments arguments("reverse_step", "x", x);
   ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
                                            noise, guidance_norm);
   const Tensor out = new_dense(x, ScalarType::Float);
   params.out = arguments.output(out);
-  if (!arguments.empty()) run(params);
+  if (!arguments.empty()) run(params, x);
   return out;
 }
 
-template <class Run>
-void reverse_step_in_place_call(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
-                                const MaybeTensor& keys, const MaybeTensor& guidance,
-                                const MaybeTensor& reference, const MaybeTensor& noise,
-                                const std::string& guidance_norm, const Run& run) {
+template <auto run>
+void reverse_step_(const Tensor& x, const MaybeTensor& model_out, const Tensor& coeffs,
+                   const MaybeTensor& keys, const MaybeTensor& guidance,
+                   const MaybeTensor& reference, const MaybeTensor& noise,
+                   const std::string& guidance_norm) {
   Arguments arguments("reverse_step_", "x", x);
   ReverseStep params = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
                                            noise, guidance_norm);
   arguments.require_dense_state();
   params.out = params.x;
-  if (!arguments.empty()) run(params);
+  if (!arguments.empty()) run(params, x);
 }
 
-template <class Run>
-FourTensors reverse_step_backward_call(const Tensor& grad, const Tensor& x,
-                                       const MaybeTensor& model_out, const Tensor& coeffs,
-                                       const MaybeTensor& keys, const MaybeTensor& guidance,
-                                       const MaybeTensor& reference, const MaybeTensor& noise,
-                                       const std::string& guidance_norm, const Run& run) {
+template <auto run>
+FourTensors reverse_step_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& model_out,
+                                  const Tensor& coeffs, const MaybeTensor& keys,
+                                  const MaybeTensor& guidance, const MaybeTensor& reference,
+                                  const MaybeTensor& noise, const std::string& guidance_norm) {
   Arguments arguments("reverse_step_backward", "x", x);
   ReverseStepBackward params{};
   params.forward = reverse_step_params(arguments, model_out, coeffs, keys, guidance, reference,
@@ -87,7 +87,7 @@ FourTensors reverse_step_backward_call(const Tensor& grad, const Tensor& x,
   if (params.forward.s.data != nullptr) params.grad_s = arguments.last_half(params.grad_m);
   if (guidance) params.grad_g = arguments.output(std::get<2>(grads));
   if (reference) params.grad_r = arguments.output(std::get<3>(grads));
-  if (!arguments.empty()) run(params);
+  if (!arguments.empty()) run(params, x);
   return grads;
 }
 

@@ -1,8 +1,7 @@
 // Parameters of confidence_cotangent and its backward, for the CPU and the CUDA kernels alike.
-// The formulas are in math/confidence.h.
+// The formulas are in math/confidence_cotangent.h.
 #pragma once
 
-#include "math/confidence.h"
 #include "math/layout.h"
 
 namespace coup_fast {
@@ -24,14 +23,5 @@ struct ConfidenceCotangentBackward {
   int64_t batch;
   int64_t classes;
 };
-
-COUP_FAST_FN float load_class(const View& view, int64_t row, int64_t j) {
-  return load_as_float(view.data, view.dtype, row * view.sample_stride + j * view.channel_stride);
-}
-
-COUP_FAST_FN void store_class(const View& view, int64_t row, int64_t j, float value) {
-  store_from_float(view.data, view.dtype, row * view.sample_stride + j * view.channel_stride,
-                   value);
-}
 
 }  // namespace coup_fast

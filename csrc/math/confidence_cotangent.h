@@ -10,10 +10,21 @@
 #pragma once
 
 #include "math/elementary.h"
+#include "math/layout.h"
 
 namespace coup_fast {
 
 constexpr int kClassLanes = 32;
+
+// Logit j of a row of a view whose channels are the classes.
+COUP_FAST_FN float load_class(const View& view, int64_t row, int64_t j) {
+  return load_as_float(view.data, view.dtype, row * view.sample_stride + j * view.channel_stride);
+}
+
+COUP_FAST_FN void store_class(const View& view, int64_t row, int64_t j, float value) {
+  store_from_float(view.data, view.dtype, row * view.sample_stride + j * view.channel_stride,
+                   value);
+}
 
 // What the elements of a row need to know about it.
 struct ConfidenceRow {

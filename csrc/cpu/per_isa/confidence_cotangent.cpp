@@ -1,12 +1,13 @@
 // Kernels of confidence_cotangent and its backward, compiled once per instruction set. Formulas and
-// order of the sums: math/confidence.h. A row is widened to float32 once, padded with -inf to whole
-// vectors, so that every loop runs over whole vectors and padding adds exact zeros. Its
-// exponentials then take its place.
-#include "cpu/tiles_confidence.h"
+// order of the sums: math/confidence_cotangent.h. A row is widened to float32 once, padded with
+// -inf to whole vectors, so that every loop runs over whole vectors and padding adds exact zeros.
+// Its exponentials then take its place.
+#include "math/confidence_cotangent.h"
 
 #include <memory>
 
-#include "cpu/simd.h"
+#include "cpu/kernels.h"
+#include "cpu/per_isa/vectors.h"
 #include "math/reduce.h"
 
 namespace coup_fast::COUP_FAST_ISA {
@@ -113,7 +114,7 @@ ConfidenceRow row_of(Row& logits, int64_t winner) {
 
 }  // namespace
 
-void confidence_rows(const ConfidenceCotangent& params, int64_t begin, int64_t end) {
+void confidence_cotangent_rows(const ConfidenceCotangent& params, int64_t begin, int64_t end) {
   Row row(params.classes);
   for (int64_t i = begin; i < end; ++i) {
     row.read(params.logits, i, -INFINITY);
@@ -129,8 +130,8 @@ void confidence_rows(const ConfidenceCotangent& params, int64_t begin, int64_t e
   }
 }
 
-void confidence_backward_rows(const ConfidenceCotangentBackward& params, int64_t begin,
-                              int64_t end) {
+void confidence_cotangent_backward_rows(const ConfidenceCotangentBackward& params, int64_t begin,
+                                        int64_t end) {
   Row row(params.classes), grads(params.classes);
   for (int64_t i = begin; i < end; ++i) {
     row.read(params.logits, i, -INFINITY);

@@ -1,16 +1,15 @@
 // A tile: up to kTile consecutive logical elements of one sample, small enough that everything
 // about it stays in the first-level cache. Tensors that are not consecutive float32 are staged into
 // buffers; noise is generated into one; then one pass over vectors does the arithmetic. For
-// tiles*.cpp only (one namespace per instruction set). Knows raw pointers and strides.
+// cpu/per_isa only (one namespace per instruction set). Knows raw pointers and strides.
 #pragma once
 
-#include "cpu/noise.h"
+#include "cpu/kernels.h"
+#include "cpu/per_isa/noise.h"
 #include "math/layout.h"
 #include "math/reduce.h"
 
 namespace coup_fast::COUP_FAST_ISA {
-
-constexpr int kTile = kReduceLanes;  // so that a tile is one element of every lane of a reduction
 
 struct alignas(64) Buffer {
   float data[kTile + 4 * kVectorWidth];  // noise comes in groups of 4 kVectorWidth

@@ -1,9 +1,9 @@
 // Parameters of perturb and its backward, for the CPU and the CUDA kernels alike: pointers, strides
-// and sizes, after checks.h has seen the tensors. The formulas are in math/step.h.
+// and sizes, after csrc/calls has seen the tensors. The formulas are in math/perturb.h.
 #pragma once
 
 #include "math/layout.h"
-#include "math/step.h"
+#include "math/perturb.h"
 
 namespace coup_fast {
 

@@ -1,8 +1,7 @@
 // Kernels of adaptive_step and its backward, compiled once per instruction set. Formulas:
-// math/adaptive.h.
-#include "cpu/tiles_adaptive.h"
-
-#include "cpu/tile.h"
+// math/adaptive_step.h.
+#include "cpu/kernels.h"
+#include "cpu/per_isa/tile.h"
 
 namespace coup_fast::COUP_FAST_ISA {
 namespace {
@@ -127,7 +126,7 @@ void update_tile(const AdaptiveStep& params, const Tiling& tiling, const Tile& t
 
 }  // namespace
 
-void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
+void adaptive_step_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
   const AdaptiveRow row = adaptive_row(params.coeffs);
   const Tiling logical(params.channels, params.pixels, View{});
   const Tiling tiling(params.channels, params.pixels, params.x);
@@ -145,7 +144,7 @@ void adaptive_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
   if (streamed) end_streams();
 }
 
-void adaptive_change_segments(const AdaptiveStep& params, float* sums, int64_t begin, int64_t end) {
+void adaptive_step_sums(const AdaptiveStep& params, float* sums, int64_t begin, int64_t end) {
   const Tiling tiling(params.channels, params.pixels, View{});
   Buffers buffers;
   for (int64_t item = begin; item < end; ++item) {
@@ -168,8 +167,8 @@ void adaptive_step_tiles(const AdaptiveStep& params, const AdaptiveSample* sampl
   if (streamed) end_streams();
 }
 
-void adaptive_dot_segments(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
-                           float* sums, int64_t begin, int64_t end) {
+void adaptive_step_dots(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
+                        float* sums, int64_t begin, int64_t end) {
   const AdaptiveStep& forward = params.forward;
   const AdaptiveRow row = adaptive_row(forward.coeffs);
   const Tiling tiling(forward.channels, forward.pixels, View{});
@@ -190,8 +189,8 @@ void adaptive_dot_segments(const AdaptiveStepBackward& params, const AdaptiveSam
   }
 }
 
-void adaptive_backward_tiles(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
-                             const float* slopes, int64_t begin, int64_t end) {
+void adaptive_step_backward_tiles(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
+                                  const float* slopes, int64_t begin, int64_t end) {
   const AdaptiveStep& forward = params.forward;
   const AdaptiveRow row = adaptive_row(forward.coeffs);
   const Tiling tiling(forward.channels, forward.pixels, forward.x);

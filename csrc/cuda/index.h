@@ -1,6 +1,6 @@
-// Which thread of a CUDA kernel works on which elements: all of its index arithmetic, here rather
-// than in csrc/cuda so that tests can run it on the host. Indices inside a sample are 32-bit, which
-// keeps 64-bit division, a function call on a GPU, out of the loops; offsets in memory are 64-bit.
+// Which thread of a CUDA kernel works on which elements: all of its index arithmetic. Knows no
+// CUDA, so that tests can run it on the host. Indices inside a sample are 32-bit, which keeps
+// 64-bit division, a function call on a GPU, out of the loops; offsets in memory are 64-bit.
 #pragma once
 
 #include <cstdint>
