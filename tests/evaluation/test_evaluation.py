@@ -378,7 +378,7 @@ def test_curves_hold_rows_that_differ_in_one_value(tmp_path: Path) -> None:
     attack = [{"preset": "pgd40", "steps": 1, "eps": [0.1, 0.2], "eot": 1}]
     attack += [{"preset": "stopped", "steps": 1, "eps": 0.1, "eot": 1}]
     report = run(eval_models.tables(2, draws=1, attack=attack, controls=False), tmp_path, 2)
-    found = {name: series(report, name, value) for name, _, value in AXES}
+    found = {name: series(report.lines, name, value) for name, _, value in AXES}
     assert not found["accuracy-eot"]
     assert not found["accuracy-t_star"]
     (points,) = found["accuracy-eps"].values()
@@ -395,7 +395,7 @@ def test_curves_over_the_number_of_steps(tmp_path: Path) -> None:
     tables = eval_models.tables(2, draws=1, defence=defence, attack=attack, controls=False)
     report = run(tables, tmp_path, 2)
     (axis,) = [value for name, _, value in AXES if name == "accuracy-num_steps"]
-    found = series(report, "accuracy-num_steps", axis)
+    found = series(report.lines, "accuracy-num_steps", axis)
     (label,) = found
     assert label.startswith("DiffPure: ")
     assert [at for at, _ in found[label]] == [1.0, 2.0, 3.0]
