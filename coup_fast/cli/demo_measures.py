@@ -52,7 +52,9 @@ def score(
     start = time.perf_counter()
     with torch.no_grad():
         positions = torch.arange(len(images))
-        for batch, ids in zip(images.split(batch_size), positions.split(batch_size), strict=True):
+        for batch, ids in zip(
+            torch.split(images, batch_size), torch.split(positions, batch_size), strict=True
+        ):
             options = {"sample_ids": ids} if with_ids else {}
             predicted.append(model(batch, **options).argmax(dim=1))
     synchronise(images.device)
