@@ -241,14 +241,8 @@ def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
         ({"defence": {"method": "coup"}}, r"each under \[\[defence\]\]"),
         ({"defence": [{"method": "coup", "name": 3}]}, "name of .* must be a string, got 3"),
         ({"defence": [{"method": "coup", "options": 3}]}, "options of .* must be a table, got 3"),
-        (
-            {"defence": [{"method": "coup", "options": {"t_star": "a"}}]},
-            "t_star must be a finite number",
-        ),
-        (
-            {"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]},
-            "each of t_star must be a finite number, got 'a'",
-        ),
+        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star must be a f.* 'a'"),
+        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, "each of t_star .* 'a'"),
         ({"attack": 3}, r"each under \[\[attack\]\], got 3"),
         ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a finite number, got 'big'"),
         ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, "must be a list of strings"),
