@@ -22,7 +22,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ NOISES = ("fresh", "fixed")
 KEEPS = ("last", "best")
 
 AttackType = TypeVar("AttackType", bound="Attack")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,18 @@ class AttackResult:
 
 
 Rule = Callable[[Tensor, Evaluation], Tensor]
+
+
+def _images_of(
+    run: Callable[Concatenate[Any, P], AttackResult],
+) -> Callable[Concatenate[Any, P], Tensor]:
+    def call(attack: Attack, /, *args: P.args, **options: P.kwargs) -> Tensor:
+        """The attacked images; takes and raises what `run` does."""
+        return run(attack, *args, **options).images
+
+    takes = signature(run).replace(return_annotation="Tensor")
+    call.__signature__ = takes  # type: ignore[attr-defined]
+    return call
 
 
 @dataclass(frozen=True)
@@ -163,26 +177,6 @@ class Attack(ABC):
     def rule(self, ball: Ball) -> Rule:
         """A new rule for one restart: (iterate, its evaluation) -> the next iterate, in order."""
 
-    def __call__(
-        self,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        sample_ids: Any = None,
-        progress: Callable[[Progress], None] | None = None,
-        memory_budget: int | None = None,
-    ) -> Tensor:
-        """The attacked images; takes and raises what `run` does."""
-        return self.run(
-            defended,
-            images,
-            labels,
-            sample_ids=sample_ids,
-            progress=progress,
-            memory_budget=memory_budget,
-        ).images
-
     def run(
         self,
         defended: Defended,
@@ -225,6 +219,8 @@ class Attack(ABC):
             for restart in range(self.restarts):
                 search.restart(restart)
         return search.result()
+
+    __call__ = _images_of(run)
 
 
 def _check(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:

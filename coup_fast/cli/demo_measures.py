@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+
+from coup_fast import PurifiedClassifier, Purifier
+from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.evaluation.intervals import Proportion, accuracy
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from coup_fast import PurifiedClassifier, Purifier
-    from coup_fast.run.backends import Operators
+from coup_fast.run.backends import Operators
+from coup_fast.run.loop import final_state
 
 
 def synchronise(device: torch.device) -> None:
     """Wait for the device, so that a clock reading means something."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -37,12 +35,6 @@ class Score:
         return {"accuracy": self.accuracy.as_dict(), "seconds": self.seconds}
 
 
-def batches(images: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first image, images) of consecutive batches of at most `size`."""
-    for start in range(0, len(images), size):
-        yield start, images[start : start + size]
-
-
 def score(
     model: Callable[..., Tensor],
     images: Tensor,
@@ -55,15 +47,16 @@ def score(
     with_ids: the model takes `sample_ids` (a `PurifiedClassifier` does); they are positions, so
     that the result does not depend on `batch_size`.
     """
-    import torch
-
     predicted = []
     synchronise(images.device)
     start = time.perf_counter()
     with torch.no_grad():
-        for first, batch in batches(images, batch_size):
-            ids = {"sample_ids": torch.arange(first, first + len(batch))} if with_ids else {}
-            predicted.append(model(batch, **ids).argmax(dim=1))
+        positions = torch.arange(len(images))
+        for batch, ids in zip(
+            torch.split(images, batch_size), torch.split(positions, batch_size), strict=True
+        ):
+            options = {"sample_ids": ids} if with_ids else {}
+            predicted.append(model(batch, **options).argmax(dim=1))
     synchronise(images.device)
     seconds = time.perf_counter() - start
     return Score(accuracy(torch.cat(predicted), labels), seconds)
@@ -124,11 +117,6 @@ def operator_share(purifier: Purifier, images: Tensor) -> OperatorShare:
     A run of its own, because the clock has to wait for the device before and after each operator.
     The run is the one that `purifier(images)` performs; one untimed step warms it up.
     """
-    import torch
-
-    from coup_fast._torch.frozen import frozen_parameters
-    from coup_fast.run.loop import final_state
-
     run = purifier.prepare(images)
     with frozen_parameters(*run.models), torch.no_grad():
         run.step(0, run.start(images), run.attacked(images))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coup_fast import methods
 from coup_fast.evaluation.config import UNDEFENDED
-from coup_fast.evaluation.report import radius
+from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.state import canonical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from coup_fast.evaluation.intervals import Average
-    from coup_fast.evaluation.report import Line, Report
 
 ENDINGS = (".png", ".svg")
 # The Okabe-Ito colours, which colour-blind readers can tell apart.
@@ -54,26 +53,29 @@ AXES: tuple[tuple[str, str, Callable[[Line], float | None]], ...] = (
 OF_DEFENCE = ("accuracy-t_star", "accuracy-num_steps")  # the others belong to the attack
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
-    """Every plot that the report has lines for, as PNG and SVG; returns the paths."""
+def draw(lines: Sequence[Line], images: int, draws: int, folder: Path) -> list[Path]:
+    """Every plot that there are lines for, as PNG and SVG; returns the paths.
+
+    images, draws: what each line's numbers are about.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "coup_fast"  # the same ids in every run
-    paths = _save(_overview(report), folder / "accuracy")
+    paths = _save(_overview(lines, images, draws), folder / "accuracy")
     for name, label, value in AXES:
-        groups = series(report, name, value)
+        groups = series(lines, name, value)
         if groups:
-            paths += _save(_curves(report, groups, label), folder / name)
+            paths += _save(_curves(groups, label, draws), folder / name)
     return paths
 
 
 def series(
-    report: Report, name: str, value: Callable[[Line], float | None]
+    lines: Sequence[Line], name: str, value: Callable[[Line], float | None]
 ) -> dict[str, list[tuple[float, Line]]]:
     """Lines that differ in this value alone, by label; those of one value are left out."""
     groups: dict[str, list[tuple[float, Line]]] = {}
-    for line in report.lines:
+    for line in lines:
         at = value(line)
         if line.attacked is not None and at is not None:
             groups.setdefault(_without(line, name), []).append((at, line))
@@ -128,16 +130,14 @@ def _bars(numbers: list[Average]) -> list[list[float]]:
     return [low, high]
 
 
-def _overview(report: Report) -> Figure:
+def _overview(lines: Sequence[Line], images: int, draws: int) -> Figure:
     """Clean, average and worst accuracy of every line, one above the other."""
-    lines = report.lines
     figure = _figure(9, 1.4 + 0.5 * len(lines))
     axis = figure.subplots()
-    k = report.config.draws
     shown: tuple[tuple[str, str, str], ...] = (
-        ("clean", "o", f"clean, average of {k}"),
-        ("average", "s", f"attacked, average of {k}"),
-        ("worst", "v", f"attacked, worst of {k}"),
+        ("clean", "o", f"clean, average of {draws}"),
+        ("average", "s", f"attacked, average of {draws}"),
+        ("worst", "v", f"attacked, worst of {draws}"),
     )
     for j, (name, marker, label) in enumerate(shown):
         places, numbers = [], []
@@ -162,13 +162,13 @@ def _overview(report: Report) -> Figure:
     axis.set_yticklabels([f"{x.row.defence.name}\n{x.attack_label}" for x in lines], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(-2, 102)
-    axis.set_xlabel(f"accuracy on {report.images} images, % (95 % Wilson intervals)")
+    axis.set_xlabel(f"accuracy on {images} images, % (95 % Wilson intervals)")
     axis.grid(axis="x", linewidth=0.4)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def _curves(report: Report, groups: dict[str, list[tuple[float, Line]]], label: str) -> Figure:
+def _curves(groups: dict[str, list[tuple[float, Line]]], label: str, draws: int) -> Figure:
     """Average accuracy under attack, one curve per group; weak attacks dashed."""
     figure = _figure(7.5, 4.5 + 0.16 * len(groups))
     axis = figure.subplots()
@@ -189,7 +189,7 @@ def _curves(report: Report, groups: dict[str, list[tuple[float, Line]]], label: 
             label=name,
         )
     axis.set_xlabel(label)
-    axis.set_ylabel(f"accuracy under attack, %\n(average of {report.config.draws} draws)")
+    axis.set_ylabel(f"accuracy under attack, %\n(average of {draws} draws)")
     axis.set_ylim(-2, 102)
     axis.grid(linewidth=0.4)
     figure.legend(loc="outside lower center", fontsize=7, frameon=False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from coup_fast.evaluation.whole_file import write_whole
 
 _PACKAGES = ("torch", "numpy", "scipy", "foolbox", "mlxtend", "torchsde", "diffusers")
 
@@ -86,13 +86,4 @@ def to_json(data: object) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """Write `data` as JSON in one step: a reader never sees half a file."""
-    text = to_json(data) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, to_json(data) + "\n")

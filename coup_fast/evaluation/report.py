@@ -9,64 +9,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from coup_fast.attacks import Attack
 from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
+from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
+from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
 from coup_fast.evaluation.state import FORMAT, Unit
 from coup_fast.evaluation.tables import render_table
-
-_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
-
-
-def radius(attack: Attack) -> str:
-    """The ball of an attack, as in "ℓ∞ 8/255"."""
-    in_bytes = attack.eps * 255
-    exact = attack.norm == "linf" and abs(in_bytes - round(in_bytes)) < 1e-9
-    return f"{_NORMS[attack.norm]} {f'{round(in_bytes)}/255' if exact else f'{attack.eps:g}'}"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the configuration with its numbers; attacked is None for clean images alone.
-
-    union: what the row's numbers join, where each image counts under the attack worst for it.
-    """
-
-    row: Row
-    images: int
-    clean: Numbers
-    attacked: Numbers | None
-    attack_run: dict[str, float | int] | None
-    union: tuple[str, ...] = ()
-
-    @property
-    def attack_label(self) -> str:
-        """The attack in words, weak ones marked."""
-        attack = self.row.attack
-        if self.union:
-            ball = self.union[0].rpartition(", ")[2]
-            return f"each image under the worst of these {len(self.union)}, {ball}"
-        if attack is None:
-            return "none"
-        if self.row.defence.method == UNDEFENDED:
-            name = f"{type(attack).__name__}-{attack.steps} {attack.loss}"
-        else:
-            name = attack.name
-        weak = "WEAK " if self.weakness else ""
-        return f"{weak}{name}, {radius(attack)}"
-
-    @property
-    def weakness(self) -> str | None:
-        """Why the attack says little about this defence; None for an honest one."""
-        attack = self.row.attack
-        plain = attack is None or self.row.defence.method == UNDEFENDED
-        return None if plain or attack is None else attack.weakness
 
 
 class Report:
@@ -311,14 +264,14 @@ class Report:
 
     def write(self, folder: Path, device: str = "cpu", command: str = "") -> list[Path]:
         """report.json, report.md, report.csv and the plots in `folder`; returns their paths."""
-        from coup_fast.evaluation.plots import draw  # it imports this module
-
         run = self.run_facts(device, command)
         paths = [folder / name for name in ("report.json", "report.md", "report.csv")]
         write_json(paths[0], self.as_dict(run))
         paths[1].write_text(f"# Evaluation\n\n{self.markdown(run)}", encoding="utf-8")
         paths[2].write_text(self.csv(), encoding="utf-8")
-        return paths + (draw(self, folder) if self.images else [])
+        if self.images:
+            paths += draw(self.lines, self.images, self.config.draws, folder)
+        return paths
 
 
 def _percents(found: Numbers) -> list[str]:

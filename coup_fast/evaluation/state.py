@@ -12,11 +12,11 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import IO, Any
+
+from coup_fast.evaluation.whole_file import UNFINISHED, write_whole
 
 FORMAT = 1
 _UNIT_FILE = re.compile(r"batch-(\d{5,})-row-(\d{3,})\.json")
@@ -56,27 +56,6 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{place}[{i}]")]
     short = [text if len(text) < 60 else f"{text[:57]}..." for text in map(repr, (old, new))]
     return [] if old == new else [f"{place}: {short[0]}, now {short[1]}"]
-
-
-def _write(path: Path, data: object) -> None:
-    """Write JSON so that `path` is whole, on the disk, or absent."""
-    text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,7 +108,7 @@ class State:
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            for left_over in self.folder.glob(".new-*.tmp"):  # of a process that was killed
+            for left_over in self.folder.glob(UNFINISHED):  # of a process that was killed
                 left_over.unlink(missing_ok=True)
         self._check_identity(identity, read_only)
         for path in sorted(self.folder.glob("batch-*.json")):
@@ -198,7 +177,9 @@ class State:
     def _save(self, path: Path, data: dict[str, Any]) -> None:
         data["format"] = FORMAT
         try:
-            _write(path, {**data, "checksum": digest(data)})
+            content = {**data, "checksum": digest(data)}
+            text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+            write_whole(path, text + "\n")
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "no space is left on the disk" if full else error.strerror or str(error)

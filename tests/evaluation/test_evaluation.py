@@ -241,14 +241,8 @@ def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
         ({"defence": {"method": "coup"}}, r"each under \[\[defence\]\]"),
         ({"defence": [{"method": "coup", "name": 3}]}, "name of .* must be a string, got 3"),
         ({"defence": [{"method": "coup", "options": 3}]}, "options of .* must be a table, got 3"),
-        (
-            {"defence": [{"method": "coup", "options": {"t_star": "a"}}]},
-            "t_star must be a finite number",
-        ),
-        (
-            {"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]},
-            "each of t_star must be a finite number, got 'a'",
-        ),
+        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star must be a f.* 'a'"),
+        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, "each of t_star .* 'a'"),
         ({"attack": 3}, r"each under \[\[attack\]\], got 3"),
         ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a finite number, got 'big'"),
         ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, "must be a list of strings"),
@@ -378,7 +372,7 @@ def test_curves_hold_rows_that_differ_in_one_value(tmp_path: Path) -> None:
     attack = [{"preset": "pgd40", "steps": 1, "eps": [0.1, 0.2], "eot": 1}]
     attack += [{"preset": "stopped", "steps": 1, "eps": 0.1, "eot": 1}]
     report = run(eval_models.tables(2, draws=1, attack=attack, controls=False), tmp_path, 2)
-    found = {name: series(report, name, value) for name, _, value in AXES}
+    found = {name: series(report.lines, name, value) for name, _, value in AXES}
     assert not found["accuracy-eot"]
     assert not found["accuracy-t_star"]
     (points,) = found["accuracy-eps"].values()
@@ -395,7 +389,7 @@ def test_curves_over_the_number_of_steps(tmp_path: Path) -> None:
     tables = eval_models.tables(2, draws=1, defence=defence, attack=attack, controls=False)
     report = run(tables, tmp_path, 2)
     (axis,) = [value for name, _, value in AXES if name == "accuracy-num_steps"]
-    found = series(report, "accuracy-num_steps", axis)
+    found = series(report.lines, "accuracy-num_steps", axis)
     (label,) = found
     assert label.startswith("DiffPure: ")
     assert [at for at, _ in found[label]] == [1.0, 2.0, 3.0]

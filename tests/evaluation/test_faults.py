@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import coup_fast
 from coup_fast.cli import main
-from coup_fast.evaluation import state as state_module
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.report import Report
@@ -270,7 +269,7 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(handle)
 
-    monkeypatch.setattr(state_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EvaluationError, match=r"no space is left on the disk.*make space"):
         run(tmp_path)
     monkeypatch.undo()

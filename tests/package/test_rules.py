@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,15 +56,17 @@ def test_places_do_not_include_what_they_must_not_know(folder: str, forbidden: s
     assert list(includes_of(folder)), f"{folder} has no includes at all: has it moved?"
 
 
-def runtime_imports(tree: ast.Module) -> Iterator[str]:
-    """Modules that importing this file imports: not those inside functions or TYPE_CHECKING."""
-    pending: list[ast.AST] = list(tree.body)
+def runtime_imports(path: Path) -> Iterator[str]:
+    """What importing this file imports: nothing that stands in functions or TYPE_CHECKING."""
+    folder = path.relative_to(ROOT).parent.parts
+    pending: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["coup_fast" if node.level else "", node.module]))
+            above = folder[: len(folder) + 1 - node.level] if node.level else ()
+            module = ".".join(filter(None, [*above, node.module]))
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -87,7 +90,7 @@ def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
         return  # the command line's entry, which stands around the core
     outer = {p.parent.name for p in (ROOT / "coup_fast").glob("*/__init__.py")} - set(CORE_FOLDERS)
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "coup_fast"}
-    for module in runtime_imports(ast.parse(path.read_text())):
+    for module in runtime_imports(path):
         first, _, rest = module.partition(".")
         assert first in allowed, f"{path.name} imports {module}"
         inner = rest.partition(".")[0]
@@ -104,10 +107,27 @@ def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
 )
 def test_the_core_is_in_layers(folder: str, forbidden: tuple[str, ...]) -> None:
     for path in sorted((ROOT / "coup_fast" / folder).glob("*.py")):
-        for module in runtime_imports(ast.parse(path.read_text())):
+        for module in runtime_imports(path):
             first, _, rest = module.partition(".")
             known = first == "coup_fast" and rest.partition(".")[0] in forbidden
             assert not known, f"{folder}/{path.name} imports {module}"
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    paths = sorted((ROOT / "coup_fast").rglob("*.py"))
+    modules = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in paths
+    }
+    graph = {
+        name: {x if x in modules else x.rpartition(".")[0] for x in runtime_imports(path)}
+        for name, path in modules.items()
+    }
+    assert "coup_fast.run.loop" in graph["coup_fast.purifier"], "imports are not found any more"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_no_file_names_a_machine_or_a_package_index() -> None:

@@ -1,0 +1,56 @@
+"""A line of a report: a defence, an attack, and the numbers that they came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coup_fast.attacks import Attack
+from coup_fast.evaluation.config import UNDEFENDED, Row
+from coup_fast.evaluation.metrics import Numbers
+
+_NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
+
+
+def radius(attack: Attack) -> str:
+    """The ball of an attack, as in "ℓ∞ 8/255"."""
+    in_bytes = attack.eps * 255
+    exact = attack.norm == "linf" and abs(in_bytes - round(in_bytes)) < 1e-9
+    return f"{_NORMS[attack.norm]} {f'{round(in_bytes)}/255' if exact else f'{attack.eps:g}'}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the configuration with its numbers; attacked is None for clean images alone.
+
+    union: what the row's numbers join, where each image counts under the attack worst for it.
+    """
+
+    row: Row
+    images: int
+    clean: Numbers
+    attacked: Numbers | None
+    attack_run: dict[str, float | int] | None
+    union: tuple[str, ...] = ()
+
+    @property
+    def attack_label(self) -> str:
+        """The attack in words, weak ones marked."""
+        attack = self.row.attack
+        if self.union:
+            ball = self.union[0].rpartition(", ")[2]
+            return f"each image under the worst of these {len(self.union)}, {ball}"
+        if attack is None:
+            return "none"
+        if self.row.defence.method == UNDEFENDED:
+            name = f"{type(attack).__name__}-{attack.steps} {attack.loss}"
+        else:
+            name = attack.name
+        weak = "WEAK " if self.weakness else ""
+        return f"{weak}{name}, {radius(attack)}"
+
+    @property
+    def weakness(self) -> str | None:
+        """Why the attack says little about this defence; None for an honest one."""
+        attack = self.row.attack
+        plain = attack is None or self.row.defence.method == UNDEFENDED
+        return None if plain or attack is None else attack.weakness
