@@ -52,7 +52,7 @@ def test_losses_are_those_of_their_papers(images: Tensor) -> None:
 
 
 def test_dlr_needs_three_classes() -> None:
-    with pytest.raises(ValueError, match="at least 3 classes"):
+    with pytest.raises(ValueError, match=r"DLR .*3 classes, got 2"):
         LOSSES["dlr"](torch.zeros(1, 2), torch.tensor([0]))
 
 
@@ -80,7 +80,7 @@ def test_projections_and_starts_stay_inside_exactly(
     start = ball.random(0, ids, 0)
     ball.check(start)
     assert not torch.equal(start, centre)
-    with pytest.raises(RuntimeError, match="left the"):
+    with pytest.raises(RuntimeError, match=f"the {norm} ball of"):
         ball.check((centre + 2 * eps).clamp_max(1.5))
 
 
@@ -284,24 +284,24 @@ class Poisoned(nn.Module):
 
 def test_a_gradient_that_is_not_finite_names_the_image(images: Tensor) -> None:
     images = torch.cat((images[:2] * 0.3, images[2:].clamp_min(0.9)))
-    with pytest.raises(FloatingPointError, match="gradient of the image with sample id 12 "):
+    with pytest.raises(FloatingPointError, match="sample id 12 "):
         PGD(eps=0.1, steps=1)(Poisoned(), images, LABELS % 3, sample_ids=[10, 11, 12, 13])
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"norm": "l1"}, ValueError, "norm must be one of linf, l2"),
-        ({"loss": "cw"}, ValueError, "loss must be one of ce, dlr, margin"),
-        ({"gradient": "adjoint"}, ValueError, "gradient must be one of exact"),
-        ({"noise": "none"}, ValueError, "noise must be one of"),
-        ({"keep": "first"}, ValueError, "keep must be one of"),
-        ({"eps": 0}, ValueError, r"eps must be a number in \(0, inf\)"),
-        ({"eps": float("nan")}, ValueError, r"eps must be a number in \(0, inf\)"),
-        ({"steps": 0}, ValueError, r"steps must be an int in \[1, 2\^20 - 1\]"),
-        ({"eot": 1.5}, TypeError, "eot must be an int"),
-        ({"seed": 2**29}, ValueError, r"seed must be an int in \[0, 2\^29 - 1\]"),
-        ({"step_size": -1}, ValueError, r"step_size must be a number in \(0, inf\)"),
+        ({"norm": "l1"}, ValueError, "norm .*'l1'"),
+        ({"loss": "cw"}, ValueError, "loss .*'cw'"),
+        ({"gradient": "adjoint"}, ValueError, "gradient .*'adjoint'"),
+        ({"noise": "none"}, ValueError, "noise .*'none'"),
+        ({"keep": "first"}, ValueError, "keep .*'first'"),
+        ({"eps": 0}, ValueError, "eps .* 0"),
+        ({"eps": float("nan")}, ValueError, "eps .* nan"),
+        ({"steps": 0}, ValueError, "^steps .* 0"),
+        ({"eot": 1.5}, TypeError, "eot "),
+        ({"seed": 2**29}, ValueError, "seed .* 536870912"),
+        ({"step_size": -1}, ValueError, "step_size .* -1"),
     ],
 )
 def test_options_are_checked(change: dict[str, object], error: type, message: str) -> None:
@@ -310,23 +310,23 @@ def test_options_are_checked(change: dict[str, object], error: type, message: st
 
 
 def test_apgd_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"rho must be a number in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"rho .* 2"):
         APGD(rho=2)
 
 
 def test_inputs_are_checked(images: Tensor) -> None:
     model, attack = defended(), PGD(eps=0.1, steps=1, eot=1)
-    with pytest.raises(TypeError, match="float32 or float64 to be attacked"):
+    with pytest.raises(TypeError, match=r"images .*float16"):
         attack(model, images.half(), LABELS)
-    with pytest.raises(ValueError, match="labels must be int64"):
+    with pytest.raises(ValueError, match=r"labels .*\[4\].*\[2\]"):
         attack(model, images, LABELS[:2])
-    with pytest.raises(ValueError, match="labels must be int64"):
+    with pytest.raises(ValueError, match=r"labels .*int64.*int32"):
         attack(model, images, LABELS.int())
-    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"images .*\[0, 1\].* 1\.99"):
         attack(model, 2 * images, LABELS)
-    with pytest.raises(ValueError, match="rounding error; clamp"):
+    with pytest.raises(ValueError, match=r"images .*\[0, 1\].*clamp"):
         attack(model, images + 5e-5 + (1 - images.max()), LABELS)
-    with pytest.raises(ValueError, match=r"sample_ids must be integers \[4\]"):
+    with pytest.raises(ValueError, match=r"sample_ids .*\[1\]"):
         attack(model, images, LABELS, sample_ids=[1])
 
 
@@ -349,7 +349,7 @@ def test_a_preset_keeps_the_proportion_of_its_step() -> None:
     assert preset("pgd-linf", steps=40).as_dict()["step_size"] == pytest.approx(0.007)
     l2 = preset("pgd-l2", eps=1.0, steps=50).as_dict()
     assert l2["step_size"] == pytest.approx(2.5 / 50)
-    with pytest.raises(ValueError, match=r"attack must be one of pgd-linf, .*'pdg'"):
+    with pytest.raises(ValueError, match=r"attack .*pgd-linf, .*'pdg'"):
         preset("pdg")
 
 

@@ -85,7 +85,7 @@ def test_micro_batches_stay_within_the_budget(options) -> None:
             lambda runs=runs: eot_gradient(defence, u, LABELS, draws=1, micro_batch=runs), u.device
         )
         assert 0.75 * budget <= peak <= 1.05 * budget + 2 * result
-    with pytest.raises(ValueError, match=r"one run needs about .* memory_budget is 1000; raise it"):
+    with pytest.raises(ValueError, match=r"bytes.* memory_budget is 1000"):
         eot_gradient(defence, u, LABELS, memory_budget=1000)
 
 
@@ -118,13 +118,13 @@ def test_other_losses_dtypes_and_an_empty_batch() -> None:
 
 def test_mistakes_are_refused() -> None:
     u = images(5)
-    with pytest.raises(ValueError, match=r"one number per image, \[1\], got \[\]"):
+    with pytest.raises(ValueError, match=r"loss .*\[1\].*\[\]"):
         eot_gradient(model(), u, LABELS, torch.nn.functional.cross_entropy)
-    with pytest.raises(ValueError, match=r"labels must be \[5\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"labels .*\[5\].*\[3\]"):
         eot_gradient(model(), u, LABELS[:3])
-    with pytest.raises(ValueError, match=r"draws must be .* at least 1"):
+    with pytest.raises(ValueError, match=r"^draws .* 0"):
         eot_gradient(model(), u, LABELS, draws=0)
-    with pytest.raises(TypeError, match="micro_batch must be an int"):
+    with pytest.raises(TypeError, match="micro_batch "):
         eot_gradient(model(), u, LABELS, micro_batch=2.0)
-    with pytest.raises(ValueError, match="there is no gradient"):
+    with pytest.raises(ValueError, match='gradient="none"'):
         eot_gradient(model(gradient="none"), u, LABELS)

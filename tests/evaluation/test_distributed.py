@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
     processes = start_ranks(tmp_path, 2, timeout=15, COUP_FAST_TEST_FAULT="hang:1:20")
     try:
         _, error = processes[0].communicate(timeout=300)
-        assert "ERROR rank 1 of 2 died or did not finish a batch within 15 s" in error
+        assert re.search("ERROR rank 1 of 2 .* 15 s", error)
     finally:
         processes[1].kill()
         processes[1].communicate()
@@ -143,7 +144,7 @@ def test_an_error_on_one_rank_ends_all_and_names_it(tmp_path: Path) -> None:
     found = finish(start_ranks(tmp_path, 2, COUP_FAST_TEST_FAULT="nan:1:60"))
     for code, _, error in found:
         assert code == 1
-        assert "ERROR rank 1: the score model (Faulty) returned NaN or inf" in error
+        assert "ERROR rank 1: the score model (Faulty)" in error
 
 
 @pytest.mark.parametrize(("batches", "ranks"), [(4, 1), (4, 2), (4, 3), (2, 3), (1, 1)])

@@ -209,19 +209,19 @@ def test_controls_are_added_and_sweeps_expanded() -> None:
     [
         ({"epsilons": 1}, "has no 'epsilons'"),
         ({"data": {"image": 3}}, r"\[data\] has no 'image'"),
-        ({"draws": 0}, "draws must be an int of at least 1"),
+        ({"draws": 0}, "^draws .* 0"),
         ({"defence": []}, "no \\[\\[defence\\]\\]"),
-        ({"defence": [{"method": "coop"}]}, "unknown method 'coop'"),
-        ({"defence": [{"method": "coup", "vote": "all"}]}, "vote"),
-        ({"defence": [{"method": "coup"}, {"method": "coup"}]}, "two defences are called coup"),
-        ({"attack": [{"eps": 0.1}]}, "needs a preset"),
-        ({"attack": [{"preset": "pgd"}]}, "pgd40"),
-        ({"attack": [{"preset": "pgd40", "defences": ["adp"]}]}, "adp"),
-        ({"attack": [{"preset": "pgd40", "eps": []}]}, "empty list"),
+        ({"defence": [{"method": "coop"}]}, "'coop'"),
+        ({"defence": [{"method": "coup", "vote": "all"}]}, "vote .*'all'"),
+        ({"defence": [{"method": "coup"}, {"method": "coup"}]}, "two defences .*coup"),
+        ({"attack": [{"eps": 0.1}]}, r"\[\[attack\]\] .*preset"),
+        ({"attack": [{"preset": "pgd"}]}, r"preset of \[\[attack\]\] .*'pgd'"),
+        ({"attack": [{"preset": "pgd40", "defences": ["adp"]}]}, "'adp'"),
+        ({"attack": [{"preset": "pgd40", "eps": []}]}, "eps .*empty"),
         ({"attack": [{"preset": "pgd40", "epz": 1}]}, r"\[\[attack\]\] has no 'epz'"),
-        ({"defence": [{"name": "x"}]}, "needs a method"),
-        ({"defence": [{"method": "none", "options": {}}]}, "takes no options"),
-        ({"defence": [{"method": "coup", "options": {"seed": 1}}]}, "it is the seed of the conf"),
+        ({"defence": [{"name": "x"}]}, r"\[\[defence\]\] .*method"),
+        ({"defence": [{"method": "none", "options": {}}]}, "'none' .*options"),
+        ({"defence": [{"method": "coup", "options": {"seed": 1}}]}, "seed .*defence"),
     ],
 )
 def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
@@ -232,20 +232,20 @@ def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "digits"}, r"\[data\] must be a table, got 'digits'"),
-        ({"data": {"name": 3}}, r"name of \[data\] must be a string, got 3"),
-        ({"data": {"images": "many"}}, r"images of \[data\] must be an int of .*, got 'many'"),
-        ({"models": 3}, "models must be a string, got 3"),
-        ({"controls": "yes"}, "controls must be True or False, got 'yes'"),
-        ({"defence": "coup"}, r"defence must be tables, each under \[\[defence\]\], got 'coup'"),
-        ({"defence": {"method": "coup"}}, r"each under \[\[defence\]\]"),
-        ({"defence": [{"method": "coup", "name": 3}]}, "name of .* must be a string, got 3"),
-        ({"defence": [{"method": "coup", "options": 3}]}, "options of .* must be a table, got 3"),
-        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star must be a f.* 'a'"),
-        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, "each of t_star .* 'a'"),
-        ({"attack": 3}, r"each under \[\[attack\]\], got 3"),
-        ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps must be a finite number, got 'big'"),
-        ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, "must be a list of strings"),
+        ({"data": "digits"}, r"\[data\] .*'digits'"),
+        ({"data": {"name": 3}}, r"name of \[data\] .* 3"),
+        ({"data": {"images": "many"}}, r"images of \[data\] .*'many'"),
+        ({"models": 3}, "models .* 3"),
+        ({"controls": "yes"}, "controls .*'yes'"),
+        ({"defence": "coup"}, r"\[\[defence\]\].*'coup'"),
+        ({"defence": {"method": "coup"}}, r"\[\[defence\]\].*\{'method': 'coup'\}"),
+        ({"defence": [{"method": "coup", "name": 3}]}, r"name of \[\[defence\]\] .* 3"),
+        ({"defence": [{"method": "coup", "options": 3}]}, r"options of \[\[defence\]\] .* 3"),
+        ({"defence": [{"method": "coup", "options": {"t_star": "a"}}]}, "t_star .*'a'"),
+        ({"defence": [{"method": "coup", "options": {"t_star": ["a"]}}]}, "each of t_star .*'a'"),
+        ({"attack": 3}, r"\[\[attack\]\].* 3"),
+        ({"attack": [{"preset": "pgd40", "eps": "big"}]}, "eps .*'big'"),
+        ({"attack": [{"preset": "pgd40", "defences": "COUP"}]}, r"defences of .*'COUP'"),
     ],
 )
 def test_values_of_another_type_are_refused_by_name(changes: dict, message: str) -> None:
@@ -259,7 +259,7 @@ def test_toml_says_the_same(tmp_path: Path) -> None:
     config = from_dict(read_toml(str(path)))
     assert config == from_dict(eval_models.tables(attack=eval_models.tables()["attack"][:1]))
     path.write_text("draws = ")
-    with pytest.raises(ValueError, match=r"eval\.toml is not TOML"):
+    with pytest.raises(ValueError, match=r"eval\.toml .*TOML"):
         read_toml(path)
 
 

@@ -105,7 +105,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(
         assert done.returncode == -9, done.stderr
     else:
         assert done.returncode == 130, done.stderr
-        assert "To go on: coup-fast eval eval.toml --out out" in done.stderr
+        assert "coup-fast eval eval.toml --out out" in done.stderr
     before = units(tmp_path / "out")
     assert 0 < len(before) < UNITS
 
@@ -170,12 +170,12 @@ def damage_owner(text: str) -> str:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damage_cut, "is damaged: not a whole state file"),
-        (lambda text: "", "is damaged: not a whole state file"),
-        (lambda text: "[]", "is damaged: not a whole state file"),
-        (damage_number, "is damaged: its checksum does not fit"),
-        (damage_format, "has format 99; this coup_fast reads format 1"),
-        (damage_owner, "belongs to another evaluation"),
+        (damage_cut, "not a whole state file"),
+        (lambda text: "", "not a whole state file"),
+        (lambda text: "[]", "not a whole state file"),
+        (damage_number, "checksum"),
+        (damage_format, "format 99.* format 1"),
+        (damage_owner, "another evaluation"),
     ],
 )
 def test_damaged_state_is_refused_and_left_alone(copy: Path, damage: object, reason: str) -> None:
@@ -191,7 +191,7 @@ def test_damaged_state_is_refused_and_left_alone(copy: Path, damage: object, rea
 def test_a_renamed_file_is_refused(copy: Path) -> None:
     folder = copy / "state"
     (folder / "batch-00001-row-002.json").rename(folder / "batch-00001-row-099.json")
-    with pytest.raises(StateError, match="it was renamed"):
+    with pytest.raises(StateError, match=r"batch-00001-row-099\.json .*renamed"):
         run(copy)
 
 
@@ -207,7 +207,7 @@ def test_state_of_another_configuration_is_refused(
     copy: Path, changes: dict[str, object], reason: str
 ) -> None:
     before = units(copy)
-    with pytest.raises(StateError, match=f"holds another evaluation: .*{reason}"):
+    with pytest.raises(StateError, match=reason):
         run(copy, **changes)
     assert units(copy) == before
 
@@ -229,7 +229,7 @@ def test_state_of_other_models_or_images_is_refused(copy: Path) -> None:
 def test_one_evaluation_at_a_time(copy: Path) -> None:
     identity = json.loads((copy / "state" / "identity.json").read_text())["identity"]
     state = State(copy / "state", identity)
-    with pytest.raises(StateError, match="another process is running"):
+    with pytest.raises(StateError, match=r"another process .*state"):
         run(copy)
     state.close()
     run(copy)
@@ -270,7 +270,7 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EvaluationError, match=r"no space is left on the disk.*make space"):
+    with pytest.raises(EvaluationError, match=r"batch-00000-row-004\.json .*no space is left"):
         run(tmp_path)
     monkeypatch.undo()
     assert 0 < len(units(tmp_path)) < UNITS
@@ -319,12 +319,12 @@ def test_the_command_says_what_is_wrong_in_one_sentence(
     np.savez("images.npz", images=images.numpy(), labels=labels.numpy())
     Path("eval.toml").write_text(eval_models.TOML.format(images=6))
     for arguments, message in (
-        (["none.toml"], "none.toml is not a file"),
-        (["eval.toml", "--eot", "2"], "--eot and CONFIG exclude each other"),
-        (["eval.toml", "--images", "7"], "has 6 images, 7 were asked for"),
+        (["none.toml"], "none.toml"),
+        (["eval.toml", "--eot", "2"], "--eot and CONFIG"),
+        (["eval.toml", "--images", "7"], "6 images, 7 "),
         (["eval.toml", "--out", str(copy)], "holds another evaluation"),
         (["eval.toml", "--report-only"], "nothing to report"),
-        (["--data", "."], "folder '.' is for data 'mnist' and 'cifar10', and the data is 'digits'"),
+        (["--data", "."], "'digits'"),
     ):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err

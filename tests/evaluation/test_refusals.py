@@ -43,9 +43,9 @@ def test_networks_and_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
         classifier.in_channels = 1
         return score_model, classifier
 
-    with pytest.raises(ValueError, match=r"the classifier takes images of 1 channels, got 3"):
+    with pytest.raises(ValueError, match=r"classifier .* 1 channels, got 3"):
         evaluate(config, tmp_path, models=narrow, data=(pixels, labels))
-    with pytest.raises(ValueError, match="labels must be classes of the classifier, 0 to 3, got "):
+    with pytest.raises(ValueError, match=r"labels .* 0 to 3, got 10 to 10"):
         evaluate(config, tmp_path, models=eval_models.load, data=(pixels, labels + 9))
     assert not list((tmp_path / "state").glob("batch-*"))
 
@@ -64,12 +64,12 @@ def test_progress_within_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": 0}, "needs the arrays images and labels"),
-        ({"images": np.zeros((4, 8, 8)), "labels": np.zeros(4, int)}, r"must be \[N, C, H, W\]"),
-        ({"images": np.zeros((4, 3, 8, 8), int), "labels": np.zeros(4, int)}, "got int64"),
-        ({"images": np.full((4, 3, 8, 8), 2.0), "labels": np.zeros(4, int)}, r"outside \[0, 1\]"),
-        ({"images": np.zeros((4, 3, 8, 8)), "labels": np.zeros(4)}, "whole numbers, got float64"),
-        (None, "cannot be read as a .npz file"),
+        ({"pictures": 0}, "images and labels.*'pictures'"),
+        ({"images": np.zeros((4, 8, 8)), "labels": np.zeros(4, int)}, r"images .*got \[4, 8, 8\]"),
+        ({"images": np.zeros((4, 3, 8, 8), int), "labels": np.zeros(4, int)}, "images .*int64"),
+        ({"images": np.full((4, 3, 8, 8), 2.0), "labels": np.zeros(4, int)}, r"images .*\[0, 1\]"),
+        ({"images": np.zeros((4, 3, 8, 8)), "labels": np.zeros(4)}, "labels .*float64"),
+        (None, r"images\.npz cannot be read"),
     ],
 )
 def test_files_of_images_that_hold_something_else(
@@ -82,15 +82,15 @@ def test_files_of_images_that_hold_something_else(
         np.savez(path, **arrays)
     with pytest.raises((ValueError, TypeError), match=message):
         load_images(Data(str(path), images=2))
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
         load_images(Data("nowhere.npz"))
 
 
 def test_models_are_named_by_a_function_that_returns_both() -> None:
     load = model_loader("json:dumps", torch.device("cpu"))
-    with pytest.raises(TypeError, match=r"'json:dumps': dumps\('vp'\) must return .* got str"):
+    with pytest.raises(TypeError, match=r"dumps\('vp'\) .* got str"):
         load("vp")
-    with pytest.raises(ImportError, match="models 'no_such_module:f': No module"):
+    with pytest.raises(ImportError, match="'no_such_module:f'"):
         model_loader("no_such_module:f", torch.device("cpu"))
 
 
@@ -99,4 +99,4 @@ def test_a_folder_holds_the_data_set_of_the_bundled_models(
 ) -> None:
     words = ["--models", "cifar10", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["eval", *words]) == 2
-    assert "no test_batch.bin or test_batch in" in capsys.readouterr().err
+    assert "test_batch.bin" in capsys.readouterr().err

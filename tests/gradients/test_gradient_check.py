@@ -62,7 +62,7 @@ def test_a_wrong_exact_gradient_fails_the_check() -> None:
     wrong = replace(check, rows=rows)
     assert not wrong.passed
     assert "IS NOT" in str(wrong)
-    with pytest.raises(KeyError, match="there are autograd, exact"):
+    with pytest.raises(KeyError, match=r"'finite differences'.*autograd, exact"):
         check["finite differences"]
 
 
@@ -80,15 +80,15 @@ def test_float64_with_votes_on_both_chains(vote: str, chain: str) -> None:
 
 
 def test_bad_arguments_and_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="chain must be one of longer steps, first steps"):
+    with pytest.raises(ValueError, match=r"chain .*longer steps, first steps.*'all'"):
         check_gradient(defence(), images(), chain="all")
-    with pytest.raises(ValueError, match="steps must be an int of at least 1"):
+    with pytest.raises(ValueError, match=r"^steps .* 0"):
         check_gradient(defence(), images(), steps=0)
     model = defence()
     model.purifier.score_model.network.first = torch.nn.Sequential(
         torch.nn.Dropout(0.5), model.purifier.score_model.network.first
     )
-    with pytest.raises(ValueError, match="active dropout"):
+    with pytest.raises(ValueError, match=r"Dropout, ScoreModel\.network\.first\.0"):
         check_gradient(model, images())
 
 
@@ -115,11 +115,11 @@ def test_short_chains_are_the_methods_own_steps() -> None:
     ("method", "options", "reason"),
     [
         ("adp", {}, "adp is not an SDE"),
-        ("vp-ode", {}, "is not Euler-Maruyama"),
-        ("coup", {"solver": "exponential"}, "is not Euler-Maruyama"),
-        ("coup", {"clip_denoised": True}, "is not Euler-Maruyama"),
+        ("vp-ode", {}, "Euler-Maruyama"),
+        ("coup", {"solver": "exponential"}, "Euler-Maruyama"),
+        ("coup", {"clip_denoised": True}, "Euler-Maruyama"),
         ("coup", {"guidance_norm": "normalised"}, "normalised per sample"),
-        ("gradual", {}, "is not Euler-Maruyama"),
+        ("gradual", {}, "Euler-Maruyama"),
     ],
 )
 def test_where_the_adjoint_does_not_apply_it_says_why(method: str, options, reason: str) -> None:

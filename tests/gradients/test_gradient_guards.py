@@ -36,10 +36,10 @@ def run(clean: Purifier, **options) -> Tensor:
 
 
 TRAINING = {
-    "dropout": (nn.Dropout(0.1), r"active dropout \(Dropout, ScoreModel.network.part\)"),
-    "dropout2d": (nn.Dropout2d(0.1), "active dropout"),
-    "rrelu": (nn.RReLU(), "active dropout"),
-    "batch norm": (nn.BatchNorm2d(3), "batch norm in training mode"),
+    "dropout": (nn.Dropout(0.1), r"\(Dropout, ScoreModel\.network\.part\)"),
+    "dropout2d": (nn.Dropout2d(0.1), r"\(Dropout2d, ScoreModel\.network\.part\)"),
+    "rrelu": (nn.RReLU(), r"\(RReLU, ScoreModel\.network\.part\)"),
+    "batch norm": (nn.BatchNorm2d(3), r"batch norm .*\(ScoreModel\.network\.part\)"),
 }
 
 
@@ -50,7 +50,7 @@ def test_training_modes_are_refused_before_the_run_and_fine_in_eval(name: str) -
     calls: list[int] = []
     clean = purifier(With(part))
     part.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match=message + r".*call \.eval\(\)|" + message):
+    with pytest.raises(ValueError, match=message + r".*\.eval\(\)"):
         run(clean)
     assert not calls
     clean(images())  # without a gradient nothing is refused
@@ -66,7 +66,7 @@ def test_harmless_parts_in_training_mode_are_not_refused() -> None:
 
 def test_batch_norm_without_statistics_is_refused_in_eval_too() -> None:
     network = With(nn.BatchNorm2d(3, track_running_stats=False)).eval()
-    with pytest.raises(ValueError, match="without running statistics"):
+    with pytest.raises(ValueError, match=r"running statistics \(ScoreModel\.network\.part\)"):
         run(purifier(network))
 
 
@@ -80,7 +80,7 @@ def test_the_classifiers_are_looked_at_too() -> None:
         run(purifier(classifier=Dropped()))
     plain = purifier(method="diffpure")
     model = PurifiedClassifier(plain, nn.Sequential(nn.BatchNorm2d(3), TinyClassifier()))
-    with pytest.raises(ValueError, match=r"batch norm in training mode \(Sequential\.0\)"):
+    with pytest.raises(ValueError, match=r"batch norm .*\(Sequential\.0\)"):
         model(images().requires_grad_())
     assert model(images()).shape == (3, 4)
 
@@ -100,17 +100,17 @@ class Noisy(TinyNetwork):
 def test_a_network_that_does_not_repeat_itself_is_noticed(method: str) -> None:
     for options in ({}, {"verify_states": True}, {"states": "sqrt"}):
         clean = purifier(Noisy(0.01 if method == "adp" else 1.0), method, **options)
-        with pytest.raises(RuntimeError, match=r"computed again, differs .* likely reason"):
+        with pytest.raises(RuntimeError, match=f"{method}: step .* differs .* likely reason"):
             run(clean)
     run(purifier(Noisy(1.0), method, check_values=False))  # nobody looked
 
 
 def test_rounding_is_warned_of_and_refused_by_verify_states() -> None:
-    with pytest.warns(UserWarning, match=r"step 3 of 3, computed again, differs"):
+    with pytest.warns(UserWarning, match=r"step 3 of 3, .*differs"):
         run(purifier(Noisy(1e-4), "diffpure"))
-    with pytest.raises(RuntimeError, match=r"differs .*modules in training mode \(ScoreModel\)"):
+    with pytest.raises(RuntimeError, match=r"differs .*training mode \(ScoreModel\)"):
         run(purifier(Noisy(1e-4), "diffpure", verify_states=True).train())
-    with pytest.raises(RuntimeError, match="a model draws random numbers"):
+    with pytest.raises(RuntimeError, match=r"differs .*draws random numbers"):
         run(purifier(Noisy(1e-4), "diffpure", verify_states=True).eval())
 
 
@@ -143,7 +143,7 @@ def test_a_model_that_is_another_one_under_gradients_is_refused() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return super().forward(x, t) * (2.0 if torch.is_grad_enabled() else 1.0)
 
-    with pytest.raises(RuntimeError, match="computes something else when it is differentiated"):
+    with pytest.raises(RuntimeError, match=r"step 3 of 3, .*when it is differentiated"):
         run(purifier(TwoFaced(), "diffpure"))
 
 
@@ -174,7 +174,7 @@ def test_changed_parameters_between_forward_and_backward_are_noticed(change) -> 
     clean = purifier()
     out = clean(images().requires_grad_())
     change(clean)
-    with pytest.raises(RuntimeError, match=r"changed between .* \((Sc|Ti).*(weight|bias)\)"):
+    with pytest.raises(RuntimeError, match=r"between .* \((Sc|Ti).*(weight|bias)\)"):
         out.sum().backward()
     run(clean)
 
@@ -189,14 +189,14 @@ def test_changed_noise_and_changed_mode_are_noticed() -> None:
     clean = purifier(With(nn.Dropout(0.5))).eval()
     out = clean(images().requires_grad_())
     clean.train()
-    with pytest.raises(ValueError, match="active dropout"):
+    with pytest.raises(ValueError, match=r"\(Dropout, ScoreModel\.network\.part\)"):
         out.sum().backward()
 
 
 def test_models_that_change_themselves_or_their_input_are_refused() -> None:
     network = TinyNetwork()
     network.first = nn.utils.parametrizations.spectral_norm(network.first)
-    with pytest.raises(RuntimeError, match="changed during the run"):
+    with pytest.raises(RuntimeError, match=r"during the run \(ScoreModel\.network\.first\."):
         run(purifier(network.train()))
     run(purifier(network.eval()))
 
@@ -204,7 +204,7 @@ def test_models_that_change_themselves_or_their_input_are_refused() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return super().forward(x.mul_(1.5), t)
 
-    with pytest.raises(RuntimeError, match="changed its input in place at step 1 of 3"):
+    with pytest.raises(RuntimeError, match="input in place at step 1 of 3"):
         run(purifier(InPlace(), "diffpure"))
 
 

@@ -191,9 +191,9 @@ def test_bpda_is_the_identity_and_none_is_detached() -> None:
 
 
 def test_unknown_gradients_and_states_are_refused() -> None:
-    with pytest.raises(ValueError, match="gradient must be one of exact, autograd, bpda, none"):
+    with pytest.raises(ValueError, match=r"gradient .*exact, autograd, bpda, none.*'adjoint'"):
         purifier("coup", gradient="adjoint")
-    with pytest.raises(ValueError, match="states must be one of device, host, sqrt"):
+    with pytest.raises(ValueError, match=r"states .*device, host, sqrt.*'disk'"):
         purifier("coup", states="disk")
 
 

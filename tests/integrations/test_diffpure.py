@@ -221,7 +221,7 @@ def test_a_random_level_changes_the_forward_noise_alone(
     rest.plan.start[[4, 5]] = -np.inf, np.inf  # COUP clamps what it starts from
     assert torch.allclose(result, 2 * rest((start + 1) / 2, noise=noise[1:]) - 1, atol=1e-5)
     args.t = 3
-    with pytest.raises(ValueError, match="t_delta must be less than t"):
+    with pytest.raises(ValueError, match=r"args\.t=3 .*args\.t_delta=5"):
         runner.image_editing_sample(x, bs_id=2)
 
 
@@ -366,13 +366,13 @@ def test_what_cannot_be_run_is_refused(args: Namespace, config: Namespace) -> No
     with pytest.raises(ValueError, match="CIFAR10, ImageNet"):
         diffpure.RevGuidedDiffusion(args, config, "cpu")
     args.sample_step = 2
-    with pytest.raises(ValueError, match="one round"):
+    with pytest.raises(ValueError, match=r"args\.sample_step is 2"):
         runner("ldsde").image_editing_sample(x, bs_id=2)
     config.model.timestep_respacing = "250"
-    with pytest.raises(ValueError, match="250"):
+    with pytest.raises(ValueError, match=r"timestep_respacing .*'250'"):
         runner("ddpm").image_editing_sample(x, bs_id=2)
     config.model.var_type = "learned"
-    with pytest.raises(ValueError, match="fixedlarge"):
+    with pytest.raises(ValueError, match=r"var_type .*fixedsmall, fixedlarge.*'learned'"):
         runner("celebahq-ddpm").image_editing_sample(x, bs_id=2)
     with pytest.raises(TypeError, match=r"\[B, C, H, W\]"):
         runner("sde").image_editing_sample(x[0])

@@ -159,19 +159,19 @@ def test_half_precision_samples_keep_their_type() -> None:
 def test_what_cannot_be_stepped_is_refused() -> None:
     with pytest.raises(ValueError, match=r"coup_fast\.Purifier"):
         CoupScheduler(method="adp")
-    with pytest.raises(ValueError, match="v_prediction"):
+    with pytest.raises(ValueError, match=r"prediction_type .*'v_prediction'"):
         CoupScheduler(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="cosine"):
+    with pytest.raises(ValueError, match=r"beta_schedule .*'cosine'"):
         CoupScheduler(beta_schedule="cosine")
-    with pytest.raises(ValueError, match="t_star"):
+    with pytest.raises(ValueError, match=r"'t_stra'.* t_star"):
         CoupScheduler(options={"t_stra": 1})
     scheduler = CoupScheduler(options={"num_steps": 2})
     x, (first, second) = torch.zeros(1, 3, 8, 8), scheduler.timesteps
     with pytest.raises(ValueError, match="guidance="):
         scheduler.step(x, first, x)
-    with pytest.raises(ValueError, match="at timestep"):
+    with pytest.raises(ValueError, match="timestep 100, got 50"):
         scheduler.step(x, second, x, guidance=x)
-    with pytest.raises(ValueError, match="one of generator, keys and noise"):
+    with pytest.raises(ValueError, match=r"generator, keys .*noise"):
         scheduler.step(x, first, x, guidance=x, generator=torch.Generator(), noise=x)
     scheduler.step(x, first, x, guidance=x)
     scheduler.step(x, second, x, guidance=x)

@@ -251,11 +251,11 @@ def test_guidance_is_offered_everywhere(name: str) -> None:
 
 
 def test_unknown_names_list_what_exists() -> None:
-    with pytest.raises(ValueError, match="unknown method 'coop'; there are coup, coup-l2"):
+    with pytest.raises(ValueError, match=r"'coop'.* coup, coup-l2"):
         build("coop")
-    with pytest.raises(ValueError, match="'coup' has no option 'lambda_'; it takes t_star"):
+    with pytest.raises(ValueError, match=r"'coup' .*'lambda_'.* t_star"):
         build("coup", lambda_=1.0)
-    with pytest.raises(ValueError, match="'adp' has no option 't_star'"):
+    with pytest.raises(ValueError, match=r"'adp' .*'t_star'"):
         build("adp", t_star=0.1)
     with pytest.raises(TypeError):
         methods.coup_l2(VP, "eps", lambda_=1.0)
@@ -264,26 +264,26 @@ def test_unknown_names_list_what_exists() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("coup", {"t_star": 0.0}, ValueError, r"t_star must be a number in \(1e-05, 1\], got 0.0"),
+        ("coup", {"t_star": 0.0}, ValueError, r"t_star .*\(1e-05, 1\], got 0\.0"),
         ("coup", {"t_star": 1.5}, ValueError, "t_star"),
         ("coup", {"t_star": float("nan")}, ValueError, "t_star"),
-        ("coup", {"t_star": "0.1"}, TypeError, "t_star must be a number in .*, got '0.1'"),
+        ("coup", {"t_star": "0.1"}, TypeError, "t_star .*'0.1'"),
         ("coup", {"t_star": True}, TypeError, "t_star"),
-        ("coup", {"num_steps": 0}, ValueError, "num_steps must be an int in"),
+        ("coup", {"num_steps": 0}, ValueError, "num_steps .* 0"),
         ("coup", {"num_steps": 10.0}, TypeError, "num_steps"),
         ("coup", {"num_steps": 20_000}, ValueError, "num_steps"),
-        ("coup", {"num_steps": 10, "step_size": 0.01}, ValueError, "not both"),
+        ("coup", {"num_steps": 10, "step_size": 0.01}, ValueError, "num_steps.*step_size=0.01"),
         ("coup", {"step_size": 0.0}, ValueError, "step_size"),
         ("coup", {"guidance_scale": -1.0}, ValueError, "guidance_scale"),
         ("coup", {"guidance_scale": float("inf")}, ValueError, "guidance_scale"),
-        ("coup", {"guidance_norm": "l2"}, ValueError, "none, normalised, clipped, got 'l2'"),
+        ("coup", {"guidance_norm": "l2"}, ValueError, "guidance_norm .*clipped, got 'l2'"),
         ("coup", {"guidance_norm": "clipped"}, ValueError, "guidance_max_norm"),
         ("coup", {"guidance_max_norm": 1.0}, ValueError, "clipped"),
-        ("coup", {"solver": "heun"}, ValueError, "euler, exponential"),
-        ("coup", {"forward_noise": 1}, TypeError, "forward_noise must be True or False"),
+        ("coup", {"solver": "heun"}, ValueError, "solver .*got 'heun'"),
+        ("coup", {"forward_noise": 1}, TypeError, "forward_noise .* 1"),
         ("vp-ode", {"clip_denoised": None}, TypeError, "clip_denoised"),
         ("ldsde", {"sigma2": 0.0}, ValueError, "sigma2"),
-        ("ddpm", {"variance": "small"}, ValueError, "fixed-small, fixed-large, learned"),
+        ("ddpm", {"variance": "small"}, ValueError, "variance .*learned, got 'small'"),
         ("ddpm", {"t_star": 0.0004}, ValueError, "t_star"),
         ("ddpm", {"num_steps": 501}, ValueError, "num_steps"),
         ("ddim", {"eta": 1.5}, ValueError, "eta"),
@@ -294,10 +294,10 @@ def test_unknown_names_list_what_exists() -> None:
         ("gdmp", {"image_shape": 3}, TypeError, "image_shape"),
         ("gdmp", {"ptb": 0}, ValueError, "ptb"),
         ("adp", {"sigma": -0.1}, ValueError, "sigma"),
-        ("adp", {"noise_variant": "uniform"}, ValueError, "gaussian, binary"),
+        ("adp", {"noise_variant": "uniform"}, ValueError, "noise_variant .*got 'uniform'"),
         ("adp", {"alpha_max": 1e-6}, ValueError, "alpha_max"),
-        ("one-shot", {"sigma": 0.1, "t_star": 0.1}, ValueError, "not both"),
-        ("one-shot", {"sigma": 1e4}, ValueError, "noise"),
+        ("one-shot", {"sigma": 0.1, "t_star": 0.1}, ValueError, "sigma.*t_star"),
+        ("one-shot", {"sigma": 1e4}, ValueError, "sigma=10000 "),
     ],
 )
 def test_bad_options(name: str, options: dict, error, message: str) -> None:
@@ -306,15 +306,15 @@ def test_bad_options(name: str, options: dict, error, message: str) -> None:
 
 
 def test_methods_and_networks_must_fit() -> None:
-    with pytest.raises(ValueError, match="kind eps, score, x0, got kind 'ncsn'"):
+    with pytest.raises(ValueError, match=r"coup .*eps, score, x0, got kind 'ncsn'"):
         build("coup", kind="ncsn")
-    with pytest.raises(ValueError, match="ncsn"):
+    with pytest.raises(ValueError, match=r"adp .*ncsn.* 'eps'"):
         build("adp", kind="eps")
-    with pytest.raises(ValueError, match="VPSchedule"):
+    with pytest.raises(ValueError, match=r"coup .*VPSchedule.* EDMSchedule"):
         build("coup", EDMSchedule())
     with pytest.raises(ValueError, match="linear"):
         build("diffpure", DiscreteSchedule.cosine())
-    with pytest.raises(ValueError, match="x0"):
+    with pytest.raises(ValueError, match=r"EDMSchedule .*x0.* 'eps'"):
         build("one-shot", EDMSchedule())
     build("ddim", DiscreteSchedule.cosine())
 

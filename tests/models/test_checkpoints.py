@@ -37,7 +37,7 @@ def test_safetensors_files_are_read(tmp_path: Path) -> None:
     save_file({"a": torch.arange(3.0)}, tmp_path / "a.safetensors")
     assert torch.equal(read_state(tmp_path / "a.safetensors")["a"], torch.arange(3.0))
     (tmp_path / "b.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"b\.safetensors cannot be read as a safetensors file"):
+    with pytest.raises(ValueError, match=r"b\.safetensors cannot be read"):
         read_state(tmp_path / "b.safetensors")
 
 
@@ -51,10 +51,10 @@ def test_files_that_could_run_code_or_are_none_are_refused(
     torch.save(torch.ones(1000), whole)
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:2000])
     for name in ("code", "text", "empty", "cut"):
-        with pytest.raises(ValueError, match=f"{name}.pth cannot be read .*weights_only=True"):
+        with pytest.raises(ValueError, match=f"{name}.pth cannot be read"):
             read_state(tmp_path / f"{name}.pth")
     assert "ran code" not in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*absent\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         read_state(tmp_path / "absent.pth")
 
 
@@ -69,7 +69,7 @@ def test_files_that_could_run_code_or_are_none_are_refused(
     ],
 )
 def test_other_formats_are_described(found: object, words: str) -> None:
-    with pytest.raises(ValueError, match=f"file.pth should be a state dict .*; it is {words}"):
+    with pytest.raises(ValueError, match=f"file.pth .*state dict .* {words}"):
         as_state(found, "file.pth")
 
 
@@ -86,10 +86,9 @@ def test_misfits_name_keys_and_shapes() -> None:
     state["0.weight"] = torch.zeros(4, 1, 3, 3)
     del state["1.running_mean"]
     state["2.bias"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="does not fit") as caught:
+    with pytest.raises(ValueError, match=r"model of a.pth .*Sequential: 7 .* 7 ") as caught:
         check_fits(_network(), state, "model of a.pth")
     text = str(caught.value)
-    assert text.startswith("model of a.pth does not fit Sequential: 7 entries found, 7 expected")
     assert "1 missing: 1.running_mean" in text
     assert "1 unexpected: 2.bias" in text
     assert "1 of another shape: 0.weight is [4, 1, 3, 3], expected [4, 3, 3, 3]" in text

@@ -30,7 +30,7 @@ def test_normalised_networks_take_pixels() -> None:
     assert classifier.in_channels == 3
     x = torch.stack([(images()[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     torch.testing.assert_close(classifier(images()), network(x))
-    with pytest.raises(ValueError, match="one number per channel, std positive"):
+    with pytest.raises(ValueError, match=r"mean and std .*\(1, 0, 1\)"):
         Normalised(network, MEAN, (1, 0, 1))
 
 
@@ -46,19 +46,19 @@ def test_files_fill_an_architecture(tmp_path: Path, prefix: str) -> None:
         torch.testing.assert_close(found(images()), network(images()))
     scaled = load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN, std=STD)
     assert torch.equal(scaled(images()), Normalised(network, MEAN, STD)(images()))
-    with pytest.raises(ValueError, match=r"a dict of 2 entries \(net, acc\); name .* key="):
+    with pytest.raises(ValueError, match=r"\(net, acc\); .* key="):
         load_classifier(path, architecture=TinyClassifier)
-    with pytest.raises(ValueError, match=r"\[net\] has no entry 'model'; it has state"):
+    with pytest.raises(ValueError, match=r"\[net\] .*'model'.* state"):
         load_classifier(path, architecture=TinyClassifier, key="net.model")
-    with pytest.raises(ValueError, match="holds weights alone: give architecture="):
+    with pytest.raises(ValueError, match="architecture="):
         load_classifier(path, key="net.state")
     with pytest.raises(ValueError, match=r"2 of another shape: linear\.weight is"):
         load_classifier(path, architecture=TinyClassifier(classes=3), key="net.state")
-    with pytest.raises(ValueError, match="mean and std together"):
+    with pytest.raises(ValueError, match=r"mean=.* and std=None"):
         load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN)
-    with pytest.raises(ValueError, match="no option pretrained"):
+    with pytest.raises(ValueError, match="pretrained"):
         load_classifier(path, architecture=TinyClassifier, key="net.state", pretrained=True)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
         load_classifier(tmp_path / "absent.safetensors")
 
 
@@ -72,9 +72,9 @@ def test_files_of_ours_need_no_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["robustbench", "timm"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"needs the package {name} .*pip install {name}"):
+    with pytest.raises(ImportError, match=f"'{name}:.*pip install {name}"):
         load_classifier(f"{name}:Standard")
-    with pytest.raises(ValueError, match="for files"):
+    with pytest.raises(ValueError, match="architecture and key"):
         load_classifier(f"{name}:Standard", architecture=TinyClassifier)
 
 
@@ -110,9 +110,9 @@ class TestStandIns:
         own = load_classifier("timm:tiny", pretrained=False, mean=(0.5,) * 3, std=(0.5,) * 3)
         assert torch.equal(own(images()), TinyClassifier()((images() - 0.5) / 0.5))
         assert stand_in_timm[-1] == {"pretrained": False}
-        with pytest.raises(ValueError, match="timm has no model 'huge'"):
+        with pytest.raises(ValueError, match=r"timm .*'huge'"):
             load_classifier("timm:huge")
-        with pytest.raises(ValueError, match="3 channels, but in_chans is 1; give mean and std"):
+        with pytest.raises(ValueError, match=r"3 channels.* in_chans is 1"):
             load_classifier("timm:tiny", in_chans=1)
 
     def test_robustbench_models_are_taken_as_they_are(self, monkeypatch) -> None:
@@ -129,9 +129,9 @@ class TestStandIns:
         found = load_classifier("robustbench:Standard", threat_model="L2")
         assert calls == [{"threat_model": "L2"}]
         assert torch.equal(found(images()), TinyClassifier()(images()))
-        with pytest.raises(ValueError, match="has no model 'Other' for threat_model='L2'"):
+        with pytest.raises(ValueError, match=r"'Other' .*threat_model='L2'"):
             load_classifier("robustbench:Other", threat_model="L2")
-        with pytest.raises(ValueError, match="take pixels as they are"):
+        with pytest.raises(ValueError, match="RobustBench"):
             load_classifier("robustbench:Standard", mean=MEAN, std=STD)
 
 
@@ -164,5 +164,5 @@ def test_a_real_robustbench_model(tmp_path: Path) -> None:
     x = 0.5 + 0.5 * scatter(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(found(x), network(x))
-    with pytest.raises(ValueError, match="RobustBench has no model 'None2020'"):
+    with pytest.raises(ValueError, match=r"RobustBench .*'None2020'"):
         load_classifier("robustbench:None2020", model_dir=str(tmp_path))

@@ -192,15 +192,15 @@ def test_an_exploding_pipeline_is_asked_at_its_own_noise(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("network", "noise", "words"),
     [
-        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
-        ({}, {"beta_schedule": "laplace"}, "beta_schedule must be one of .* has 'laplace'"),
-        ({}, {"prediction_type": "flow"}, "prediction_type must be one of .* has 'flow'"),
-        ({"num_class_embeds": 10}, {}, "num_class_embeds=10: class-conditional"),
+        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
+        ({}, {"beta_schedule": "laplace"}, "beta_schedule .*'laplace'"),
+        ({}, {"prediction_type": "flow"}, "prediction_type .*'flow'"),
+        ({"num_class_embeds": 10}, {}, "num_class_embeds=10"),
         ({"class_embed_type": "timestep"}, {}, "class_embed_type='timestep'"),
-        ({"out_channels": 6}, {"variance_type": "learned"}, "out_channels=6 .* has 'learned'"),
-        ({"out_channels": 6}, {}, "out_channels=6 is twice in_channels"),
-        ({"out_channels": 4}, {}, "out_channels=4 should be in_channels=3"),
-        ({}, {"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \[2\]"),
+        ({"out_channels": 6}, {"variance_type": "learned"}, "out_channels=6 .*'learned'"),
+        ({"out_channels": 6}, {}, "out_channels=6 .*'fixed_small'"),
+        ({"out_channels": 4}, {}, "out_channels=4 .*in_channels=3"),
+        ({}, {"trained_betas": [0.1, 0.2]}, r"trained_betas .*\[2\].* 50"),
     ],
 )
 def test_fields_that_are_not_supported_are_named(network: dict, noise: dict, words: str) -> None:
@@ -214,27 +214,27 @@ def test_other_pipelines_are_refused_before_anything_is_loaded(tmp_path: Path) -
     index = json.loads((folder / "model_index.json").read_text())
     latent = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     (folder / "model_index.json").write_text(json.dumps(index | latent))
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline of .*AutoencoderKL.* supported"):
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline .*AutoencoderKL.* supported"):
         load_diffusers(folder)
     heun = index | {"scheduler": ["diffusers", "HeunDiscreteScheduler"]}
     (folder / "model_index.json").write_text(json.dumps(heun))
-    with pytest.raises(ValueError, match=r"of .*HeunDiscreteScheduler.* supported"):
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler.* supported"):
         load_diffusers(folder)
     own = index | {"unet": ["my_code", "UNet2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(own))
-    with pytest.raises(ValueError, match=r"of .*my_code\.UNet2DModel.* supported"):
+    with pytest.raises(ValueError, match=r"my_code\.UNet2DModel.* supported"):
         load_diffusers(folder)
     (folder / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         load_diffusers(folder)
-    with pytest.raises(FileNotFoundError, match="absent is neither a folder"):
+    with pytest.raises(FileNotFoundError, match="absent "):
         load_diffusers(tmp_path / "absent", local_files_only=True)
-    with pytest.raises(ValueError, match="or a pipeline with a unet and a scheduler, got int"):
+    with pytest.raises(ValueError, match=r"source .*int"):
         load_diffusers(3)
-    with pytest.raises(ValueError, match="unet must be a UNet2DModel, got Linear"):
+    with pytest.raises(ValueError, match=r"unet .*UNet2DModel, got Linear"):
         load_diffusers(_Parts(nn.Linear(1, 1), scheduler()))
     heun_scheduler = diffusers.HeunDiscreteScheduler()
-    with pytest.raises(ValueError, match="scheduler HeunDiscreteScheduler is not supported"):
+    with pytest.raises(ValueError, match=r"^scheduler HeunDiscreteScheduler"):
         load_diffusers(_Parts(unet(), heun_scheduler))
 
 

@@ -159,28 +159,28 @@ def test_a_pickle_is_not_opened_but_explained(tmp_path: Path) -> None:
     path = tmp_path / "edm-cifar10-32x32-uncond-vp.pkl"
     path.write_bytes(pickle.dumps({"ema": None}))
     line = r"'.*edm-cifar10-32x32-uncond-vp.pkl', 'rb'\)\)\['ema'\].state_dict\(\), '.*-vp.pt'\)"
-    with pytest.raises(ValueError, match=f"runs code when it is opened.*open.{line}"):
+    with pytest.raises(ValueError, match=f"pickle.*open.{line}"):
         load_edm(path)
 
 
 def test_files_that_do_not_fit_say_what_was_found(tmp_path: Path) -> None:
     path = saved(tmp_path)
     state = torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match=r"config must be one of edm-cifar10.*, got 'edm'"):
+    with pytest.raises(ValueError, match=r"config .*edm-cifar10.* 'edm'"):
         load_edm(path, "edm")
-    with pytest.raises(ValueError, match=r"does not fit EDMNetwork: 146 entries found, 150 exp"):
+    with pytest.raises(ValueError, match=r"EDMNetwork: 146 .* 150 "):
         load_edm(path, EDMConfig(replace(TINY, architecture="ncsnpp")))
     torch.save({**state, "model.u": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="1 unexpected: u"):
         load_edm(path, EDMConfig(TINY))
     torch.save([1], path)
-    with pytest.raises(ValueError, match="should be a state dict"):
+    with pytest.raises(ValueError, match=r"edm\.pt .*a list of 1 entries \(int 1\)"):
         load_edm(path, EDMConfig(TINY))
-    with pytest.raises(ValueError, match="architecture must be one of"):
+    with pytest.raises(ValueError, match=r"architecture .*'unet'"):
         EDMNetworkConfig(architecture="unet")
-    with pytest.raises(ValueError, match="preconditioning must be one of"):
+    with pytest.raises(ValueError, match=r"preconditioning .*'iddpm'"):
         EDMDenoiser(nn.Identity(), "iddpm")
-    with pytest.raises(ValueError, match="divisible by 2"):
+    with pytest.raises(ValueError, match=r"divisible by 2, got \(1, 3, 7, 8\)"):
         EDMNetwork(TINY)(torch.zeros(1, 3, 7, 8), torch.zeros(1))
 
 

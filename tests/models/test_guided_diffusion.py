@@ -219,12 +219,12 @@ def test_double_precision_is_double_throughout(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ({"class_cond": True}, "class_cond=True"),
-        ({"noise_schedule": "sqrt"}, "noise_schedule must be one of linear, cosine, got 'sqrt'"),
+        ({"noise_schedule": "sqrt"}, "noise_schedule .*linear, cosine, got 'sqrt'"),
         ({"timestep_respacing": "250"}, "timestep_respacing='250' .* num_steps"),
-        ({"num_chanels": 3}, "no flag num_chanels; it has image_size"),
-        ({"image_size": 96}, "image_size 96 needs a channel_mult"),
+        ({"num_chanels": 3}, "num_chanels.* num_channels"),
+        ({"image_size": 96}, "image_size 96 .*channel_mult"),
         ({"num_channels": 48}, "multiple of 32, got 48"),
-        ({"num_head_channels": 48}, "does not divide into heads"),
+        ({"num_head_channels": 48}, "num_heads=2, num_head_channels=48"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(flags: dict, words: str) -> None:
@@ -235,15 +235,15 @@ def test_flags_that_do_not_fit_are_named(flags: dict, words: str) -> None:
 
 def test_files_that_do_not_fit_say_what_was_found(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.pt", build_guided_diffusion(ADM))
-    with pytest.raises(ValueError, match=r"model\.pt does not fit GuidedDiffusionUNet: .* found"):
+    with pytest.raises(ValueError, match=r"model\.pt .*GuidedDiffusionUNet: 144 .* 566 "):
         load_guided_diffusion(path)
-    with pytest.raises(ValueError, match=r"out\.2\.weight is \[6, 32, 3, 3\], expected \[3, 32"):
+    with pytest.raises(ValueError, match=r"out\.2\.weight is \[6, 32, 3, 3\], .*\[3, 32, 3, 3\]"):
         load_guided_diffusion(path, ADM, learn_sigma=False)
     torch.save({"state_dict": {}, "step": 3}, path)
-    with pytest.raises(ValueError, match=r"a dict of 2 entries \(state_dict, step\)"):
+    with pytest.raises(ValueError, match=r"\(state_dict, step\)"):
         load_guided_diffusion(path, ADM)
-    with pytest.raises(ValueError, match="config must be one of imagenet256, cifar10"):
+    with pytest.raises(ValueError, match=r"config .*imagenet256, cifar10.*'imagenet512'"):
         guided_diffusion_flags("imagenet512")
-    with pytest.raises(ValueError, match="divisible by 2"):
+    with pytest.raises(ValueError, match=r"divisible by 2, got \[1, 3, 15, 16\]"):
         build_guided_diffusion(ADM)(torch.zeros(1, 3, 15, 16), torch.zeros(1))
     assert set(CONFIGS) == {"imagenet256", "cifar10", "imagenet64"}

@@ -143,24 +143,24 @@ def test_other_activations_and_centring(tmp_path: Path) -> None:
     assert len({round(out.abs().sum().item(), 3) for out in outs}) == 4
     rescaled = load_ncsnv2(path, centre=False)
     torch.testing.assert_close(rescaled(2 * x - 1, t), outs[0])
-    with pytest.raises(ValueError, match="activation must be one of elu, relu, lrelu, swish"):
+    with pytest.raises(ValueError, match=r"activation .*elu, relu, lrelu, swish.*'gelu'"):
         load_ncsnv2(path, activation="gelu")
-    with pytest.raises(ValueError, match="kind must be one of ncsn, eps"):
+    with pytest.raises(ValueError, match=r"kind .*ncsn, eps, got 'score'"):
         load_ncsnv2(path, kind="score")
 
 
 def test_files_that_do_not_fit_say_what_was_found(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "c.pth", tiny(), ema=False)
-    with pytest.raises(ValueError, match="holds no EMA parameters: it is a list of 4 entries"):
+    with pytest.raises(ValueError, match=r"EMA .* a list of 4 entries"):
         load_ncsnv2(path, ema=True)
     torch.save(tiny().state_dict(), path)
-    with pytest.raises(ValueError, match=r"holds no EMA .* a dict of 154 entries \(sigmas, "):
+    with pytest.raises(ValueError, match=r"EMA .* a dict of 154 entries \(sigmas, "):
         load_ncsnv2(path, ema=True)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"it is a list of 2 entries \(int 1, int 2\)"):
+    with pytest.raises(ValueError, match=r"a list of 2 entries \(int 1, int 2\)"):
         load_ncsnv2(path)
     torch.save({"begin_conv.weight": torch.zeros(8, 3, 3, 3)}, path)
-    with pytest.raises(ValueError, match=r"no NCSNv2 checkpoint: it lacks .* sigmas; it has begin"):
+    with pytest.raises(ValueError, match=r"lacks .* sigmas; .*begin_conv"):
         load_ncsnv2(path)
     state = dict(tiny().state_dict())
     del state["res3.0.shortcut.weight"]
@@ -170,5 +170,5 @@ def test_files_that_do_not_fit_say_what_was_found(tmp_path: Path) -> None:
     states = torch.load(checkpoint(path, tiny()), weights_only=True)
     del states[4]["end_conv.bias"]
     torch.save(states, path)
-    with pytest.raises(ValueError, match=r"do not match in end_conv\.bias"):
+    with pytest.raises(ValueError, match=r"EMA .*end_conv\.bias"):
         load_ncsnv2(path, ema=True)

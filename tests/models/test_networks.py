@@ -69,7 +69,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="divisible by 4"):
         UNet(1, [4, 4, 4])(torch.zeros(1, 1, 28, 30), torch.zeros(1))
-    with pytest.raises(ValueError, match="positive sizes"):
+    with pytest.raises(ValueError, match=r"channels=\(4, 0\)"):
         UNet(1, [4, 0])
     with pytest.raises(ValueError, match="divisible by 4"):
         Classifier(size=30)
@@ -130,7 +130,7 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="does not say which network"):
+    with pytest.raises(ValueError, match=r"other\.safetensors .*which network"):
         load_network(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="unknown network 'Nothing'"):
+    with pytest.raises(ValueError, match=r"'Nothing'.* UNet, "):
         build_network("Nothing", {})

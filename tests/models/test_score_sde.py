@@ -223,7 +223,7 @@ def test_the_ema_skips_the_fixed_fourier_frequencies(tmp_path: Path) -> None:
 def test_a_state_dict_alone_has_no_ema(tmp_path: Path) -> None:
     state = checkpoint(TINY_VP)["model"]
     path = saved(tmp_path, state)
-    with pytest.raises(ValueError, match=r"holds no EMA.*shadow_params.*ema=False"):
+    with pytest.raises(ValueError, match=r"EMA.*shadow_params.*ema=False"):
         load_score_sde(path, TINY_VP)
     model = load_score_sde(path, TINY_VP, ema=False)
     first = state["module.all_modules.0.weight"]
@@ -242,30 +242,30 @@ def test_files_that_do_not_fit_say_what_was_found(
     wider = ScoreSDEConfig("vp", True, NCSNppConfig(**{**TINY, "channels": 16}))
     monkeypatch.setattr(score_sde, "CONFIGS", {"vp/wider": wider})
     averages = "shadow_params"
-    refused(lambda c: c["ema"][averages].pop(), "153 tensors; the network has 154 trainable")
+    refused(lambda c: c["ema"][averages].pop(), "EMA .* 153 .* 154 ")
     refused(
         lambda c: c["ema"][averages].reverse(),
-        r"tensor 0 is \[3\], expected \[32, 8\] \(all_modules.0.weight\)",
+        r"tensor 0 is \[3\], .*\[32, 8\] \(all_modules\.0\.weight\)",
     )
-    refused(lambda c: c.pop("ema"), "holds no EMA.*optimizer, model, step")
-    refused(lambda c: c["ema"].pop(averages), "ema a dict of 2 entries .decay, num_updates.")
+    refused(lambda c: c.pop("ema"), "EMA.*optimizer, model, step")
+    refused(lambda c: c["ema"].pop(averages), r"ema .*\(decay, num_updates\)")
     refused(lambda c: c["model"].pop("module.sigmas"), "1 missing: sigmas")
     refused(lambda c: c["model"].update({"module.more": torch.ones(1)}), "1 unexpected: more")
     refused(lambda c: c["model"].update({"step": torch.ones(1)}), "154 missing|155 missing")
-    refused(lambda c: c.update(model=[1, 2]), "'model' of .* should be a state dict")
-    refused(lambda c: None, "does not fit NCSNpp.*of another shape.*no known conf", "vp/wider")
-    refused(lambda c: None, "config must be one of vp/wider.*, got 'cifar10'", "cifar10")
-    refused(lambda c: c.update(step=Path("x")), "cannot be read .*weights_only=True")
+    refused(lambda c: c.update(model=[1, 2]), r"'model' of .* a list of 2 entries \(int 1, int 2\)")
+    refused(lambda c: None, "NCSNpp.*of another shape.*no known", "vp/wider")
+    refused(lambda c: None, "config .*vp/wider.* 'cifar10'", "cifar10")
+    refused(lambda c: c.update(step=Path("x")), r"checkpoint_8\.pth cannot be read")
     monkeypatch.setattr(score_sde, "CONFIGS", {"vp/wider": wider, "vp/tiny": TINY_VP})
-    refused(lambda c: None, "it fits vp/tiny", "vp/wider")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+    refused(lambda c: None, "fits vp/tiny", "vp/wider")
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         load_score_sde(tmp_path / "absent.pth", TINY_VP)
 
 
 def test_configurations_are_checked() -> None:
-    with pytest.raises(ValueError, match="embedding must be one of positional, fourier"):
+    with pytest.raises(ValueError, match=r"embedding .*positional, fourier.*'learned'"):
         NCSNppConfig(embedding="learned")
-    with pytest.raises(ValueError, match="divisible by 2, got"):
+    with pytest.raises(ValueError, match=r"divisible by 2, got \(1, 3, 7, 8\)"):
         NCSNpp(NCSNppConfig(**TINY))(torch.zeros(1, 3, 7, 8), torch.zeros(1))
 
 

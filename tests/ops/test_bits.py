@@ -71,7 +71,7 @@ def test_layout_does_not_matter() -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     done = run_checksums(COUP_FAST_CPU="mmx")
     assert done.returncode != 0
-    assert "COUP_FAST_CPU must be baseline, avx2 or avx512, got mmx" in done.stderr
+    assert "baseline, avx2 or avx512, got mmx" in done.stderr
 
 
 @pytest.mark.parametrize("norm", ["none", "normalised"])

@@ -175,10 +175,10 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize(
     ("logits", "said"),
     [
-        (torch.zeros(3), r"logits must be \[B, C, ...\].* got float32 \[3\]"),
-        (torch.zeros(2, 3, 4), r"logits must be \[B, K\] .* got float32 \[2, 3, 4\]"),
-        (torch.zeros(2, 0), r"at least one class, got float32 \[2, 0\]"),
-        (torch.zeros(2, 3).double(), "logits must be float32, float16 or bfloat16, got float64"),
+        (torch.zeros(3), r": logits .*\[B, C, ...\].* got float32 \[3\]"),
+        (torch.zeros(2, 3, 4), r": logits .*\[B, K\] .* got float32 \[2, 3, 4\]"),
+        (torch.zeros(2, 0), r": logits .*\[B, K\] .* got float32 \[2, 0\]"),
+        (torch.zeros(2, 3).double(), ": logits .*float32, float16 or bfloat16, got float64"),
     ],
 )
 def test_errors_name_argument_given_and_expected(logits, said: str) -> None:
@@ -188,7 +188,7 @@ def test_errors_name_argument_given_and_expected(logits, said: str) -> None:
 
 def test_errors_of_backward() -> None:
     logits = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=r"grad_log_confidence must be float32 \[2\], got"):
+    with pytest.raises(RuntimeError, match=r": grad_log_confidence .*\[2\], got float32 \[3\]"):
         backward(torch.zeros(3), logits, logits)
-    with pytest.raises(RuntimeError, match="grad_cotangent must have the shape of logits"):
+    with pytest.raises(RuntimeError, match=r": grad_cotangent .*\[2, 3\], got float32 \[2, 4\]"):
         backward(torch.zeros(2), torch.zeros(2, 4), logits)

@@ -107,7 +107,7 @@ def test_a_draw_per_sample() -> None:
     keys = noise.sample_keys(5, [1, 2, 3], draws)
     for i, draw in enumerate(draws.tolist()):
         assert keys[i] == noise.sample_keys(5, [i + 1], draw)[0]
-    with pytest.raises(ValueError, match="draw"):
+    with pytest.raises(ValueError, match=r"draw .*\[2\].*\[3\]"):
         noise.sample_keys(5, [1, 2], draws)
 
 

@@ -87,14 +87,14 @@ def test_gradient_is_that_of_the_formula(name: str, dtype, given: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"images": torch.zeros(3)}, r"images must be \[B, C, ...\]"),
+        ({"images": torch.zeros(3)}, r": images .*\[B, C, ...\].* got float32 \[3\]"),
         (
             {"images": torch.zeros(2, 3).int()},
-            "images must be float32, float16 or bfloat16, got int32",
+            ": images .*float32, float16 or bfloat16, got int32",
         ),
-        ({"coeffs": torch.zeros(19)}, r"coeffs must be one row, float32 \[8\], got float32 \[19\]"),
-        ({"noise": torch.zeros(2, 4)}, r"noise must have the shape of images, \[2, 3\]"),
-        ({"keys": torch.zeros(2).long()}, r"keys must be int64 \[2, 2\]"),
+        ({"coeffs": torch.zeros(19)}, r": coeffs .*float32 \[8\], got float32 \[19\]"),
+        ({"noise": torch.zeros(2, 4)}, r": noise .*\[2, 3\], got float32 \[2, 4\]"),
+        ({"keys": torch.zeros(2).long()}, r": keys .*int64 \[2, 2\] .* got int64 \[2\]"),
     ],
 )
 def test_errors_name_argument_given_and_expected(change: dict, said: str) -> None:

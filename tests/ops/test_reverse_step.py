@@ -160,11 +160,11 @@ def test_in_place_twin(layout, norm: str) -> None:
 
 def test_in_place_twin_refuses() -> None:
     call = step((4, 3, 4, 4))
-    with pytest.raises(RuntimeError, match=r"x must be contiguous or channels_last .* strides"):
+    with pytest.raises(RuntimeError, match=r": x .*channels_last .* \[48, 16, 8, 1\]"):
         ops.reverse_step_(call.x[:, :, ::2], None, call.coeffs)
     for name in ("x", "model_out", "guidance", "reference"):
         wanted = replace(call, **{name: getattr(call, name).clone().requires_grad_()})
-        with pytest.raises(RuntimeError, match="not differentiable"):
+        with pytest.raises(RuntimeError, match="reverse_step_ is not differentiable"):
             ops.reverse_step_(*wanted.args)
         with torch.no_grad():
             ops.reverse_step_(*wanted.args)
@@ -271,28 +271,28 @@ def test_empty_tensors(shape) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"x": torch.zeros(2)}, r"x must be \[B, C, ...\].* got float32 \[2\]"),
-        ({"x": torch.zeros(2, 3, 4, 4).double()}, r"x must be float32 .* got float64"),
+        ({"x": torch.zeros(2)}, r": x .*\[B, C, ...\].* got float32 \[2\]"),
+        ({"x": torch.zeros(2, 3, 4, 4).double()}, ": x .*float32 .* got float64"),
         (
             {"model_out": torch.zeros(2, 4, 4, 4)},
-            r"model_out must have the shape of x, \[2, 3, 4, 4\].*twice.* got float32 \[2, 4, ",
+            r": model_out .*\[2, 3, 4, 4\].*twice.* got float32 \[2, 4, 4, 4\]",
         ),
-        ({"model_out": torch.zeros(2, 3, 4, 4).double()}, "model_out must be float32, float16 or"),
-        ({"guidance": torch.zeros(2, 3, 4)}, r"guidance must have the shape of x"),
-        ({"guidance": torch.zeros(2, 6, 4, 4)}, r"guidance must have the shape of x"),
+        ({"model_out": torch.zeros(2, 3, 4, 4).double()}, ": model_out .*bfloat16, got float64"),
+        ({"guidance": torch.zeros(2, 3, 4)}, r": guidance .*, got float32 \[2, 3, 4\]"),
+        ({"guidance": torch.zeros(2, 6, 4, 4)}, r": guidance .* got float32 \[2, 6, 4, 4\]"),
         (
             {"reference": torch.zeros(1, 3, 4, 4)},
-            r"reference must have the shape .* \[1, 3, 4, 4\]",
+            r": reference .* got float32 \[1, 3, 4, 4\]",
         ),
-        ({"noise": torch.zeros(2, 3, 4, 5)}, "noise must have the shape of x"),
+        ({"noise": torch.zeros(2, 3, 4, 5)}, r": noise .* got float32 \[2, 3, 4, 5\]"),
         (
             {"coeffs": torch.zeros(19).double()},
-            r"coeffs must be one row, float32 \[19\], got float64",
+            r": coeffs .*float32 \[19\], got float64",
         ),
-        ({"coeffs": torch.zeros(2, 19)}, r"coeffs .* got float32 \[2, 19\]"),
-        ({"keys": torch.zeros(3, 2).long()}, r"keys must be int64 \[2, 2\] .* got int64 \[3, 2\]"),
-        ({"keys": torch.zeros(2, 2)}, r"keys must be int64 .* got float32 \[2, 2\]"),
-        ({"guidance_norm": "l2"}, "guidance_norm must be none, normalised or clipped, got l2"),
+        ({"coeffs": torch.zeros(2, 19)}, r": coeffs .*float32 \[19\], got float32 \[2, 19\]"),
+        ({"keys": torch.zeros(3, 2).long()}, r": keys .*int64 \[2, 2\] .* got int64 \[3, 2\]"),
+        ({"keys": torch.zeros(2, 2)}, r": keys .*int64 .* got float32 \[2, 2\]"),
+        ({"guidance_norm": "l2"}, ": guidance_norm .*none, normalised or clipped, got l2"),
     ],
 )
 def test_errors_name_argument_given_and_expected(change: dict, said: str) -> None:

@@ -98,7 +98,7 @@ def test_asking_for_cuda_without_a_cuda_torch_is_refused(tmp_path: Path) -> None
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCOUP_FAST_CUDA=on"]
     done = run("cmake", "-S", ROOT, "-B", tmp_path, *options)
     assert done.returncode != 0
-    assert "COUP_FAST_CUDA=on, but torch is built without CUDA" in done.stderr
+    assert "COUP_FAST_CUDA=on, but torch" in done.stderr
 
 
 @needs_cmake

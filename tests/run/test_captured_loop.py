@@ -179,19 +179,19 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(network, reason: 
     clean = Purifier(ScoreModel(network()), **options)
     clean._kept.graphs = TapeGraphs()
     clean(images())
-    with pytest.warns(UserWarning, match="runs without CUDA graphs: the step cannot be captured"):
+    with pytest.warns(UserWarning, match=f"without CUDA graphs: .*{reason}"):
         assert torch.equal(clean(images()), want)
     assert torch.equal(clean(images()), want)
     assert reason in clean.graph_reason
     clean.cuda_graph = True
-    with pytest.raises(RuntimeError, match="cuda_graph=True: the step cannot be captured"):
+    with pytest.raises(RuntimeError, match=f"cuda_graph=True: .*{reason}"):
         clean(images())
 
 
 def test_errors_of_the_models_are_their_own() -> None:
     clean = Purifier(ScoreModel(lambda x, t: x[:, :1]), method="diffpure", cuda_graph=True)
     clean._kept.graphs = TapeGraphs()
-    with pytest.raises(ValueError, match="the score network returned"):
+    with pytest.raises(ValueError, match=r"score network returned \[3, 1, 8, 8\]"):
         clean(images())
 
 
@@ -219,10 +219,10 @@ def test_reasons_to_run_eagerly() -> None:
     assert clean.graph_reason == "cuda_graph=False"
     clean = short_purifier()
     clean(u)
-    assert clean.graph_reason == "images are on cpu, and graphs are CUDA's"
-    with pytest.raises(ValueError, match="cuda_graph=True: images are on cpu"):
+    assert "images are on cpu" in clean.graph_reason
+    with pytest.raises(ValueError, match=r"cuda_graph=True: .* cpu"):
         short_purifier(cuda_graph=True)(u)
-    with pytest.raises(ValueError, match="cuda_graph must be one of auto, True, False"):
+    with pytest.raises(ValueError, match=r"cuda_graph .*auto, True, False.*'yes'"):
         short_purifier(cuda_graph="yes")
 
 

@@ -89,6 +89,6 @@ def test_results_and_gradients_through_the_compiler(monkeypatch) -> None:
 
 
 def test_modes_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match="compile must be one of True, False, default, reduce-ov"):
+    with pytest.raises(ValueError, match=r"compile .*True, False, default, reduce-ov.*'fast'"):
         short_purifier(compile="fast")
     assert "compile='default'" in repr(short_purifier(compile="default"))

@@ -103,9 +103,9 @@ def test_positions_in_an_error_are_those_of_the_whole_batch() -> None:
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (0, ValueError, r"max_batch must be .* of at least 1, got 0"),
-        (2.0, TypeError, r"max_batch must be an int .*got 2.0"),
-        (True, TypeError, r"max_batch must be an int .*got True"),
+        (0, ValueError, "max_batch .* 0"),
+        (2.0, TypeError, "max_batch .*int"),
+        (True, TypeError, "max_batch .*int"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(value, error, text: str) -> None:

@@ -134,11 +134,11 @@ def test_tf32_flags_are_set_for_a_while_and_put_back() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     u = images()
-    with pytest.raises(ValueError, match="an arithmetic of NVIDIA GPUs, and images are on cpu"):
+    with pytest.raises(ValueError, match=r"precision='tf32' .* on cpu"):
         short_purifier(precision="tf32")(u)
-    with pytest.raises(ValueError, match="float64 images run in float64, which precision='bf16'"):
+    with pytest.raises(ValueError, match=r"float64 images .*precision='bf16'"):
         short_purifier(precision="bf16", double=True)(u.double())
-    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp16'"):
+    with pytest.raises(ValueError, match=r"precision .*fp32, tf32, bf16, got 'fp16'"):
         short_purifier(precision="fp16")
-    with pytest.raises(ValueError, match="channels_last must be one of auto, True, False"):
+    with pytest.raises(ValueError, match=r"channels_last .*auto, True, False.*'yes'"):
         short_purifier(channels_last="yes")

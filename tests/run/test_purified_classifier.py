@@ -168,7 +168,7 @@ def test_an_empty_batch_has_no_scores() -> None:
 def test_classifiers_that_return_no_logits_are_refused() -> None:
     purifier = defended().purifier
     for bad, got in ((lambda u: u.mean((1, 2, 3)), r"\[6\]"), (lambda u: None, "NoneType")):
-        with pytest.raises(ValueError, match=rf"must return logits \[6, K\]; got {got}"):
+        with pytest.raises(ValueError, match=rf"classifier .*\[6, K\]; got {got}"):
             PurifiedClassifier(purifier, bad, num_draws=2)(images())
 
 

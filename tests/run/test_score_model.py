@@ -55,14 +55,14 @@ def test_input_is_cast_to_the_dtype_of_the_parameters_and_time_is_not(dtype) -> 
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="eps, score, x0, ncsn"):
+    with pytest.raises(ValueError, match=r"kind .*eps, score, x0, ncsn, got 'noise'"):
         ScoreModel(TinyNetwork(), kind="noise")
     with pytest.raises(TypeError, match="callable"):
         ScoreModel(3)
     with pytest.raises(TypeError, match="ScoreModel already"):
         ScoreModel(ScoreModel(TinyNetwork()))
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="time_scale"):
+        with pytest.raises(ValueError, match=rf"time_scale .*{scale}"):
             ScoreModel(TinyNetwork(), time_scale=scale)
     with pytest.raises(TypeError, match="callable"):
         EnergyModel(3)
@@ -140,7 +140,7 @@ def test_energy_of_a_convolutional_network_is_its_numerical_gradient() -> None:
 def test_energy_networks_that_cannot_work_are_refused() -> None:
     x, t = torch.randn(4, 1, 2, 2), torch.zeros(4)
     for bad in (lambda x, t: x, lambda x, t: x.sum(), lambda x, t: x.flatten(1)):
-        with pytest.raises(ValueError, match="one number per sample"):
+        with pytest.raises(ValueError, match=r"energy .*\[4\].* got \["):
             EnergyModel(bad)(x, t)
     with pytest.raises(RuntimeError, match="no gradient"):
         EnergyModel(lambda x, t: x.detach().flatten(1).sum(1))(x, t)

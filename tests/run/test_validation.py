@@ -40,17 +40,17 @@ NAN[1, 2, 3, 4] = float("nan")
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (images().numpy(), TypeError, "must be a torch tensor, got ndarray"),
-        (images()[0], ValueError, r"\[B, C, H, W\], got shape \[3, 8, 8\].*images\[None\]"),
-        (images()[:, :, 0, 0], ValueError, r"got shape \[3, 3\]"),
-        ((255 * images()).byte(), TypeError, "uint8; divide 8-bit images by 255"),
-        (images().to(torch.complex64), TypeError, "complex64"),
-        (images().to_sparse(), TypeError, "dense"),
-        (255 * images(), ValueError, r"pixels in \[0, 1\], got values from .* 8 bits"),
-        (2 * images() - 1, ValueError, r"got values from -0\.9.*\[-1, 1\]"),
-        (NAN, ValueError, "contain NaN"),
-        (images() / 0, ValueError, "got values from inf|NaN"),
-        (images(channels=1), ValueError, "score model takes images of 3 channels, got 1"),
+        (images().numpy(), TypeError, "images .*tensor, got ndarray"),
+        (images()[0], ValueError, r"images .*\[B, C, H, W\].* \[3, 8, 8\].*images\[None\]"),
+        (images()[:, :, 0, 0], ValueError, r"images .*\[B, C, H, W\].* \[3, 3\]"),
+        ((255 * images()).byte(), TypeError, "images .*uint8.* 255"),
+        (images().to(torch.complex64), TypeError, "images .*complex64"),
+        (images().to_sparse(), TypeError, "images .*dense"),
+        (255 * images(), ValueError, r"images .*\[0, 1\].* 254\..* / 255"),
+        (2 * images() - 1, ValueError, r"images .*\[0, 1\].* -0\.9.*\[-1, 1\]"),
+        (NAN, ValueError, "images .*NaN"),
+        (images() / 0, ValueError, "images .*inf"),
+        (images(channels=1), ValueError, "score model .* 3 channels, got 1"),
     ],
 )
 def test_bad_images(method: str, bad, error, message: str) -> None:
@@ -62,9 +62,9 @@ def test_bad_images(method: str, bad, error, message: str) -> None:
 
 def test_a_classifier_of_other_channels_or_on_another_device() -> None:
     clean = Purifier(ScoreModel(never), NeverClassifier(1), num_steps=2)
-    with pytest.raises(ValueError, match="classifier takes images of 1 channels, got 3"):
+    with pytest.raises(ValueError, match=r"classifier .* 1 channels, got 3"):
         clean(images())
-    with pytest.raises(ValueError, match="classifier takes images of 1 channels"):
+    with pytest.raises(ValueError, match=r"classifier .* 1 channels, got 3"):
         PurifiedClassifier(never_called(), TinyClassifier(1))(images())
     elsewhere = torch.zeros(1, 3, 8, 8, device="meta")
     with pytest.raises(ValueError, match="images are on meta and the score model is on cpu"):
@@ -81,24 +81,24 @@ def test_rounding_beyond_the_range_is_tolerated() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ({"sample_ids": [1, 2]}, ValueError, r"sample_ids must be integers \[3\].* \[2\]"),
-        ({"sample_ids": torch.zeros(3, 1).long()}, ValueError, r"sample_ids .* \[3, 1\]"),
+        ({"sample_ids": [1, 2]}, ValueError, r"sample_ids .*\[3\].*\[2\]"),
+        ({"sample_ids": torch.zeros(3, 1).long()}, ValueError, r"sample_ids .*\[3, 1\]"),
+        ({"sample_ids": torch.zeros(3)}, TypeError, "sample_ids .*float32"),
+        ({"sample_ids": [True, False, True]}, TypeError, "sample_ids .*(bool|True)"),
+        ({"draw": -1}, ValueError, "draw .* -1"),
+        ({"draw": 0.5}, TypeError, "draw .*int"),
+        ({"draw": True}, TypeError, "draw .*int"),
+        ({"draw": torch.zeros(2).long()}, ValueError, r"draw .*int64.*\[3\].*\[2\]"),
+        ({"noise": images().numpy()}, TypeError, "noise .*tensor, got ndarray"),
+        ({"noise": torch.zeros(2, 3, 3, 8, 8)}, ValueError, r"needs 4 .*noise.* 2.*\[4, 3, "),
+        ({"noise": torch.zeros(3, 3, 8, 8)}, ValueError, r"noise .*\[4, 3, 3, 8, 8\].*\[3, 3, 8"),
         (
-            {"sample_ids": torch.zeros(3)},
-            TypeError,
-            r"sample_ids must be integers .* torch.float32",
+            {"noise": torch.zeros(4, 2, 3, 8, 8)},
+            ValueError,
+            r"noise .*\[4, 3, 3, 8, 8\].*\[4, 2, 3",
         ),
-        ({"sample_ids": [True, False, True]}, TypeError, r"sample_ids must be an int .*True"),
-        ({"draw": -1}, ValueError, r"draw must be an int .*-1"),
-        ({"draw": 0.5}, TypeError, "draw must be an int"),
-        ({"draw": True}, TypeError, "draw must be an int"),
-        ({"draw": torch.zeros(2).long()}, ValueError, r"draw must be .* int64 tensor \[3\]"),
-        ({"noise": images().numpy()}, TypeError, "noise must be a torch tensor"),
-        ({"noise": torch.zeros(2, 3, 3, 8, 8)}, ValueError, r"needs 4 .* \[4, 3, 3, 8, 8\]"),
-        ({"noise": torch.zeros(3, 3, 8, 8)}, ValueError, r"\[num_draws, B, C, H, W\], \[4, 3"),
-        ({"noise": torch.zeros(4, 2, 3, 8, 8)}, ValueError, r"got \[4, 2, 3, 8, 8\]"),
-        ({"noise": torch.zeros(4, 3, 3, 8, 8).double()}, TypeError, "float64"),
-        ({"noise": torch.zeros(4, 3, 3, 8, 8).long()}, TypeError, "int64"),
+        ({"noise": torch.zeros(4, 3, 3, 8, 8).double()}, TypeError, "noise .*got torch.float64"),
+        ({"noise": torch.zeros(4, 3, 3, 8, 8).long()}, TypeError, "noise .*int64"),
         ({"noise": torch.zeros(4, 3, 3, 8, 8, device="meta")}, ValueError, "noise is on meta"),
     ],
 )
@@ -118,23 +118,19 @@ def test_accepted_sample_ids() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "cuop"}, ValueError, "unknown method 'cuop'.*coup.*diffpure.*one-shot"),
+        ({"method": "cuop"}, ValueError, "'cuop'.*coup.*diffpure.*one-shot"),
         ({"stps": 3}, ValueError, "'stps'.*t_star.*num_steps.*backend.*guidance_gradient"),
-        (
-            {"method": "adp", "t_star": 0.1},
-            ValueError,
-            "'adp' has no option 't_star'; it takes sigma.*backend",
-        ),
+        ({"method": "adp", "t_star": 0.1}, ValueError, "'adp' .*'t_star'.*sigma.*backend"),
         ({"num_steps": 0}, ValueError, "num_steps"),
         ({"t_star": 2.0}, ValueError, "t_star"),
-        ({"backend": "cuda"}, ValueError, "auto, compiled, reference, got 'cuda'"),
-        ({"guidance_gradient": "half"}, ValueError, "full, stopped, got 'half'"),
-        ({"check_values": "no"}, ValueError, "check_values must be one of True, False"),
+        ({"backend": "cuda"}, ValueError, "backend .*auto, compiled, reference, got 'cuda'"),
+        ({"guidance_gradient": "half"}, ValueError, "guidance_gradient .*stopped, got 'half'"),
+        ({"check_values": "no"}, ValueError, "check_values .*True.* False.*'no'"),
         ({"seed": -1}, ValueError, "seed"),
         ({"seed": 2**64}, ValueError, "seed"),
-        ({"seed": 0.0}, TypeError, "seed must be an int"),
-        ({"classifier": None}, ValueError, "'coup' is guided by a classifier and none is given"),
-        ({"classifier": 3}, TypeError, "classifier must be a module or a callable"),
+        ({"seed": 0.0}, TypeError, "seed .*int"),
+        ({"classifier": None}, ValueError, "'coup' .*classifier"),
+        ({"classifier": 3}, TypeError, "classifier .*callable"),
     ],
 )
 def test_bad_options(options, error, message: str) -> None:
@@ -146,9 +142,9 @@ def test_bad_options(options, error, message: str) -> None:
 
 
 def test_models_must_suit_the_method() -> None:
-    with pytest.raises(TypeError, match=r"must be a coup_fast\.ScoreModel.*wrap the network"):
+    with pytest.raises(TypeError, match=r"score_model .*ScoreModel, got TinyNetwork"):
         Purifier(TinyNetwork(), TinyClassifier())
-    with pytest.raises(ValueError, match="adp needs a network of kind ncsn"):
+    with pytest.raises(ValueError, match=r"adp .*ncsn.* 'eps'"):
         Purifier(ScoreModel(never), method="adp")
     Purifier(ScoreModel(never), guidance_scale=0)  # without guidance, no classifier
     Purifier(ScoreModel(never), method="diffpure")
@@ -157,11 +153,11 @@ def test_models_must_suit_the_method() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_draws": 0}, ValueError, r"num_draws must be .* at least 1"),
-        ({"num_draws": 1.0}, TypeError, "num_draws must be an int"),
-        ({"vote": "mean"}, ValueError, "logits, softmax, majority, got 'mean'"),
-        ({"classifier": None}, TypeError, "classifier must be"),
-        ({"purifier": TinyNetwork()}, TypeError, "purifier must be"),
+        ({"num_draws": 0}, ValueError, "num_draws .* 0"),
+        ({"num_draws": 1.0}, TypeError, "num_draws .*int"),
+        ({"vote": "mean"}, ValueError, "vote .*logits, softmax, majority, got 'mean'"),
+        ({"classifier": None}, TypeError, "classifier .*NoneType"),
+        ({"purifier": TinyNetwork()}, TypeError, "purifier .*TinyNetwork"),
     ],
 )
 def test_bad_purified_classifiers(arguments, error, message: str) -> None:
@@ -173,11 +169,11 @@ def test_bad_purified_classifiers(arguments, error, message: str) -> None:
 def test_bad_calls_of_a_purified_classifier() -> None:
     model = PurifiedClassifier(never_called(), never)
     for draw, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="draw must be"):
+        with pytest.raises(error, match="draw "):
             model(images(), draw=draw)
-    with pytest.raises(ValueError, match=r"sample_ids must be integers \[3\]"):
+    with pytest.raises(ValueError, match=r"sample_ids .*\[3\].*\[1\]"):
         model(images(), sample_ids=[0])
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match=r"next_draw .*-1"):
         model.reset_draws(-1)
 
 
@@ -185,21 +181,21 @@ def test_bad_calls_of_a_purified_classifier() -> None:
 
 
 def test_float64_has_no_compiled_path() -> None:
-    with pytest.raises(TypeError, match="float64 images run on the reference path"):
+    with pytest.raises(TypeError, match=r"float64 images .*reference"):
         never_called(backend="compiled")(images(dtype=torch.float64))
 
 
 def test_missing_kernels_are_an_error_that_names_the_cure(monkeypatch) -> None:
     monkeypatch.setattr(_extension, "available", lambda: False)
     monkeypatch.setattr(_extension, "cuda_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"operators of coup_fast are not loaded.*'reference'"):
+    with pytest.raises(RuntimeError, match=r"operators .* not loaded.*'reference'"):
         never_called(backend="compiled")(images())
     assert backends.choose_ops("auto", images()).__name__ == "coup_fast.reference"
     for backend in ("auto", "compiled"):
         fake = type("FakeImages", (), {"device": torch.device("cuda"), "dtype": torch.float32})
-        with pytest.raises(RuntimeError, match=r"on CUDA and .* no CUDA kernels.*'reference'"):
+        with pytest.raises(RuntimeError, match=r"no CUDA kernels.*'reference'"):
             backends.choose_ops(backend, fake())
-        with pytest.raises(RuntimeError, match="no kernels for device type 'meta'"):
+        with pytest.raises(RuntimeError, match="'meta'"):
             backends.choose_ops(backend, torch.zeros(1, device="meta"))
     assert backends.choose_ops("reference", fake()).__name__ == "coup_fast.reference"
 
@@ -210,7 +206,7 @@ def test_missing_kernels_are_an_error_that_names_the_cure(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda x, t: x[:, :1], r"returned \[3, 1, 8, 8\] for a state \[3, 3, 8, 8\]"),
+        (lambda x, t: x[:, :1], r"returned \[3, 1, 8, 8\].*\[3, 3, 8, 8\]"),
         (lambda x, t: x[:, :, 1:], r"returned \[3, 3, 7, 8\]"),
         (lambda x, t: x[:1], r"returned \[1, 3, 8, 8\]"),
         (lambda x, t: x.mean(), r"returned \[\]"),
@@ -225,7 +221,7 @@ def test_network_outputs_of_another_shape(network, message: str) -> None:
 
 def test_learned_variance_needs_its_channels() -> None:
     clean = Purifier(ScoreModel(TinyNetwork()), method="ddpm", num_steps=2, variance="learned")
-    with pytest.raises(ValueError, match=r"needs network outputs \[3, 6, 8, 8\].*got \[3, 3, 8"):
+    with pytest.raises(ValueError, match=r"variance .*\[3, 6, 8, 8\].*got \[3, 3, 8, 8\]"):
         clean(images())
 
 
@@ -287,9 +283,9 @@ def test_noise_that_is_not_finite_is_named() -> None:
 
 def test_times_that_a_model_was_not_trained_for_are_refused() -> None:
     model = ScoreModel(lambda x, t: x, t_max=0.2)
-    with pytest.raises(ValueError, match=r"calls the score model at t = 0\.3; .* up to 0\.2"):
+    with pytest.raises(ValueError, match=r"t = 0\.3.* 0\.2 \(t_max\)"):
         Purifier(model, method="diffpure", t_star=0.3)
     Purifier(model, method="diffpure", t_star=0.2)
     Purifier(model, method="gradual")
-    with pytest.raises(ValueError, match="t_max must be in"):
+    with pytest.raises(ValueError, match=r"t_max .* 1\.5"):
         ScoreModel(lambda x, t: x, t_max=1.5)

@@ -73,16 +73,16 @@ def test_mnist_refuses_damage_and_says_what_is_missing(small_mnist: Path) -> Non
     content = bytearray((small_mnist / name).read_bytes())
     content[-1] ^= 1
     (small_mnist / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"is not MNIST's {name}: MD5 {md5(content)}"):
+    with pytest.raises(ValueError, match=f"MNIST's {name}: MD5 {md5(content)}"):
         load_mnist(small_mnist)
     (small_mnist / name).unlink()
     (small_mnist / f"{name}.gz").write_bytes(gzip.compress(bytes(content))[:-6])
-    with pytest.raises(ValueError, match="not a whole gzip file"):
+    with pytest.raises(ValueError, match=f"{name}.gz .*gzip"):
         load_mnist(small_mnist)
     (small_mnist / f"{name}.gz").unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load_mnist(small_mnist)
-    with pytest.raises(ValueError, match="split must be one of train, test"):
+    with pytest.raises(ValueError, match=r"split .*train, test, got "):
         load_mnist(small_mnist, "valid")
 
 
@@ -137,9 +137,9 @@ def test_demo_digits_are_a_function_of_the_seed() -> None:
     assert torch.equal(images, demo_digits(20, seed=3)[0])
     assert torch.equal(images, demo_digits(30, seed=3)[0][:20])
     assert not torch.equal(images, demo_digits(20, seed=4)[0])
-    with pytest.raises(ValueError, match=r"n must be an int in \[1, 2500\]"):
+    with pytest.raises(ValueError, match=r"^n .*\[1, 2500\], got 2501"):
         demo_digits(2501)
-    with pytest.raises(ValueError, match="split must be one of validation, report"):
+    with pytest.raises(ValueError, match=r"split .*validation, report, got 'test'"):
         demo_digits(1, split="test")
 
 
@@ -182,12 +182,12 @@ def test_cifar_binary_and_python_versions_agree(
 
 def test_cifar_refuses_other_content(tmp_path: Path) -> None:
     (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
-    with pytest.raises(ValueError, match=r"is not CIFAR-10's test_batch\.bin: SHA1"):
+    with pytest.raises(ValueError, match=r"CIFAR-10's test_batch\.bin: SHA1"):
         load_cifar10(tmp_path, "test")
     (tmp_path / "test_batch.bin").rename(tmp_path / "test_batch")
-    with pytest.raises(ValueError, match="is not CIFAR-10's test_batch: MD5"):
+    with pytest.raises(ValueError, match="CIFAR-10's test_batch: MD5"):
         load_cifar10(tmp_path, "test")
-    with pytest.raises(ValueError, match="split must be one of train, test"):
+    with pytest.raises(ValueError, match=r"split .*train, test, got "):
         load_cifar10(tmp_path, "dev")
 
 

@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     tiny_trainer(tmp_path / "c", steps=5).run()
-    with pytest.raises(ValueError, match=r"another run: steps \(5, now 30\)"):
+    with pytest.raises(ValueError, match=r"steps \(5, now 30\)"):
         tiny_trainer(tmp_path / "c")
 
 
@@ -214,7 +214,7 @@ def test_each_epoch_is_a_permutation_and_a_function_of_the_seed() -> None:
     assert not torch.equal(torch.cat(rows[:4]), torch.cat(rows[4:]))
     for first, second in zip(rows[3:], batches(images, labels, config, 3), strict=True):
         assert torch.equal(first, second[2])
-    with pytest.raises(ValueError, match="fewer than one batch"):
+    with pytest.raises(ValueError, match=r"20 images .* 21"):
         next(batches(images, labels, TrainConfig(1, batch_size=21), 0))
 
 
