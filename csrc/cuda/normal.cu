@@ -9,27 +9,28 @@
 namespace coup_fast::cuda {
 namespace {
 
+View out_of(const Normal& params) {
+  return View{params.out, DType::kFloat32, params.numel, params.numel, 1};
+}
+
 struct Draw {
-  static constexpr bool kPixels = false;
   const int64_t* keys;
   View out;
-  struct Row {};
-
-  __device__ Row row() const { return {}; }
-
-  template <class Io>
-  __device__ void apply(const Io& io, const Row&) const {
-    io.store(out, noise_at(io, keys));
-  }
 };
 
+template <Access kAccess>
+__global__ void __launch_bounds__(kThreads, 2)
+    normal_kernel(const Draw params, const QuadGrid grid) {
+  each_quads<kAccess>(grid,
+                      [&](const auto& io) { io.store(params.out, noise_at(io, params.keys)); });
+}
+
 void run(const Normal& params, const Tensor& keys) {
-  View out;
-  out.data = params.out;
-  out.sample_stride = out.channel_stride = params.numel;
-  out.pixel_stride = 1;
-  launch_per_quad(Device(keys), "normal", Draw{params.keys, out}, out, params.batch, 1,
-                  params.numel, access_of({&out}, 1, params.numel, params.batch));
+  const Draw draw{params.keys, out_of(params)};
+  const QuadKernels<Draw> kernels{normal_kernel<Access::kScalar>, normal_kernel<Access::kPacked>,
+                                  nullptr};
+  launch_per_quad(Device(keys), "normal", kernels, draw, draw.out, params.batch, 1, params.numel,
+                  access_of({&draw.out}, 1, params.numel, params.batch));
 }
 
 }  // namespace

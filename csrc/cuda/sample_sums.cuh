@@ -38,16 +38,16 @@ __device__ __forceinline__ const float* in_block(float* address, int) { return a
 
 // Shared memory: sums of this block's segments, sums of all, lanes of the segments being summed
 // (kLanes floats a group), the staged vector.
-template <class Op>
+template <class Sums>
 struct SharedLayout {
-  static constexpr int kOwn = Op::kRounds * Op::kProducts * kMaxOwn;
-  static constexpr int kAll = Op::kProducts * kMaxSegments;
-  static constexpr int kLanes = Op::kProducts * kReduceLanes;
+  static constexpr int kOwn = Sums::kRounds * Sums::kProducts * kMaxOwn;
+  static constexpr int kAll = Sums::kProducts * kMaxSegments;
+  static constexpr int kLanes = Sums::kProducts * kReduceLanes;
 
   static constexpr int fixed(int groups) { return kOwn + kAll + groups * kLanes; }
 
   __device__ static float* own(int round, int product, int number) {
-    return shared_floats() + (round * Op::kProducts + product) * kMaxOwn + number;
+    return shared_floats() + (round * Sums::kProducts + product) * kMaxOwn + number;
   }
   __device__ static float* all(int product) {
     return shared_floats() + kOwn + product * kMaxSegments;
@@ -89,18 +89,18 @@ __device__ __forceinline__ float sum_lanes(const float* lanes) {
 // Sums the lanes of a group, product by product, one warp each. What `lanes` held before must have
 // been read by all; put(product, sum) is called by one thread, and the block has to meet before
 // others see what it wrote.
-template <class Op, class Put>
-__device__ __forceinline__ void sum_products(const Quad (&lanes)[Op::kProducts], int group,
+template <class Sums, class Put>
+__device__ __forceinline__ void sum_products(const Quad (&lanes)[Sums::kProducts], int group,
                                              int thread, Put put) {
   constexpr int kWarp = 32;
-  using Shared = SharedLayout<Op>;
+  using Shared = SharedLayout<Sums>;
 #pragma unroll
-  for (int product = 0; product < Op::kProducts; ++product) {
+  for (int product = 0; product < Sums::kProducts; ++product) {
     reinterpret_cast<Quad*>(Shared::lanes(group, product))[thread] = lanes[product];
   }
   __syncthreads();
   const int product = thread / kWarp;
-  if (product < Op::kProducts) {
+  if (product < Sums::kProducts) {
     const float sum = sum_lanes(Shared::lanes(group, product));
     if (thread % kWarp == 0) put(product, sum);
   }

@@ -1,11 +1,22 @@
 // What the kernels of reverse_step share: a step's inputs in registers. Loads of all tensors are
-// issued before the first is used; Philox runs in their shadow.
+// issued before the first is used; Philox runs in their shadow. Those without a guidance norm are
+// in reverse_step.cu, those with one in reverse_step_normed.cu.
 #pragma once
 
+#include "calls/tensors.h"
 #include "cuda/quads.cuh"
 #include "params/reverse_step.h"
 
 namespace coup_fast::cuda {
+
+// With a guidance norm. access: what all tensors of the call allow.
+void run_normed(const ReverseStep& params, const Tensor& x, Access access);
+void run_normed_backward(const ReverseStepBackward& params, const Tensor& x, Access access);
+
+// Whether the call has neither variance channels nor a reference, which saves their registers.
+inline bool is_plain(const ReverseStep& params) {
+  return params.s.data == nullptr && params.r.data == nullptr;
+}
 
 // The row of a call, and what it leaves to do.
 struct StepConstants {
@@ -13,7 +24,7 @@ struct StepConstants {
   StepTerms terms;
 };
 
-// kPlain: the call has neither variance channels nor a reference, which saves their registers.
+// kPlain: see is_plain().
 template <bool kPlain>
 __device__ __forceinline__ StepConstants step_constants(const ReverseStep& params) {
   const StepRow row = step_row(params.coeffs);
