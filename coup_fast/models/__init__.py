@@ -8,6 +8,7 @@ from coup_fast.models.diffusers_pipelines import load_diffusers
 from coup_fast.models.edm import load_edm
 from coup_fast.models.files import load_network, save_network
 from coup_fast.models.guided_diffusion import load_guided_diffusion
+from coup_fast.models.naf_net import NAFNet
 from coup_fast.models.ncsnv2 import load_ncsnv2
 from coup_fast.models.score_sde import load_score_sde
 from coup_fast.models.unet import EnergyUNet, UNet
@@ -17,6 +18,7 @@ __all__ = [
     "Classifier",
     "ConvNet",
     "EnergyUNet",
+    "NAFNet",
     "UNet",
     "bundled_settings",
     "describe_bundled",
