@@ -66,13 +66,14 @@ def test_vp_loss_is_the_average_of_the_error_over_the_times_drawn() -> None:
     assert loss.item() == pytest.approx(expected, rel=0.02)
 
 
-def test_times_follow_the_stated_density() -> None:
-    noise = VPNoise(t_min=0.0, t_focus=0.6, focus_share=0.75)
+@pytest.mark.parametrize("last", [1.0, 0.8])
+def test_times_follow_the_stated_density(last: float) -> None:
+    noise = VPNoise(t_min=0.0, t_focus=0.6, t_last=last, focus_share=0.75)
     t = noise.sample_times(10_000, torch.Generator().manual_seed(0))
     assert t.min() >= 0
-    assert t.max() <= 1
-    for limit in (0.1, 0.3, 0.6, 0.8, 0.95):
-        share = 0.75 * min(limit / 0.6, 1.0) + 0.25 * limit
+    assert t.max() <= noise.t_max == last
+    for limit in (0.1, 0.3, 0.6, 0.7, 0.75):
+        share = 0.75 * min(limit / 0.6, 1.0) + 0.25 * limit / last
         assert (t <= limit).double().mean().item() == pytest.approx(share, abs=1e-3)
 
 
