@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+_SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
 Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -30,7 +32,9 @@ Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 class TrainConfig:
     """What decides the result of a run, beside data, network and objective.
 
-    The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine.
+    The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine. With
+    `cooldown` it stays constant and falls to zero linearly over that share of the steps, the last
+    ones: a run can then be given more or fewer steps until its fall begins.
     `precision` is "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
     """
 
@@ -42,11 +46,16 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     precision: str = "auto"
+    cooldown: float | None = None
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the given step, 0 <= step < steps."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.learning_rate * rise * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        if self.cooldown is None:
+            fall = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        else:
+            fall = min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
+        return self.learning_rate * rise * fall
 
 
 @dataclass
@@ -131,7 +140,8 @@ class Trainer:
         checkpoint: file to resume from if it exists; written every `log_every` steps once
             `save_every` seconds have passed, and at the end.
         identity: what else decides the result (network configuration, data set); a checkpoint
-            of another identity or configuration is refused.
+            of another identity or configuration is refused, unless the only difference is in
+            the learning rates of steps that it has not taken yet.
     Raises:
         ValueError: if the checkpoint belongs to another run, or an argument is out of range.
         FloatingPointError: if the loss is not finite.
@@ -254,6 +264,10 @@ class Trainer:
         content = torch.load(path, map_location=self.device, weights_only=True)
         theirs = content["identity"]
         differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
+        then = replace(self.config, **{k: theirs[k] for k in _SCHEDULE if k in theirs})
+        taken = range(content["state"]["step"])
+        if all(then.learning_rate_at(s) == self.config.learning_rate_at(s) for s in taken):
+            differing = [k for k in differing if k not in _SCHEDULE]
         if differing:
             what = ", ".join(
                 f"{k} ({theirs.get(k)!r}, now {self.identity[k]!r})" for k in differing
