@@ -60,11 +60,16 @@ class TrainConfig:
 
 @dataclass
 class TrainState:
-    """Where a run stands; `history` holds (step, mean loss since the last entry)."""
+    """Where a run stands; `history` holds (step, mean loss since the last entry).
+
+    `loss_sum` and `loss_count` are of the steps since the last entry.
+    """
 
     step: int = 0
     seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_count: int = 0
 
 
 def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
@@ -137,8 +142,8 @@ class Trainer:
         network: initialised module; trained in place.
         objective: see the module's docstring; images and labels arrive on `device`.
         images: [N, C, H, W] uint8. labels: [N] int64.
-        checkpoint: file to resume from if it exists; written every `log_every` steps once
-            `save_every` seconds have passed, and at the end.
+        checkpoint: file to resume from if it exists; written after the first step that ends more
+            than `save_every` seconds after the last writing, and at the end.
         identity: what else decides the result (network configuration, data set); a checkpoint
             of another identity or configuration is refused, unless the only difference is in
             the learning rates of steps that it has not taken yet.
@@ -193,32 +198,34 @@ class Trainer:
         from tqdm import tqdm
 
         self.network.train()
-        saved, since, total, count = time.monotonic(), time.monotonic(), 0.0, 0
+        state, saved = self.state, time.monotonic()
         bar = tqdm(
             total=self.config.steps,
-            initial=self.state.step,
+            initial=state.step,
             disable=not self.progress,
             file=sys.stderr,
             unit="step",
             mininterval=1.0,
         )
         for step, images, labels, generator in batches(
-            self.images, self.labels, self.config, self.state.step
+            self.images, self.labels, self.config, state.step
         ):
-            total += self._step(step, images.to(self.device), labels.to(self.device), generator)
-            count += 1
-            self.state.step = step + 1
+            loss = self._step(step, images.to(self.device), labels.to(self.device), generator)
+            state.step = step + 1
+            state.loss_sum += loss
+            state.loss_count += 1
             bar.update()
-            if self.state.step % self.log_every == 0 or self.state.step == self.config.steps:
-                self.state.history.append((self.state.step, total / count))
-                bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
-                total, count = 0.0, 0
-                now = time.monotonic()
-                self.state.seconds += now - since
-                since = now
-                if now - saved > self.save_every or self.state.step == self.config.steps:
-                    self.save()
-                    saved = now
+            finished = state.step == self.config.steps
+            if state.step % self.log_every == 0 or finished:
+                mean = state.loss_sum / state.loss_count
+                state.history.append((state.step, mean))
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                state.loss_sum, state.loss_count = 0.0, 0
+            now = time.monotonic()
+            if now - saved > self.save_every or finished:
+                state.seconds += now - saved
+                self.save()
+                saved = now
         bar.close()
 
     def save(self) -> None:
@@ -279,6 +286,4 @@ class Trainer:
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         state = content["state"]
-        self.state = TrainState(
-            state["step"], state["seconds"], [tuple(h) for h in state["history"]]
-        )
+        self.state = TrainState(**{**state, "history": [tuple(h) for h in state["history"]]})

@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     resumed = tiny_trainer(checkpoint)
-    assert resumed.state.step == 15
+    assert resumed.state.step == 17
     resumed.run()
     whole = tiny_trainer(None)
     whole.run()
@@ -196,15 +196,15 @@ def test_the_end_of_a_run_can_be_moved_until_its_rate_falls(tmp_path: Path) -> N
         running.run()
     with pytest.raises(ValueError, match=r"another run: steps \(40, now 26\)"):
         tiny_trainer(checkpoint, steps=26, cooldown=0.5)  # its rate falls from step 13
-    moved = tiny_trainer(checkpoint, steps=30, cooldown=0.5)
-    assert moved.state.step == 15
+    moved = tiny_trainer(checkpoint, steps=36, cooldown=0.5)
+    assert moved.state.step == 17
     moved.run()
-    whole = tiny_trainer(None, steps=30, cooldown=0.5)
+    whole = tiny_trainer(None, steps=36, cooldown=0.5)
     whole.run()
     assert moved.state.history == whole.state.history
     for name, tensor in moved.average.state_dict().items():
         assert torch.equal(tensor, whole.average.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"another run: steps \(30, now 40\)"):
+    with pytest.raises(ValueError, match=r"another run: steps \(36, now 40\)"):
         tiny_trainer(checkpoint, steps=40, cooldown=0.5)
 
 
