@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bfloat16 where the hardware multiplies it (default)",
     )
     parser.add_argument(
-        "--channels", type=positive_int, nargs="+", metavar="N", help="width of each U-Net level"
+        "--network", choices=("UNet", "NAFNet"), help="of a score model (default: UNet)"
+    )
+    parser.add_argument(
+        "--channels", type=positive_int, nargs="+", metavar="N", help="width of each level"
     )
     parser.add_argument("--energy", action="store_true", help="a scalar energy network")
     parser.add_argument(
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             args.data,
             args.out,
             overrides={field: value for field, value in given.items() if value is not None},
+            network=args.network,
             channels=args.channels,
             energy=args.energy,
             init=args.init,

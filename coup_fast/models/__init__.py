@@ -6,6 +6,7 @@ from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.diffusers_pipelines import load_diffusers
 from coup_fast.models.edm import load_edm
 from coup_fast.models.guided_diffusion import load_guided_diffusion
+from coup_fast.models.naf_net import NAFNet
 from coup_fast.models.ncsnv2 import load_ncsnv2
 from coup_fast.models.network_files import load_network, save_network
 from coup_fast.models.robustbench_timm import load_classifier
@@ -17,6 +18,7 @@ __all__ = [
     "Classifier",
     "ConvNet",
     "EnergyUNet",
+    "NAFNet",
     "UNet",
     "bundled_settings",
     "describe_bundled",

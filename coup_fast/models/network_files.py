@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.conv_net import ConvNet
+from coup_fast.models.naf_net import NAFNet
 from coup_fast.models.unet import EnergyUNet, UNet
 
 _CLASSES = {
     "UNet": UNet,
     "EnergyUNet": EnergyUNet,
+    "NAFNet": NAFNet,
     "Classifier": Classifier,
     "ConvNet": ConvNet,
 }

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class VPNoise:
     """The VP-SDE's marginals for training, and how often each time is trained on.
 
-    alpha_bar(t) = exp(-(beta_max - beta_min) t^2 / 2 - beta_min t). Times lie in [t_min, 1];
-    `focus_share` of them are drawn from [t_min, t_focus] alone, since purification never visits
+    alpha_bar(t) = exp(-(beta_max - beta_min) t^2 / 2 - beta_min t). Times lie in [t_min, t_last];
+    `focus_share` of them are drawn from [t_min, t_focus] alone, since purification seldom visits
     later times, and the rest from the whole interval, so that every time stays covered.
     """
 
@@ -26,13 +26,14 @@ class VPNoise:
     beta_max: float = 20.0
     t_min: float = 1e-3
     t_focus: float = 0.6
+    t_last: float = 1.0
     focus_share: float = 0.75
     time_scale: float = 999.0
 
     @property
     def t_max(self) -> float:
         """The latest time that is trained on."""
-        return self.t_focus if self.focus_share == 1.0 else 1.0
+        return self.t_focus if self.focus_share == 1.0 else self.t_last
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """Squared signal scale at t, float64."""
@@ -43,7 +44,7 @@ class VPNoise:
         """[count] float64 times, one from each of `count` equal shares of the density."""
         u = torch.rand(count, generator=generator, dtype=torch.float64)
         u = (torch.arange(count) + u) / count
-        span = 1.0 - self.t_min
+        span = self.t_last - self.t_min
         focus = (self.t_focus - self.t_min) / span
         early = self.focus_share + (1.0 - self.focus_share) * focus  # share of times <= t_focus
         unit = torch.where(

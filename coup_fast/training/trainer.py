@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+_SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
 Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -30,7 +32,9 @@ Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 class TrainConfig:
     """What decides the result of a run, beside data, network and objective.
 
-    The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine.
+    The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine. With
+    `cooldown` it stays constant and falls to zero linearly over that share of the steps, the last
+    ones: a run can then be given more or fewer steps until its fall begins.
     `precision` is "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
     """
 
@@ -42,20 +46,30 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     precision: str = "auto"
+    cooldown: float | None = None
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the given step, 0 <= step < steps."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.learning_rate * rise * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        if self.cooldown is None:
+            fall = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        else:
+            fall = min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
+        return self.learning_rate * rise * fall
 
 
 @dataclass
 class TrainState:
-    """Where a run stands; `history` holds (step, mean loss since the last entry)."""
+    """Where a run stands; `history` holds (step, mean loss since the last entry).
+
+    `loss_sum` and `loss_count` are of the steps since the last entry.
+    """
 
     step: int = 0
     seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_count: int = 0
 
 
 def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
@@ -128,10 +142,11 @@ class Trainer:
         network: initialised module; trained in place.
         objective: see the module's docstring; images and labels arrive on `device`.
         images: [N, C, H, W] uint8. labels: [N] int64.
-        checkpoint: file to resume from if it exists; written every `log_every` steps once
-            `save_every` seconds have passed, and at the end.
+        checkpoint: file to resume from if it exists; written after the first step that ends more
+            than `save_every` seconds after the last writing, and at the end.
         identity: what else decides the result (network configuration, data set); a checkpoint
-            of another identity or configuration is refused.
+            of another identity or configuration is refused, unless the only difference is in
+            the learning rates of steps that it has not taken yet.
     Raises:
         ValueError: if the checkpoint belongs to another run, or an argument is out of range.
         FloatingPointError: if the loss is not finite.
@@ -183,32 +198,34 @@ class Trainer:
         from tqdm import tqdm
 
         self.network.train()
-        saved, since, total, count = time.monotonic(), time.monotonic(), 0.0, 0
+        state, saved = self.state, time.monotonic()
         bar = tqdm(
             total=self.config.steps,
-            initial=self.state.step,
+            initial=state.step,
             disable=not self.progress,
             file=sys.stderr,
             unit="step",
             mininterval=1.0,
         )
         for step, images, labels, generator in batches(
-            self.images, self.labels, self.config, self.state.step
+            self.images, self.labels, self.config, state.step
         ):
-            total += self._step(step, images.to(self.device), labels.to(self.device), generator)
-            count += 1
-            self.state.step = step + 1
+            loss = self._step(step, images.to(self.device), labels.to(self.device), generator)
+            state.step = step + 1
+            state.loss_sum += loss
+            state.loss_count += 1
             bar.update()
-            if self.state.step % self.log_every == 0 or self.state.step == self.config.steps:
-                self.state.history.append((self.state.step, total / count))
-                bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
-                total, count = 0.0, 0
-                now = time.monotonic()
-                self.state.seconds += now - since
-                since = now
-                if now - saved > self.save_every or self.state.step == self.config.steps:
-                    self.save()
-                    saved = now
+            finished = state.step == self.config.steps
+            if state.step % self.log_every == 0 or finished:
+                mean = state.loss_sum / state.loss_count
+                state.history.append((state.step, mean))
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                state.loss_sum, state.loss_count = 0.0, 0
+            now = time.monotonic()
+            if now - saved > self.save_every or finished:
+                state.seconds += now - saved
+                self.save()
+                saved = now
         bar.close()
 
     def save(self) -> None:
@@ -254,6 +271,10 @@ class Trainer:
         content = torch.load(path, map_location=self.device, weights_only=True)
         theirs = content["identity"]
         differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
+        then = replace(self.config, **{k: theirs[k] for k in _SCHEDULE if k in theirs})
+        taken = range(content["state"]["step"])
+        if all(then.learning_rate_at(s) == self.config.learning_rate_at(s) for s in taken):
+            differing = [k for k in differing if k not in _SCHEDULE]
         if differing:
             what = ", ".join(
                 f"{k} ({theirs.get(k)!r}, now {self.identity[k]!r})" for k in differing
@@ -265,6 +286,4 @@ class Trainer:
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         state = content["state"]
-        self.state = TrainState(
-            state["step"], state["seconds"], [tuple(h) for h in state["history"]]
-        )
+        self.state = TrainState(**{**state, "history": [tuple(h) for h in state["history"]]})

@@ -41,6 +41,11 @@ SMALL = ["--data", "unused", "--steps", "3", "--batch-size", "4", "--no-progress
         (["ncsn", "--energy", "--channels", "4"], "ncsn", "EnergyUNet"),
         (["classifier"], "classifier", "Classifier"),
         (["score", "--dataset", "cifar10", "--channels", "4", "4"], "eps", "UNet"),
+        (
+            ["score", "--dataset", "cifar10", "--network", "NAFNet", "--channels", "4", "4"],
+            "eps",
+            "NAFNet",
+        ),
         (["classifier", "--dataset", "cifar10"], "classifier", "ConvNet"),
     ],
 )
@@ -68,6 +73,11 @@ def test_wrong_requests_are_one_sentence(
     out = ["--out", str(tmp_path / "out.safetensors")]
     assert main(["train", "classifier", "--energy", *SMALL, *out]) == 2
     assert "--energy" in capsys.readouterr().err
+    assert main(["train", "score", "--network", "NAFNet", *SMALL, *out]) == 2
+    assert "NAFNet in mnist score" in capsys.readouterr().err
+    words = ["--dataset", "cifar10", "--network", "NAFNet", "--energy"]
+    assert main(["train", "score", *words, *SMALL, *out]) == 2
+    assert "energy" in capsys.readouterr().err
     assert main(["train", "classifier", *SMALL, *out]) == 0
     assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
     assert "seed (0, now 1)" in capsys.readouterr().err

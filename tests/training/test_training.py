@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import coup_fast
 from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss
-from coup_fast.training.trainer import TrainConfig, Trainer, batches, generator_for
+from coup_fast.training.trainer import Objective, TrainConfig, Trainer, batches, generator_for
 
 MEAN, VARIANCE = 0.3, 0.04  # of the pixels of the Gaussian "images"
 
@@ -66,13 +67,14 @@ def test_vp_loss_is_the_average_of_the_error_over_the_times_drawn() -> None:
     assert loss.item() == pytest.approx(expected, rel=0.02)
 
 
-def test_times_follow_the_stated_density() -> None:
-    noise = VPNoise(t_min=0.0, t_focus=0.6, focus_share=0.75)
+@pytest.mark.parametrize("last", [1.0, 0.8])
+def test_times_follow_the_stated_density(last: float) -> None:
+    noise = VPNoise(t_min=0.0, t_focus=0.6, t_last=last, focus_share=0.75)
     t = noise.sample_times(10_000, torch.Generator().manual_seed(0))
     assert t.min() >= 0
-    assert t.max() <= 1
-    for limit in (0.1, 0.3, 0.6, 0.8, 0.95):
-        share = 0.75 * min(limit / 0.6, 1.0) + 0.25 * limit
+    assert t.max() <= noise.t_max == last
+    for limit in (0.1, 0.3, 0.6, 0.7, 0.75):
+        share = 0.75 * min(limit / 0.6, 1.0) + 0.25 * limit / last
         assert (t <= limit).double().mean().item() == pytest.approx(share, abs=1e-3)
 
 
@@ -122,8 +124,12 @@ def tiny_objective(
     return classifier_loss(network, images, labels, rng, reach=1)
 
 
-def tiny_trainer(checkpoint: Path | None, steps: int = 30) -> Trainer:
-    config = TrainConfig(steps, batch_size=8, learning_rate=1e-2, warmup=3, ema=0.9, seed=5)
+def tiny_trainer(
+    checkpoint: Path | None, steps: int = 30, cooldown: float | None = None
+) -> Trainer:
+    config = TrainConfig(
+        steps, batch_size=8, learning_rate=1e-2, warmup=3, ema=0.9, seed=5, cooldown=cooldown
+    )
     return Trainer(
         tiny_network(),
         tiny_objective,
@@ -162,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     resumed = tiny_trainer(checkpoint)
-    assert resumed.state.step == 15
+    assert resumed.state.step == 17
     resumed.run()
     whole = tiny_trainer(None)
     whole.run()
@@ -180,6 +186,40 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     tiny_trainer(tmp_path / "c", steps=5).run()
     with pytest.raises(ValueError, match=r"steps \(5, now 30\)"):
         tiny_trainer(tmp_path / "c")
+
+
+def test_the_end_of_a_run_can_be_moved_until_its_rate_falls(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c"
+    running = tiny_trainer(checkpoint, steps=40, cooldown=0.5)
+    running.objective = stopping_at(running, 18)
+    with pytest.raises(KeyboardInterrupt):
+        running.run()
+    with pytest.raises(ValueError, match=r"another run: steps \(40, now 26\)"):
+        tiny_trainer(checkpoint, steps=26, cooldown=0.5)  # its rate falls from step 13
+    moved = tiny_trainer(checkpoint, steps=36, cooldown=0.5)
+    assert moved.state.step == 17
+    moved.run()
+    whole = tiny_trainer(None, steps=36, cooldown=0.5)
+    whole.run()
+    assert moved.state.history == whole.state.history
+    for name, tensor in moved.average.state_dict().items():
+        assert torch.equal(tensor, whole.average.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"another run: steps \(36, now 40\)"):
+        tiny_trainer(checkpoint, steps=40, cooldown=0.5)
+
+
+def stopping_at(trainer: Trainer, call: int) -> Objective:
+    """The trainer's objective until its call of that number, where the user stops the run."""
+    objective, calls = trainer.objective, 0
+
+    def stopping(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return objective(*arguments)
+
+    return stopping
 
 
 def test_average_is_the_debiased_exponential_moving_average() -> None:
@@ -230,6 +270,15 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
     assert config.learning_rate_at(0) == pytest.approx(0.1)
     assert config.learning_rate_at(500) == pytest.approx(0.5)
     assert config.learning_rate_at(999) < 1e-4
+
+
+def test_learning_rate_with_a_cooldown_is_constant_then_linear() -> None:
+    config = TrainConfig(1000, learning_rate=1.0, warmup=10, cooldown=0.2)
+    rates = [config.learning_rate_at(step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:801] == [1.0] * 792
+    assert rates[900] == pytest.approx(0.5)
+    assert rates[999] == pytest.approx(0.005)
 
 
 def test_streams_of_a_seed_are_distinct() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from coup_fast.models import UNet, load_network, save_network
+from coup_fast.models import NAFNet, UNet, load_network, save_network
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.training import runs
 from coup_fast.training.dsm import VPNoise
@@ -71,6 +73,49 @@ def test_patches_come_out_white() -> None:
     torch.testing.assert_close(torch.cov(features[:half]), torch.eye(half), atol=1e-2, rtol=0)
     torch.testing.assert_close(features.mean(1), torch.zeros(2 * half), atol=1e-2, rtol=0)
     torch.testing.assert_close(features[half:], -features[:half])
+
+
+def test_the_recipes_naf_net_is_small() -> None:
+    network = NAFNet(**runs.RECIPES["cifar10", "score", "NAFNet"].arguments)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 1_735_052
+
+
+def naf_net_trainer(checkpoint: Path | None) -> Trainer:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    recipe = runs.RECIPES["cifar10", "score", "NAFNet"]
+    network = NAFNet(3, [8, 8]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trainer(
+        network,
+        runs._objective("score", "eps", recipe, flip=True),
+        images,
+        torch.zeros(64, dtype=torch.int64),
+        replace(recipe.config, steps=6, batch_size=8, precision="float32"),
+        checkpoint=checkpoint,
+        save_every=0.0,
+        log_every=2,
+        progress=False,
+    )
+
+
+def test_a_naf_net_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.checkpoint"
+    stopped = naf_net_trainer(checkpoint)
+    objective = stopped.objective
+
+    def stopping(*arguments: Any) -> Tensor:
+        if stopped.state.step == 5:
+            raise KeyboardInterrupt
+        return objective(*arguments)
+
+    stopped.objective = stopping
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed, whole = naf_net_trainer(checkpoint), naf_net_trainer(None)
+    assert resumed.state.step == 5
+    ours, theirs = resumed.run().state_dict(), whole.run().state_dict()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 def classifier_run(steps: int) -> nn.Module:

@@ -1,0 +1,146 @@
+"""Compare VP score networks for CIFAR-10: error of the noise, and accuracy behind ten steps.
+
+    python benchmarks/score_networks.py --data DIR bundled score.safetensors run.checkpoint
+
+Each network is "bundled", a weights file, or the checkpoint of a training that is still going on
+(its averaged weights are judged). The images are the first of the validation split, which no
+training has seen; the classifier is the bundled one. Purification takes ten exponential steps of
+DiffPure, and of COUP without guidance, from t* = 0.05 and 0.1. Networks of equal error can purify
+differently, so the accuracy decides: each network is compared with the first, image by image,
+under the same noise (*lost*, *won* and the exact test of McNemar 1947).
+
+`--keep FILE` stores what was measured and measures no network twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from coup_fast.models.files import build_network, load_network
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from coup_fast import PurifiedClassifier, Purifier, ScoreModel, load_bundled
+from coup_fast.evaluation.tables import render_table
+from coup_fast.training.runs import error_per_level, load_data
+
+TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+METHODS: dict[str, dict[str, Any]] = {
+    f"{name} {t_star}": {"method": method, "t_star": t_star, **options}
+    for name, method, options in (
+        ("DiffPure", "diffpure", {}),
+        ("COUP λ=0", "coup", {"guidance_scale": 0.0}),
+    )
+    for t_star in (0.05, 0.1)
+}
+
+
+def load(name: str) -> tuple[nn.Module, float, str]:
+    """A network, the latest time that it was trained on, and the images that it saw, in words."""
+    if name == "bundled":
+        score_model, _ = load_bundled("cifar10")
+        return score_model.network, score_model.t_max or 1.0, "288,000 images"
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        network, facts = load_network(path)
+        done = facts["training"]
+        return network, facts.get("t_max", 1.0), _seen(done["steps"], done["batch_size"])
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    identity = content["identity"]
+    network = build_network(identity["network"], json.loads(identity["arguments"]))
+    average = {
+        name.removeprefix("module."): tensor
+        for name, tensor in content["average"].items()
+        if name.startswith("module.")
+    }
+    network.load_state_dict(average)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen = _seen(content["state"]["step"], identity["batch_size"])
+    return network.eval(), identity.get("t_max", 1.0), seen
+
+
+def _seen(steps: int, batch_size: int) -> str:
+    return f"{steps * batch_size:,} images"
+
+
+def digest(network: nn.Module) -> str:
+    """A name of the weights themselves: a checkpoint changes while its file name stays."""
+    state = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        state.update(tensor.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+@torch.no_grad()
+def measure(network: nn.Module, t_max: float, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Errors by time, and for each method whether each image is classified rightly."""
+    times = [t for t in TIMES if t <= t_max]
+    errors = dict(zip(map(str, times), error_per_level(network, images, "eps", times), strict=True))
+    score_model = ScoreModel(network, kind="eps", t_max=t_max).eval()
+    _, classifier = load_bundled("cifar10")
+    right, started = {}, time.process_time()
+    for name, options in METHODS.items():
+        purifier = Purifier(score_model, num_steps=10, solver="exponential", **options)
+        defence = PurifiedClassifier(purifier, classifier)
+        found: list[bool] = []
+        for first in tqdm(range(0, len(images), 50), desc=name, unit="batch"):
+            part = slice(first, first + 50)
+            ids = torch.arange(len(images))[part]
+            logits = defence(images[part], sample_ids=ids)
+            found += (logits.argmax(dim=1) == labels[part]).tolist()
+        right[name] = found
+    return {"errors": errors, "right": right, "seconds": time.process_time() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("networks", nargs="+", metavar="NETWORK")
+    parser.add_argument("--data", type=Path, required=True, help="folder of standard files")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of what was measured")
+    args = parser.parse_args()
+    images, labels = load_data("cifar10", args.data, "validation")
+    images, labels = images[: args.images].float() / 255.0, labels[: args.images]
+    kept: dict[str, Any] = {}
+    if args.keep is not None and args.keep.exists():
+        kept = json.loads(args.keep.read_text(encoding="utf-8"))
+    names, found = [], []
+    for name in args.networks:
+        network, t_max, seen = load(name)
+        key = f"{digest(network)}, {args.images} images"
+        if key not in kept:
+            kept[key] = {"network": name, "seen": seen, **measure(network, t_max, images, labels)}
+            if args.keep is not None:
+                args.keep.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        names.append(f"{Path(name).name}, {seen}")
+        found.append(kept[key])
+    errors = [
+        [name, *(f"{r['errors'][str(t)]:.4f}" if str(t) in r["errors"] else "" for t in TIMES)]
+        for name, r in zip(names, found, strict=True)
+    ]
+    print(render_table(["error of the noise at t =", *map(str, TIMES)], errors))
+    body = []
+    for name, result in zip(names, found, strict=True):
+        for method in METHODS:
+            right, first = (np.array(r["right"][method]) for r in (result, found[0]))
+            lost, won = int((first & ~right).sum()), int((right & ~first).sum())
+            p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+            body.append(
+                [name, method, f"{100 * right.mean():.1f} %", str(lost), str(won), f"{p:.3f}"]
+            )
+    print()
+    print(render_table(["network", "purification", "right", "lost", "won", "p"], body))
+
+
+if __name__ == "__main__":
+    main()
