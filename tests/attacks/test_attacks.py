@@ -20,17 +20,6 @@ BATCH = 4
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def defended(method: str = "coup", exactly: bool = False, **options) -> PurifiedClassifier:
-    """A short chain of tiny models; `exactly`: their bits do not depend on the batch."""
-    purifier = tiny.short_purifier(method)
-    classifier = purifier.classifier or tiny.TinyClassifier()
-    if exactly:
-        classifier = tiny.PerSample(classifier)
-        purifier.classifier = classifier
-        purifier.score_model.network = tiny.PerSample(purifier.score_model.network)
-    return PurifiedClassifier(purifier, classifier, **options)
-
-
 @pytest.fixture
 def images() -> Tensor:
     return tiny.images(BATCH)
@@ -138,7 +127,7 @@ ATTACKS = [
     "attack", [*ATTACKS[:3], ATTACKS[-1]], ids=lambda a: f"{a.name} {a.norm} {a.keep}"
 )
 def test_results_do_not_depend_on_batch_or_order(attack: PGD | APGD, images: Tensor) -> None:
-    model = defended("diffpure" if attack.norm == "l2" else "coup", exactly=True)
+    model = tiny.defended("diffpure" if attack.norm == "l2" else "coup", per_sample=True)
     ids = torch.tensor([5, 17, 2, 9])
     together = attack.run(model, images, LABELS, sample_ids=ids)
     assert not torch.equal(together.images, images)
@@ -152,7 +141,7 @@ def test_results_do_not_depend_on_batch_or_order(attack: PGD | APGD, images: Ten
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: f"{a.name} {a.norm} {a.keep}")
 def test_attacks_raise_the_loss_inside_the_ball(attack: PGD | APGD, images: Tensor) -> None:
-    model = defended()
+    model = tiny.defended()
     attack = attack.replace(steps=6)
     adversarial = attack(model, images, LABELS)
     Ball(images, attack.norm, attack.eps).check(adversarial)
@@ -165,7 +154,7 @@ def test_attacks_raise_the_loss_inside_the_ball(attack: PGD | APGD, images: Tens
 
 
 def test_the_first_step_is_the_sign_of_the_mean_gradient_of_its_draws(images: Tensor) -> None:
-    model = defended("diffpure")
+    model = tiny.defended("diffpure")
     attack = PGD(eps=0.1, steps=1, step_size=0.03, eot=3, random_start=False, seed=2)
     leaf = images.clone().requires_grad_()
     first = FIRST_ATTACK_DRAW * 3
@@ -191,7 +180,7 @@ def test_every_iterate_has_its_own_draws_and_fixed_noise_has_one(images: Tensor)
     eot = objective.eot_gradient
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "eot_gradient", spied)
-        model = defended(num_draws=2, vote="softmax")
+        model = tiny.defended(num_draws=2, vote="softmax")
         PGD(eps=0.1, steps=3, eot=3, restarts=2)(model, images, LABELS)
         per_iterate = 3 * 2
         expected = [FIRST_ATTACK_DRAW + per_iterate * i for i in (0, 1, 2, 4, 5, 6)]
@@ -205,7 +194,7 @@ def test_every_iterate_has_its_own_draws_and_fixed_noise_has_one(images: Tensor)
 
 
 def test_the_loss_is_of_the_vote_or_of_each_draw(images: Tensor) -> None:
-    model = defended("diffpure", num_draws=3, vote="majority")
+    model = tiny.defended("diffpure", num_draws=3, vote="majority")
     attack = PGD(eps=0.1, steps=1, eot=1, noise="fixed", random_start=False)
     with torch.no_grad():
         logits = model.draw_logits(images)
@@ -233,7 +222,7 @@ def test_the_best_iterate_fools_most_draws_then_has_the_highest_loss() -> None:
 
 
 def test_network_calls_and_zero_gradients_are_reported(images: Tensor) -> None:
-    model = defended("diffpure")  # three steps
+    model = tiny.defended("diffpure")  # three steps
     progress = []
     attack = PGD(eps=0.1, steps=4, eot=2, step_size=0.05, keep="best")
     result = attack.run(model, images, LABELS, progress=progress.append)
@@ -249,7 +238,7 @@ def test_network_calls_and_zero_gradients_are_reported(images: Tensor) -> None:
 
 
 def test_the_defence_is_left_as_it_was(images: Tensor) -> None:
-    model = defended(fresh_draws=True)
+    model = tiny.defended(fresh_draws=True)
     model.reset_draws(5)
     flags = [p.requires_grad for p in model.parameters()]
     gradient = model.purifier.gradient
@@ -315,7 +304,7 @@ def test_apgd_options_are_checked() -> None:
 
 
 def test_inputs_are_checked(images: Tensor) -> None:
-    model, attack = defended(), PGD(eps=0.1, steps=1, eot=1)
+    model, attack = tiny.defended(), PGD(eps=0.1, steps=1, eot=1)
     with pytest.raises(TypeError, match=r"images .*float16"):
         attack(model, images.half(), LABELS)
     with pytest.raises(ValueError, match=r"labels .*\[4\].*\[2\]"):

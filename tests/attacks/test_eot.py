@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import SHORT, PerSample, TinyClassifier, TinyNetwork, images
+from helpers.tiny import images, short_purifier
 from torch import Tensor
 
-from coup_fast import PurifiedClassifier, Purifier, ScoreModel, eot_gradient
+from coup_fast import PurifiedClassifier, eot_gradient
 from coup_fast.attacks.eot import cross_entropy, memory_model
 from coup_fast.attacks.peak_memory import peak_bytes
 
@@ -15,12 +15,8 @@ LABELS = torch.tensor([0, 1, 2, 3, 0])
 
 
 def model(method="coup", num_draws=1, vote="logits", *, fresh=False, per_sample=True, **options):
-    kind, short = SHORT[method]
-    network, classifier = TinyNetwork(), TinyClassifier()
-    if per_sample:
-        network, classifier = PerSample(network), PerSample(classifier)
-    clean = Purifier(ScoreModel(network, kind), classifier, method=method, **short | options)
-    return PurifiedClassifier(clean, classifier, num_draws, vote, fresh_draws=fresh)
+    clean = short_purifier(method, per_sample=per_sample, **options)
+    return PurifiedClassifier(clean, clean.classifier, num_draws, vote, fresh_draws=fresh)
 
 
 def by_calls(defence: PurifiedClassifier, u: Tensor, draws: int, first: int = 0) -> Tensor:

@@ -8,11 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers.scripts import load_script
+from helpers.scripts import ROOT, load_script
 
 from coup_fast.benchmarking import results
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.scripts import ROOT
 
 # Says that there is a device, runs the script's own few lines, and passes everything else but the
 # tests of loops.

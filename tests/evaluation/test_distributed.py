@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import eval_models
+from helpers.scripts import environment
 
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.distributed import World, local_device
@@ -44,11 +44,6 @@ if report is not None:
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(map(str, [HERE, *HERE.parents[:2]]))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
 def start_ranks(
     folder: Path, ranks: int, timeout: float = 300, **more: str
 ) -> list[subprocess.Popen[str]]:
@@ -62,7 +57,7 @@ def start_ranks(
     return [
         subprocess.Popen(
             [sys.executable, str(script), str(folder / "out"), str(timeout)],
-            env=environment(**group, RANK=str(rank), **more),
+            env=environment(HERE, OMP_NUM_THREADS="1", RANK=str(rank), **group, **more),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -97,7 +92,12 @@ def test_more_processes_give_the_same_bytes(tmp_path: Path, alone: str, ranks: i
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", "script.py", "out", "300"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500
+        command,
+        cwd=tmp_path,
+        env=environment(HERE, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report").read_text() == alone

@@ -87,17 +87,9 @@ def test_environment_is_json_and_names_what_ran() -> None:
     assert about["threads"] == torch.get_num_threads()
 
 
-def defended(method: str) -> PurifiedClassifier:
-    kind, options = tiny.SHORT[method]
-    classifier = tiny.TinyClassifier()
-    return PurifiedClassifier(
-        Purifier(tiny.score_model(kind), classifier, method=method, **options), classifier
-    )
-
-
 @pytest.mark.parametrize("method", ["coup", "diffpure", "adp"])
 def test_the_clocked_run_is_the_purifiers_run(method: str) -> None:
-    model, images = defended(method), tiny.images(3)
+    model, images = tiny.defended(method), tiny.images(3)
     seen: list[torch.Tensor] = []
     network = model.purifier.score_model
     hook = network.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].clone()))
@@ -115,7 +107,7 @@ def test_the_clocked_run_is_the_purifiers_run(method: str) -> None:
 
 
 def test_scores_do_not_depend_on_the_batch_size() -> None:
-    model, images = defended("coup"), tiny.images(5)
+    model, images = tiny.defended("coup"), tiny.images(5)
     labels = torch.tensor([0, 1, 2, 3, 0])
     whole, split = (score(model, images, labels, size, True).accuracy for size in (5, 2))
     assert whole == split
@@ -123,7 +115,7 @@ def test_scores_do_not_depend_on_the_batch_size() -> None:
 
 def test_a_measured_defence_is_json() -> None:
     images, labels = tiny.images(4), torch.tensor([0, 1, 2, 3])
-    result = measure_defence("coup", defended("coup"), images, images, labels, 2, 2)
+    result = measure_defence("coup", tiny.defended("coup"), images, images, labels, 2, 2)
     assert result.clean.accuracy == result.attacked.accuracy
     assert result.images_per_second > 0
     data = json.loads(json.dumps(result.as_dict()))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import eval_models, tiny
+from helpers.scripts import environment
 from torch import Tensor, nn
 
 import coup_fast
@@ -26,7 +27,6 @@ from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.state import EvaluationError, State, StateError, digest
 
-TESTS = Path(__file__).resolve().parents[1]
 ATTACK = [{"preset": "pgd40", "steps": 2, "eot": 2, "eps": 0.1}]
 TABLES = eval_models.tables(attack=ATTACK)
 UNITS = 3 * 6  # three batches of six rows
@@ -71,16 +71,11 @@ def faulty_run(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
     images, labels = eval_models.images(6)
     np.savez(folder / "images.npz", images=images.numpy(), labels=labels.numpy())
     (folder / "eval.toml").write_text(eval_models.TOML.format(images=6))
-    environment = os.environ | {
-        "COUP_FAST_TEST_FAULT": f"{what}:0:{STRIKE}",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, "-m", "coup_fast", "eval", "eval.toml", "--out", "out"]
     return subprocess.run(
         command,
         cwd=folder,
-        env=environment,
+        env=environment(COUP_FAST_TEST_FAULT=f"{what}:0:{STRIKE}", OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=600,

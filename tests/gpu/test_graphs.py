@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
+from helpers.tiny import SHORT, Asking, TinyClassifier, TinyNetwork, images
 from torch import Tensor, nn
 
 from coup_fast import Purifier, ScoreModel
@@ -156,17 +156,6 @@ def test_runs_of_one_graph_on_several_streams_keep_their_order() -> None:
             results.append(clean(u))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
-
-
-class Asking(nn.Module):
-    """A network whose way depends on its values, so that the host has to ask for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TinyNetwork()
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.inner(x, t) if x.mean() < 100 else x
 
 
 def test_a_network_that_waits_runs_eagerly_and_leaves_no_damage() -> None:

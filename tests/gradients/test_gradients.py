@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, score_model
+from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, short_purifier
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension
@@ -20,9 +20,7 @@ BACKENDS = [pytest.param("compiled", marks=needs_compiled), "reference"]
 
 
 def purifier(method: str = "coup", dtype=torch.float32, **options) -> Purifier:
-    kind, short = SHORT[method]
-    model = score_model(kind, out=6 if options.get("variance") == "learned" else None)
-    return Purifier(model.to(dtype), TinyClassifier().to(dtype), method=method, **short | options)
+    return short_purifier(method, double=dtype == torch.float64, **options)
 
 
 def loss_of(out: Tensor) -> Tensor:

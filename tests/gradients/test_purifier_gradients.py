@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import SHORT, images
+from helpers.tiny import SHORT, gradient_of, images
 from helpers.tiny import short_purifier as purifier
 
 from coup_fast import EnergyModel, Purifier, ScoreModel, _extension, reference
@@ -13,12 +13,6 @@ METHODS = sorted(SHORT)
 GUIDED = ["coup", "coup-l2", "coup-short"]
 needs_compiled = pytest.mark.skipif(not _extension.available(), reason="needs the extension")
 BACKENDS = [pytest.param("compiled", marks=needs_compiled), "reference"]
-
-
-def gradient_of(clean: Purifier, u: torch.Tensor, weight: torch.Tensor, **call) -> torch.Tensor:
-    u = u.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((clean(u, **call) * weight).sum(), u)
-    return gradient
 
 
 @pytest.mark.parametrize("gradient", ["autograd", "exact"])

@@ -1,12 +1,20 @@
-"""Scripts that are no part of the package, as modules."""
+"""Scripts that are no part of the package, as modules, and processes that know the tests."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+
+
+def environment(*folders: Path, **more: str) -> dict[str, str]:
+    """Of a process that imports `coup_fast`, the helpers of the tests, and what is in `folders`."""
+    path = os.pathsep.join(map(str, [*folders, TESTS, ROOT]))
+    return os.environ | {"PYTHONPATH": path} | more
 
 
 def load_script(path: str) -> ModuleType:

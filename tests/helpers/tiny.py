@@ -47,6 +47,17 @@ class TinyClassifier(nn.Module):
         return self.linear(torch.tanh(self.conv(u)).flatten(1))
 
 
+class Asking(nn.Module):
+    """A network whose way depends on its values, so that the host has to ask for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyNetwork()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.inner(x, t) if x.mean() < 100 else x
+
+
 class PerSample(nn.Module):
     """Any module, one sample at a time in one layout: its bits cannot depend on the batch."""
 
@@ -93,10 +104,38 @@ SHORT = {
 }
 
 
-def short_purifier(method: str = "coup", double: bool = False, **options) -> coup_fast.Purifier:
-    """A purifier that runs a short chain of the method with tiny models."""
+def short_purifier(
+    method: str = "coup", double: bool = False, per_sample: bool = False, **options
+) -> coup_fast.Purifier:
+    """A purifier that runs a short chain of the method with tiny models.
+
+    per_sample: the models take images one at a time, so that no bit can depend on the batch.
+    """
     kind, short = SHORT[method]
-    model, classifier = score_model(kind), TinyClassifier()
+    model = score_model(kind, out=6 if options.get("variance") == "learned" else None)
+    classifier: nn.Module = TinyClassifier()
+    if per_sample:
+        model.network, classifier = PerSample(model.network), PerSample(classifier)
     if double:
         model, classifier = model.double(), classifier.double()
     return coup_fast.Purifier(model, classifier, method=method, **short | options)
+
+
+def defended(
+    method: str = "coup", per_sample: bool = False, **options
+) -> coup_fast.PurifiedClassifier:
+    """A short purifier before the classifier that guides it. options: of PurifiedClassifier."""
+    purifier = short_purifier(method, per_sample=per_sample)
+    return coup_fast.PurifiedClassifier(purifier, purifier.classifier, **options)
+
+
+def gradient_of(clean: coup_fast.Purifier, u: Tensor, weight: Tensor, **call) -> Tensor:
+    """The gradient of the weighted sum of the purified pixels."""
+    leaf = u.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((clean(leaf, **call) * weight).sum(), leaf)
+    return gradient
+
+
+def flags(*modules: nn.Module) -> list[bool]:
+    """`requires_grad` of every parameter."""
+    return [p.requires_grad for module in modules for p in module.parameters()]

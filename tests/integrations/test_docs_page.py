@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.scripts import ROOT
 from PIL import Image
 
 import coup_fast
 from coup_fast.cli import main
 from coup_fast.models import Classifier, UNet, save_network
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text()
+PAGE = (ROOT / "docs" / "integrations.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 COMMANDS = [
     line

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import interpreter
+from helpers.scripts import ROOT
 
 from coup_fast import plan
 from coup_fast.plan import (
@@ -58,7 +58,7 @@ def test_columns_have_the_contract_order() -> None:
 )
 def test_kernels_have_the_same_columns(header: str, struct: str, columns) -> None:
     """The structs that the kernels read rows as."""
-    text = (Path(__file__).parents[2] / "csrc" / "math" / header).read_text()
+    text = (ROOT / "csrc" / "math" / header).read_text()
     body = re.search(rf"struct {struct} {{(.*?)}};", text, re.S).group(1)
     fields = re.findall(r"\w+", ", ".join(re.findall(r"float ([^;]*);", body)))
     assert fields == list(columns)

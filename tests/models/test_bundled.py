@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import ROOT
 from torch import Tensor, nn
 
 from coup_fast.data import demo_digits
@@ -89,7 +90,7 @@ def test_cifar10_models_on_test_images() -> None:
 
 def cifar10_test_images(count: int) -> tuple[Tensor, Tensor]:
     """The first test images; skips where there are none beside the repository."""
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
+    folder = ROOT.parent / "shared" / "data" / "cifar10"
     if not (folder / "test_0.webp").is_file():
         pytest.skip("CIFAR-10 images are not in ../shared/data/cifar10")
     picture = pytest.importorskip("PIL.Image").open(folder / "test_0.webp").convert("RGB")

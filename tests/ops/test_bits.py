@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.checksums import checksums
 from helpers.sampling import keys_of, step
+from helpers.scripts import environment
 
 from coup_fast import build_info, ops
 
-TESTS = Path(__file__).resolve().parents[1]
 
-
-def run_checksums(**environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+def run_checksums(**variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "helpers.checksums"],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env=environment(**variables),
         capture_output=True,
         text=True,
         check=False,

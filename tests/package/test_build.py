@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.scripts import load_script
+from helpers.scripts import ROOT, load_script
 
 import coup_fast
 
-ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(coup_fast.__file__).parent / "_C.abi3.so"
 
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")

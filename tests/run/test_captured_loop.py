@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 from helpers.tape import Tape, TapeGraphs
-from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, short_purifier
+from helpers.tiny import SHORT, Asking, TinyClassifier, TinyNetwork, images, short_purifier
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from coup_fast import Purifier, ScoreModel
@@ -156,17 +156,6 @@ class Refusing(torch.nn.Module):
             if self.seen % 2 == 0:  # the first is a warm-up that is watched
                 raise KeyError("not on tape")
         return self.inner(x, t)
-
-
-class Asking(torch.nn.Module):
-    """A network whose way depends on its values, so that the host has to ask for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = TinyNetwork()
-
-    def forward(self, x, t):
-        return self.inner(x, t) if x.mean() < 100 else x
 
 
 @pytest.mark.parametrize(

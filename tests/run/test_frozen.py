@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.forks import child_can_take, needs_fork
-from helpers.tiny import TinyClassifier, TinyNetwork, images
+from helpers.tiny import TinyClassifier, TinyNetwork, flags, images
 from torch import nn
 
 from coup_fast import Purifier, ScoreModel
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
-
-
-def flags(*modules: nn.Module) -> list[bool]:
-    return [p.requires_grad for module in modules for p in module.parameters()]
 
 
 def nested() -> nn.Sequential:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers.tiny import TinyClassifier, images
+from helpers.tiny import TinyClassifier, flags, images
 from torch import nn
 
 from coup_fast import reference
@@ -124,10 +124,6 @@ def test_running_out_of_memory_is_reported_as_such() -> None:
     x = state(dtype=torch.float32).requires_grad_()
     with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
         confidence_gradient(lambda u: Exhausted.apply(tiny(u)), x, reference, graph=True)
-
-
-def flags(module: nn.Module) -> list[bool]:
-    return [p.requires_grad for p in module.parameters()]
 
 
 def test_flags_are_off_inside_and_as_found_outside_also_after_an_exception() -> None:

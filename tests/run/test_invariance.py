@@ -6,7 +6,6 @@ whose sums and elementary functions follow the tensor's shape, agrees to roundin
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import environment
 from helpers.tiny import SHORT, PerSample, TinyClassifier, TinyNetwork, images
 
-import coup_fast
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension
 
 METHODS = sorted(SHORT)
@@ -160,16 +159,14 @@ def test_thread_count_does_not_matter() -> None:
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_instruction_set_does_not_matter(capability: str, tmp_path: Path) -> None:
     code = (
-        "import sys, torch\n"
-        f"sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]}\n"
+        "import torch\n"
         "from test_invariance import large_purifications\n"
         "torch.set_num_threads(1)\n"
         f"torch.save(large_purifications(), {str(tmp_path / 'results.pt')!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"COUP_FAST_CPU": capability},
-        cwd=Path(coup_fast.__file__).parent.parent,
+        env=environment(Path(__file__).parent, COUP_FAST_CPU=capability),
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import SHORT, PerSample, TinyClassifier, TinyNetwork, images, short_purifier
+from helpers.tiny import (
+    SHORT,
+    PerSample,
+    TinyClassifier,
+    TinyNetwork,
+    gradient_of,
+    images,
+    short_purifier,
+)
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel
 from coup_fast.attacks.peak_memory import peak_bytes
@@ -13,17 +21,7 @@ METHODS = sorted(SHORT)
 
 
 def purifier(method: str, **options) -> Purifier:
-    """Networks that take samples one at a time, so that no bit can depend on the batch."""
-    kind, short = SHORT[method]
-    network = PerSample(TinyNetwork(pull=6.0 if kind == "ncsn" else 0.0))
-    classifier = PerSample(TinyClassifier())
-    return Purifier(ScoreModel(network, kind), classifier, method=method, **short | options)
-
-
-def gradient_of(clean, u, weight, **call):
-    leaf = u.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((clean(leaf, **call) * weight).sum(), leaf)
-    return gradient
+    return short_purifier(method, per_sample=True, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

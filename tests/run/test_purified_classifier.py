@@ -7,18 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.tiny import SHORT, TinyClassifier, images, score_model
+from helpers.tiny import TinyClassifier, defended, images
 
-from coup_fast import PurifiedClassifier, Purifier
+from coup_fast import PurifiedClassifier
 from coup_fast.purified_classifier import VOTES, combine_votes
-
-
-def defended(method: str = "diffpure", **options) -> PurifiedClassifier:
-    kind, short = SHORT[method]
-    classifier = TinyClassifier()
-    purifier = Purifier(score_model(kind), classifier, method=method, **short)
-    return PurifiedClassifier(purifier, classifier, **options)
-
 
 LOGITS = torch.tensor(  # three draws of two images, three classes
     [
@@ -80,7 +72,8 @@ def test_draws_are_the_purifier_draws_one_by_one(method: str, vote: str) -> None
 
 
 def test_same_call_same_scores_unless_fresh_draws_are_asked_for() -> None:
-    fixed, fresh = defended(num_draws=2), defended(num_draws=2, fresh_draws=True)
+    fixed = defended("diffpure", num_draws=2)
+    fresh = defended("diffpure", num_draws=2, fresh_draws=True)
     u = images()
     assert torch.equal(fixed(u), fixed(u))
     assert fixed.next_draw == 0
@@ -162,11 +155,11 @@ def test_images_of_any_dtype_reach_the_classifier_in_its_own(dtype) -> None:
 
 
 def test_an_empty_batch_has_no_scores() -> None:
-    assert defended(num_draws=2)(images()[:0]).shape == (0, 4)
+    assert defended("diffpure", num_draws=2)(images()[:0]).shape == (0, 4)
 
 
 def test_classifiers_that_return_no_logits_are_refused() -> None:
-    purifier = defended().purifier
+    purifier = defended("diffpure").purifier
     for bad, got in ((lambda u: u.mean((1, 2, 3)), r"\[6\]"), (lambda u: None, "NoneType")):
         with pytest.raises(ValueError, match=rf"classifier .*\[6, K\]; got {got}"):
             PurifiedClassifier(purifier, bad, num_draws=2)(images())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
+from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, flags, images
 from helpers.tiny import short_purifier as purifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,10 +110,6 @@ def test_steps_can_be_run_again_with_the_same_bits() -> None:
 
 
 # What is left behind
-
-
-def flags(clean: Purifier) -> list[bool]:
-    return [p.requires_grad for p in clean.parameters()]
 
 
 @pytest.mark.parametrize("method", ["coup", "adp"])

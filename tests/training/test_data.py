@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import ROOT
 
 from coup_fast.data import (
     cifar10,
@@ -24,7 +25,7 @@ from coup_fast.data import (
     mnist,
 )
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 needs_mnist = pytest.mark.skipif(
     not (SHARED / "mnist").is_dir(), reason="MNIST's files are not in ../shared/data/mnist"
 )

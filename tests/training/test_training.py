@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.scripts import environment
 from torch import Tensor, nn
 
-import coup_fast
 from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss
 from coup_fast.training.trainer import Objective, TrainConfig, Trainer, batches, generator_for
@@ -162,8 +161,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.checkpoint"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(checkpoint)],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(coup_fast.__file__).parents[1])},
+        env=environment(Path(__file__).parent),
         capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
