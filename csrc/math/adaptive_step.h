@@ -6,7 +6,7 @@
 // A NaN alpha (h = 0, for one) stops its sample. A row holds the eight constants in this order.
 #pragma once
 
-#include "math/lanes.h"
+#include "math/clamp.h"
 
 namespace coup_fast {
 
@@ -54,10 +54,7 @@ COUP_FAST_FN F adaptive_unclamped(const AdaptiveRow& row, float alpha, F x, F h)
 // x' of a living sample. NaN propagates.
 template <class F>
 COUP_FAST_FN F adaptive_update(const AdaptiveRow& row, float alpha, F x, F h) {
-  using L = Lanes<F>;
-  F result = adaptive_unclamped<F>(row, alpha, x, h);
-  result = L::select(result < L::set(row.lo), L::set(row.lo), result);
-  return L::select(result > L::set(row.hi), L::set(row.hi), result);
+  return clamp<F>(adaptive_unclamped<F>(row, alpha, x, h), row.lo, row.hi);
 }
 
 // Backward, for living samples. With y the gradient of x', masked by the clamp and scaled:
@@ -65,10 +62,8 @@ COUP_FAST_FN F adaptive_update(const AdaptiveRow& row, float alpha, F x, F h) {
 //   k = d(loss)/d(alpha) * d(alpha)/d(1-gamma) / <h, h>, d(loss)/d(alpha) = <y, h>; 0 if clipped.
 template <class F>
 COUP_FAST_FN F adaptive_masked_gradient(const AdaptiveRow& row, float alpha, F x, F h, F grad) {
-  using L = Lanes<F>;
   const F result = adaptive_unclamped<F>(row, alpha, x, h);
-  const F passed = L::select(result >= L::set(row.lo), grad, L::set(0.0f));
-  return L::set(row.scale) * L::select(result <= L::set(row.hi), passed, L::set(0.0f));
+  return Lanes<F>::set(row.scale) * clamp_gradient<F>(grad, result, row.lo, row.hi);
 }
 
 COUP_FAST_FN float adaptive_alpha_slope(const AdaptiveSample& sample, float dot) {

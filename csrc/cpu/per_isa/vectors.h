@@ -38,6 +38,7 @@ constexpr int kWidth = kVectorWidth;
 typedef float Vec __attribute__((vector_size(4 * kVectorWidth)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kVectorWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kVectorWidth)));
+typedef uint64_t Vec64 __attribute__((vector_size(4 * kVectorWidth)));
 
 #if defined(__AVX512F__)
 
@@ -49,14 +50,11 @@ COUP_FAST_FN Vec from_unsigned(VecU a) { return (Vec)_mm512_cvtepu32_ps((__m512i
 COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
   return (Vec)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)bits), (__m512)a);
 }
-using Half = __m512i;  // see Wide
-COUP_FAST_FN Half set_half(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
-COUP_FAST_FN Half multiply(Half a, Half b) { return _mm512_mul_epu32(a, b); }
-COUP_FAST_FN Half shift_right(Half a) { return _mm512_srli_epi64(a, 32); }
-COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm512_xor_si512(a, b); }
-COUP_FAST_FN Half shift_left(Half a) { return _mm512_slli_epi64(a, 32); }
-COUP_FAST_FN VecU merge(Half lower, Half upper) {
-  return (VecU)_mm512_mask_mov_epi32(lower, 0xaaaa, upper);
+COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) {
+  return (Vec64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+}
+COUP_FAST_FN VecU merge(Vec64 lower, Vec64 upper) {
+  return (VecU)_mm512_mask_mov_epi32((__m512i)lower, 0xaaaa, (__m512i)upper);
 }
 COUP_FAST_FN void interleave(Vec* z) {
   const __m512 a = _mm512_unpacklo_ps((__m512)z[0], (__m512)z[1]);
@@ -92,14 +90,11 @@ COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
   asm("vblendvps %3, %2, %1, %0" : "=x"(result) : "x"(b), "x"(a), "x"(bits));
   return result;
 }
-using Half = __m256i;
-COUP_FAST_FN Half set_half(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
-COUP_FAST_FN Half multiply(Half a, Half b) { return _mm256_mul_epu32(a, b); }
-COUP_FAST_FN Half shift_right(Half a) { return _mm256_srli_epi64(a, 32); }
-COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm256_xor_si256(a, b); }
-COUP_FAST_FN Half shift_left(Half a) { return _mm256_slli_epi64(a, 32); }
-COUP_FAST_FN VecU merge(Half lower, Half upper) {
-  return (VecU)_mm256_blend_epi32(lower, upper, 0xaa);
+COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) {
+  return (Vec64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
+COUP_FAST_FN VecU merge(Vec64 lower, Vec64 upper) {
+  return (VecU)_mm256_blend_epi32((__m256i)lower, (__m256i)upper, 0xaa);
 }
 COUP_FAST_FN void interleave(Vec* z) {
   const __m256 a = _mm256_unpacklo_ps((__m256)z[0], (__m256)z[1]);
@@ -122,10 +117,11 @@ COUP_FAST_FN Vec widen_bfloat16(const uint16_t* data) {
 #else
 
 #if defined(__x86_64__)
-// a * b + c of two lanes, rounded once, without an FMA instruction: the product is exact in double;
-// the sum is rounded to odd (its error decides the last bit), which makes the second rounding, to
-// float, the only one that counts. Boldo and Melquiond, "Emulation of FMA and correctly rounded
-// sums: proved algorithms using rounding to odd" (2008).
+// a * b + c of two lanes, rounded once, without an FMA instruction, where the C library's fmaf
+// takes 50 times as long: the product is exact in double; the sum is rounded to odd (its error
+// decides the last bit), which makes the second rounding, to float, the only one that counts. Boldo
+// and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+// odd" (2008).
 COUP_FAST_FN __m128 fma_pair(__m128 a, __m128 b, __m128 c) {
   const __m128d product = _mm_mul_pd(_mm_cvtps_pd(a), _mm_cvtps_pd(b));
   const __m128d addend = _mm_cvtps_pd(c);
@@ -149,15 +145,8 @@ COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
       fma_pair(x, y, z), fma_pair(_mm_movehl_ps(x, x), _mm_movehl_ps(y, y), _mm_movehl_ps(z, z)));
 }
 COUP_FAST_FN Vec sqrt(Vec a) { return (Vec)_mm_sqrt_ps((__m128)a); }
-using Half = __m128i;
-COUP_FAST_FN Half set_half(uint32_t value) { return _mm_set1_epi32(static_cast<int>(value)); }
-COUP_FAST_FN Half multiply(Half a, Half b) { return _mm_mul_epu32(a, b); }
-COUP_FAST_FN Half shift_right(Half a) { return _mm_srli_epi64(a, 32); }
-COUP_FAST_FN Half exclusive_or(Half a, Half b) { return _mm_xor_si128(a, b); }
-COUP_FAST_FN Half shift_left(Half a) { return _mm_slli_epi64(a, 32); }
-COUP_FAST_FN VecU merge(Half lower, Half upper) {
-  const __m128i right = _mm_set1_epi64x(0xffffffff);
-  return (VecU)_mm_or_si128(_mm_and_si128(right, lower), _mm_andnot_si128(right, upper));
+COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) {
+  return (Vec64)_mm_mul_epu32((__m128i)a, (__m128i)b);
 }
 #else
 COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
@@ -170,16 +159,11 @@ COUP_FAST_FN Vec sqrt(Vec a) {
   for (int i = 0; i < kWidth; ++i) result[i] = __builtin_sqrtf(a[i]);
   return result;
 }
-typedef uint64_t Half __attribute__((vector_size(16)));
-COUP_FAST_FN Half set_half(uint32_t value) { return Half{value, value}; }
-COUP_FAST_FN Half multiply(Half a, Half b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
-COUP_FAST_FN Half shift_right(Half a) { return a >> 32; }
-COUP_FAST_FN Half exclusive_or(Half a, Half b) { return a ^ b; }
-COUP_FAST_FN Half shift_left(Half a) { return a << 32; }
-COUP_FAST_FN VecU merge(Half lower, Half upper) {
+COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+#endif
+COUP_FAST_FN VecU merge(Vec64 lower, Vec64 upper) {
   return (VecU)((lower & 0xffffffffu) | (upper & ~uint64_t{0xffffffff}));
 }
-#endif
 COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) { return (VecI)bits < 0 ? a : b; }
 COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding, in the sum
   const Vec high = __builtin_convertvector((VecI)(a >> 16), Vec);
@@ -204,13 +188,13 @@ COUP_FAST_FN Vec widen_bfloat16(const uint16_t* data) {
 
 #endif
 
-// A vector of words in 64-bit containers, the Half of each instruction set above: lane 2j of the
-// vector is lane j of even, lane 2j + 1 of odd.
+// A vector of words in 64-bit containers: lane 2j of the vector is lane j of even, lane 2j + 1 of
+// odd.
 struct Wide {
-  Half even, odd;
+  Vec64 even, odd;
 };
 COUP_FAST_FN Wide operator^(const Wide& a, const Wide& b) {
-  return Wide{exclusive_or(a.even, b.even), exclusive_or(a.odd, b.odd)};
+  return Wide{a.even ^ b.even, a.odd ^ b.odd};
 }
 
 // interleave() puts the 4 kWidth normals of a group of blocks in logical order with unpacks
@@ -218,19 +202,17 @@ COUP_FAST_FN Wide operator^(const Wide& a, const Wide& b) {
 // This is the group's counters, their low words in the lower halves of the containers and their
 // high words in the upper ones.
 COUP_FAST_FN Wide counters_of_group(uint64_t first) {
-  typedef uint64_t Counters __attribute__((vector_size(4 * kVectorWidth)));
-  Counters even, odd;
+  Vec64 even, odd;
   for (int j = 0; j < kWidth / 2; ++j) {
     even[j] = (kWidth / 4) * (2 * j % 4) + 2 * j / 4;
     odd[j] = (kWidth / 4) * ((2 * j + 1) % 4) + (2 * j + 1) / 4;
   }
-  return Wide{(Half)(even + first), (Half)(odd + first)};
+  return Wide{even + first, odd + first};
 }
 
 // Those of the group after.
 COUP_FAST_FN Wide next_counters(const Wide& a) {
-  typedef uint64_t Counters __attribute__((vector_size(4 * kVectorWidth)));
-  return Wide{(Half)((Counters)a.even + kVectorWidth), (Half)((Counters)a.odd + kVectorWidth)};
+  return Wide{a.even + kVectorWidth, a.odd + kVectorWidth};
 }
 
 COUP_FAST_FN Vec load(const float* data) {
@@ -292,20 +274,15 @@ struct Lanes<COUP_FAST_ISA::Vec> {
 
   using W = COUP_FAST_ISA::Wide;
   COUP_FAST_FN W set_word(uint32_t value) {
-    return W{COUP_FAST_ISA::set_half(value), COUP_FAST_ISA::set_half(value)};
+    const COUP_FAST_ISA::Vec64 words = uint64_t{value} - COUP_FAST_ISA::Vec64{};
+    return W{words, words};
   }
   COUP_FAST_FN W product(const W& a, const W& b) {
     return W{COUP_FAST_ISA::multiply(a.even, b.even), COUP_FAST_ISA::multiply(a.odd, b.odd)};
   }
-  COUP_FAST_FN W upper_half(const W& a) {
-    return W{COUP_FAST_ISA::shift_right(a.even), COUP_FAST_ISA::shift_right(a.odd)};
-  }
-  COUP_FAST_FN U narrow(const W& a) {
-    return COUP_FAST_ISA::merge(a.even, COUP_FAST_ISA::shift_left(a.odd));
-  }
-  COUP_FAST_FN U narrow_upper(const W& a) {
-    return COUP_FAST_ISA::merge(COUP_FAST_ISA::shift_right(a.even), a.odd);
-  }
+  COUP_FAST_FN W upper_half(const W& a) { return W{a.even >> 32, a.odd >> 32}; }
+  COUP_FAST_FN U narrow(const W& a) { return COUP_FAST_ISA::merge(a.even, a.odd << 32); }
+  COUP_FAST_FN U narrow_upper(const W& a) { return COUP_FAST_ISA::merge(a.even >> 32, a.odd); }
 };
 
 }  // namespace coup_fast
