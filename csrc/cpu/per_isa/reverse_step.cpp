@@ -10,10 +10,18 @@ struct Buffers {
   Buffer x, m, s, g, r, z, out;
 };
 
-// The inputs of a tile.
-struct Inputs {
-  const float *x, *m, *s, *g, *r, *z;
+alignas(64) const float kZeros[kTile] = {};
 
+// The inputs of a tile; zeros in place of those that it does not need, so that no loop has to ask.
+struct Inputs {
+  const float *x = kZeros, *m = kZeros, *s = kZeros, *g = kZeros, *r = kZeros, *z = kZeros;
+
+  template <class At>
+  __attribute__((always_inline)) StepValues<Vec> load(At at) const {
+    return StepValues<Vec>{at.load(x), at.load(m), at.load(s), at.load(g), at.load(r), at.load(z)};
+  }
+
+  // The same where the compiler knows which are needed.
   template <class At>
   __attribute__((always_inline)) StepValues<Vec> load(const StepReads& reads, At at) const {
     const Vec zero = {};
@@ -49,7 +57,7 @@ Inputs read_inputs(const ReverseStep& params, const StepReads& reads, const Tile
   if (drawn) prefetch(params, reads, access);
   const float* z = drawn     ? noise_of(params.keys, tile, buffers.z)
                    : reads.z ? access.read(params.z, buffers.z)
-                             : nullptr;
+                             : kZeros;
   Inputs in = read_terms(params, reads, access, buffers);
   in.z = z;
   return in;
@@ -194,7 +202,7 @@ void reverse_step_dots(const ReverseStepBackward& params, const GuidanceSample* 
       const Inputs in = read_inputs(forward, reads, access, tile, buffers);
       float* lane = lanes.data;
       for_vectors(tile.count, [=, &row, &terms](auto at) __attribute__((always_inline)) {
-        const StepValues<Vec> values = in.load(reads, at);
+        const StepValues<Vec> values = in.load(at);
         const StepFactors<Vec> factors = step_factors<Vec>(row, terms, scale, values.s);
         const Vec y = sum_gradient<Vec>(row, terms, factors, values, at.load(gradient));
         const Vec along = guided_gradient<Vec>(terms, factors, y);
@@ -225,8 +233,8 @@ void reverse_step_backward_tiles(const ReverseStepBackward& params, const Guidan
         samples != nullptr ? samples[tile.sample] : GuidanceSample{row.c, 0.0f};
     float* out[5];
     for (int k = 0; k < 5; ++k) out[k] = access.begin_write(*views[k], *staged[k]);
-    for_vectors(tile.count, [&](auto at) __attribute__((always_inline)) {
-      const StepValues<Vec> values = in.load(reads, at);
+    for_vectors(tile.count, [=, &row](auto at) __attribute__((always_inline)) {
+      const StepValues<Vec> values = in.load(at);
       const StepFactors<Vec> factors = step_factors<Vec>(row, terms, sample.scale, values.s);
       const Vec y = sum_gradient<Vec>(row, terms, factors, values, at.load(gradient));
       const StepGradients<Vec> grads = step_gradients<Vec>(row, terms, sample, factors, values, y);
