@@ -2,7 +2,9 @@
 # incremental. What is needed: Python >= 3.10 with venv, a C++17 compiler, git, a package index.
 #
 #   make demo TORCH="torch==2.14.1"     another torch; extra pip arguments may follow the name
-#   make test PYTEST_ARGS="-k philox"   part of the tests
+#   make quick                          lint, types and the core of the tests: a minute on two cores
+#   make test                           all tests
+#   make test PYTEST_ARGS="-k philox"   part of them
 #   make build COUP_FAST_CUDA=on        build options, see CONTRIBUTING.md
 #
 # The index's ordinary torch for Linux is a CUDA build of several GB, which works as well. For the
@@ -22,12 +24,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test build bench ratios lint format types cuda-check clean distclean help
+.PHONY: demo quick test build bench ratios lint format types cuda-check clean distclean help
 help:
-	@echo "make demo | test | build | bench | ratios | lint | format | types | cuda-check | clean | distclean"
+	@echo "make demo | build | quick (a minute) | test (all) | bench | ratios"
+	@echo "     lint | format | types | cuda-check | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
+
+# A list of files, because pytest would import all other tests as well to look for a mark in them.
+quick: lint types build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) @tests/quick.txt $(PYTEST_ARGS)
 
 test: $(STAMPS)/extra-test $(STAMPS)/torchattacks build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
