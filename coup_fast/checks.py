@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -29,10 +30,12 @@ def number(
     """A finite real number in [low, high], or in (low, high] with `above`."""
     error: type[Exception] = TypeError
     if not isinstance(value, bool) and isinstance(value, Real):
-        error, result = ValueError, float(value)
-        inside = (low < result if above else low <= result) and result <= high
-        if inside and math.isfinite(result):
-            return result
+        error = ValueError
+        with suppress(OverflowError):  # 10**400 is no float
+            result = float(value)
+            inside = (low < result if above else low <= result) and result <= high
+            if inside and math.isfinite(result):
+                return result
     left, right = "(" if above or math.isinf(low) else "[", ")" if math.isinf(high) else "]"
     bounded = not math.isinf(low) or not math.isinf(high)
     expected = f"a number in {left}{low:g}, {high:g}{right}" if bounded else "a finite number"
@@ -69,9 +72,10 @@ def flag(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, choices: Collection[T]) -> T:
     """The one of `choices` that `value` equals."""
-    for known in choices:
-        if value == known:
-            return known
+    with suppress(ValueError):  # of an array, whose comparison is one
+        for known in choices:
+            if value == known:
+                return known
     raise ValueError(_sentence(name, f"one of {', '.join(map(str, choices))}", value))
 
 
@@ -83,21 +87,30 @@ def ids(
 ) -> Tensor:
     """Integers that name samples, as int64 [B]; `count` is B where it is known.
 
-    device: where they go. By default a tensor stays where it is, and others follow PyTorch.
+    value: a tensor, an array, or anything ordered that holds integers. device: where they go. By
+    default a tensor stays where it is, and others follow PyTorch.
     """
     expected = f"integers [{'B' if count is None else count}], one per sample"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.dtype != np.uint64:
+        value = torch.from_numpy(value.astype(np.int64)).to(device or torch.get_default_device())
     if not isinstance(value, Tensor):
-        try:
-            items = list(value)
-        except TypeError:
-            raise TypeError(_sentence(name, expected, value)) from None
-        checked = [integer(f"each of {name}", item, -(2**63), MAX_INT64) for item in items]
+        if isinstance(value, str | bytes | Set | Mapping) or not isinstance(value, Iterable):
+            raise TypeError(_sentence(name, expected, value))
+        checked = [_id(f"each of {name}", item) for item in value]
         value = torch.tensor(checked, dtype=torch.int64, device=device)
     elif value.dtype not in ID_DTYPES:
         raise TypeError(_tensor_sentence(name, expected, value))
     if value.ndim != 1 or count not in (None, len(value)):
         raise ValueError(_tensor_sentence(name, expected, value))
     return value.to(device=device, dtype=torch.int64)
+
+
+def _id(name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value <= MAX_INT64:
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in ID_DTYPES:
+        return int(value)
+    return integer(name, value, -(2**63), MAX_INT64)
 
 
 def draw(name: str, value: Any, count: int, device: torch.device) -> int | Tensor:

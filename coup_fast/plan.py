@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from . import checks
 from .schedules import Array
 
 # Columns of a reverse_step row:
@@ -46,7 +47,7 @@ class Plan:
     method: its name. start: [8], the perturb row from pixels to the state; start_noisy: it draws
     noise. coeffs: [N, 19]. times: [N], the network's time in [0, 1], NaN where a row calls no
     network. guided, noisy: bool [N], rows that read the guidance gradient, rows that draw noise.
-    uses_reference: rows read r, the attacked input in the state's space. guidance_norm: as in
+    uses_attacked: rows read r, the attacked image in the state's space. guidance_norm: as in
     `reverse_step`. learned_variance: rows read the second half of a 2C-channel output; otherwise
     it is cut off.
     """
@@ -58,7 +59,7 @@ class Plan:
     times: Array
     guided: np.ndarray
     noisy: np.ndarray
-    uses_reference: bool
+    uses_attacked: bool
     guidance_norm: str = "none"
     learned_variance: bool = False
 
@@ -101,6 +102,7 @@ class Plan:
 
     def first(self, steps: int) -> Plan:
         """The first `steps` rows (all, if there are fewer), then the way back to pixels."""
+        steps = checks.integer("steps", steps, 1)
         coeffs = self.coeffs[:steps].copy()
         way_back = [OUT_LO, OUT_HI, OUT_SCALE, OUT_BIAS]
         coeffs[-1, way_back] = self.coeffs[-1, way_back]
@@ -138,7 +140,7 @@ class AdaptivePlan:
     delta: float
 
     needs_classifier: ClassVar[bool] = False
-    uses_reference: ClassVar[bool] = False
+    uses_attacked: ClassVar[bool] = False
     learned_variance: ClassVar[bool] = False
     guidance_norm: ClassVar[str] = "none"
 
@@ -190,7 +192,7 @@ class AdaptivePlan:
 
     def first(self, steps: int) -> AdaptivePlan:
         """The first `steps` steps (all, if there are fewer)."""
-        return replace(self, coeffs=self.coeffs[:steps])
+        return replace(self, coeffs=self.coeffs[: checks.integer("steps", steps, 1)])
 
     def table(self) -> str:
         """The plan as text."""
@@ -357,7 +359,7 @@ def make_plan(
         times=rows.times,
         guided=coeffs[:, C] != 0,
         noisy=(coeffs[:, D] != 0) | (coeffs[:, Z_VAR] != 0),
-        uses_reference=bool(np.any(coeffs[:, E] != 0)),
+        uses_attacked=bool(np.any(coeffs[:, E] != 0)),
         guidance_norm=guidance_norm,
         learned_variance=learned_variance,
     )

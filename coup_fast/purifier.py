@@ -19,7 +19,7 @@ from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.loop import final_state, joined_states
 from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
 from coup_fast.run.prepare import Kept, prepare
-from coup_fast.run.steps import Run, State
+from coup_fast.run.steps import RUNS, Run, State
 from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 __all__ = ["Purifier", "purify"]
@@ -173,8 +173,18 @@ class Purifier(nn.Module):
         return other
 
     def with_plan(self, plan: AnyPlan) -> Purifier:
-        """A purifier of the same models, seed and options that runs this plan."""
+        """A purifier of the same models, seed and options that runs this plan.
+
+        Raises TypeError for what is no plan, and ValueError for one that needs a classifier that
+        there is not, or times that the score model was not trained for.
+        """
+        if type(plan) not in RUNS:
+            raise TypeError(f"plan must be a Plan or an AdaptivePlan, got {type(plan).__name__}")
+        _check_plan(plan, self.score_model, self.classifier)
         other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):  # submodules, hooks and options are its own from here on
+                vars(other)[name] = copy.copy(value)
         other.plan = plan
         other._kept = Kept(compiled=self._kept.compiled)
         return other
@@ -207,7 +217,7 @@ class Purifier(nn.Module):
         Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
         kernels, all before any network is called; FloatingPointError if the result is not finite.
         With `gradient="exact"` and images that require grad, ValueError for models in a training
-        mode that the exact gradient cannot repeat, and what else `exact_run` lists.
+        mode that the exact gradient cannot repeat, and what else `exact_final_state` lists.
         """
         purify_all = self._forward
         if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
@@ -331,13 +341,20 @@ def _plan(
     """The method's plan for these models; an unknown option lists both kinds that exist."""
     methods.check_options(method, options, RUN_OPTIONS)
     plan = methods.plan(method, score_model.schedule, score_model.kind, **options)
-    validation.check_times(plan.times, score_model.t_max, method)
+    _check_plan(plan, score_model, classifier)
+    return plan
+
+
+def _check_plan(
+    plan: AnyPlan, score_model: ScoreModel, classifier: ClassifierFunction | None
+) -> None:
+    """Raises ValueError if these models cannot run the plan."""
+    validation.check_times(plan.times, score_model.t_max, plan.method)
     if plan.needs_classifier and classifier is None:
         raise ValueError(
-            f"method {method!r} is guided by a classifier and none is given; pass one, or "
+            f"method {plan.method!r} is guided by a classifier and none is given; pass one, or "
             "guidance_scale=0"
         )
-    return plan
 
 
 def purify(

@@ -40,7 +40,7 @@ class MemoryModel:
     """Bytes that a micro-batch of `runs` runs takes: fixed + runs * (one_step + states).
 
     A run is one image under one draw of the attack (with all `num_draws` of the vote). one_step is
-    measured: forward and backward of a chain of two steps and of the classifier, on one and on two
+    measured: forward and backward of a run of two steps and of the classifier, on one and on two
     runs. states is counted: those that the backward pass keeps beyond these two.
     """
 

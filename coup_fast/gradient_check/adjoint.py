@@ -45,7 +45,7 @@ def why_not(purifier: Purifier) -> str | None:
 
 def _step_lengths(plan: Plan, schedule: VPSchedule) -> np.ndarray[Any, Any] | None:
     """Step lengths read off rows that are (1 + ½βh) x - βh ε/σ + √(βh) z; None if they are not."""
-    if plan.uses_reference or plan.learned_variance or not np.isfinite(plan.times).all():
+    if plan.uses_attacked or plan.learned_variance or not np.isfinite(plan.times).all():
         return None
     beta = schedule.beta(plan.times)
     lengths = 2 * (plan.coeffs[:, V] - 1) / beta

@@ -195,7 +195,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
                 "guidance=scheduler.confidence_gradient(classifier, sample), or set the option "
                 "guidance_scale=0"
             )
-        if self.plan.uses_reference and reference is None:
+        if self.plan.uses_attacked and reference is None:
             raise ValueError(
                 f"{self.plan.method} looks back at the attacked image: pass reference="
             )

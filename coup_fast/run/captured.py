@@ -211,7 +211,9 @@ class Graphs:
         cast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         layout = images.is_contiguous(memory_format=torch.channels_last)
         kind = (images.shape, images.dtype, images.device, layout, id(run.tables))
-        key = (*kind, cast, run.options, _algorithms())
+        options = run.options
+        calls = (options.backend, options.precision, options.channels_last, options.compile)
+        key = (*kind, cast, calls, _algorithms())
         known = self._loops.get(key)
         if known is None and choice == "auto" and key not in self._loops:
             self._keep(key, None)

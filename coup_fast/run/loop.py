@@ -23,10 +23,10 @@ def states(run: Run, images: Tensor, step: Step | None = None) -> Iterator[tuple
     state, attacked = run.start(images), run.attacked(images)
     yield 0, state
     for k in range(run.num_steps):
-        state = step(k, state, attacked)
-        yield k + 1, state
         if run.finished(state):
             return
+        state = step(k, state, attacked)
+        yield k + 1, state
 
 
 def final_state(run: Run, images: Tensor, step: Step | None = None) -> State:

@@ -7,24 +7,18 @@ from typing import Any
 
 from coup_fast import checks
 
-BACKENDS = ("auto", "compiled", "reference")
-GRADIENTS = ("exact", "autograd", "bpda", "none")
-STATES = ("device", "host", "sqrt")
-GUIDANCE_GRADIENTS = ("full", "stopped")
 SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
-COMPILE_MODES = ("default", *SELF_CAPTURING, "max-autotune-no-cudagraphs")
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 _CHOICES: dict[str, tuple[object, ...]] = {
-    "backend": BACKENDS,
-    "gradient": GRADIENTS,
-    "states": STATES,
+    "backend": ("auto", "compiled", "reference"),
+    "gradient": ("exact", "autograd", "bpda", "none"),
+    "states": ("device", "host", "sqrt"),
     "verify_states": (True, False),
-    "guidance_gradient": GUIDANCE_GRADIENTS,
+    "guidance_gradient": ("full", "stopped"),
     "check_values": (True, False),
-    "compile": (True, False, *COMPILE_MODES),
+    "compile": (True, False, "default", *SELF_CAPTURING, "max-autotune-no-cudagraphs"),
     "cuda_graph": ("auto", True, False),
-    "precision": PRECISIONS,
+    "precision": ("fp32", "tf32", "bf16"),
     "channels_last": ("auto", True, False),
 }
 
@@ -49,10 +43,10 @@ class RunOptions:
     max_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            checks.choice(name, getattr(self, name), choices)
+        for name, choices in _CHOICES.items():  # 1 is True, and kept as that
+            object.__setattr__(self, name, checks.choice(name, getattr(self, name), choices))
         if self.max_batch is not None:
-            checks.integer("max_batch", self.max_batch, 1)
+            object.__setattr__(self, "max_batch", checks.integer("max_batch", self.max_batch, 1))
 
 
 RUN_OPTIONS = tuple(field.name for field in fields(RunOptions))

@@ -112,7 +112,7 @@ class Run:
 
     def attacked(self, images: Tensor) -> Tensor | None:
         """The attacked images in the state's space, for the plans whose rows read them."""
-        if not self.plan.uses_reference:
+        if not self.plan.uses_attacked:
             return None
         return self.ops.perturb(self.calls.layout(images), self.tables.pixel_map)
 

@@ -120,7 +120,7 @@ def test_published_defaults() -> None:
         assert (made.num_steps, made.num_noise, bool(made.guided.any()), clamped) == numbers, name
         assert made.method == name
         assert made.coeffs[-1, [plan.OUT_SCALE, plan.OUT_BIAS]].tolist() == [0.5, 0.5]
-        assert made.uses_reference == (name in ("ldsde", "gdmp"))
+        assert made.uses_attacked == (name in ("ldsde", "gdmp"))
     coup = build("coup").start
     assert coup.tolist() == [2.0, -1.0, 0.0, 0.0, -1.0, 1.0, 1.0, 0.0]
 

@@ -151,7 +151,7 @@ def test_finished_plans() -> None:
     assert made.start_noisy
     assert made.guided.tolist() == [False, True]
     assert made.noisy.tolist() == [True, False]
-    assert made.uses_reference
+    assert made.uses_attacked
     assert made.coeffs[:, plan.OUT_SCALE].tolist() == [1.0, 0.5]
     assert made.coeffs[:, plan.OUT_BIAS].tolist() == [0.0, 0.5]
     assert made.coeffs[1, [plan.OUT_LO, plan.OUT_HI]].tolist() == [-1.0, 1.0]

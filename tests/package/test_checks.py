@@ -123,6 +123,17 @@ def test_no_ids(value, error, message: str) -> None:
         checks.ids("ids", value, 3)
 
 
+def test_ids_of_any_ordered_kind() -> None:
+    want = torch.tensor([3, 1, 2])
+    for value in (np.array([3, 1, 2], np.uint8), list(want), iter([3, 1, 2]), np.array([3, 1, 2])):
+        found = checks.ids("ids", value, 3)
+        assert torch.equal(found, want)
+        assert found.dtype == torch.int64
+    for value in ({3, 1, 2}, {3: 0, 1: 0, 2: 0}, b"abc", "312", np.array([3.0, 1.0, 2.0])):
+        with pytest.raises(TypeError, match="ids must be"):
+            checks.ids("ids", value, 3)
+
+
 def test_draws() -> None:
     cpu = torch.device("cpu")
     assert checks.draw("draw", np.int64(7), 3, cpu) == 7

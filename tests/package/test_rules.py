@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -128,6 +130,18 @@ def test_no_module_is_imported_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coup_fast"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    known = hasattr(module, alias.name) or importlib.util.find_spec(
+                        f"{node.module}.{alias.name}"
+                    )
+                    assert known, f"{path.name}: {node.module} has no {alias.name}"
 
 
 def test_no_file_names_a_machine_or_a_package_index() -> None:

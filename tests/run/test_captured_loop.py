@@ -236,6 +236,17 @@ def test_parts_of_a_batch_share_a_graph_and_modes_of_grad_do_not_matter() -> Non
     assert clean._kept.graphs.tapes.captures == 1
 
 
+def test_options_that_do_not_reach_the_step_share_a_graph() -> None:
+    clean = taped()
+    clean(images())
+    clean.check_values, clean.states, clean.gradient = False, "sqrt", "none"
+    clean(images())
+    assert clean._kept.graphs.tapes.captures == 1
+    clean.channels_last = True
+    clean(images())
+    assert clean._kept.graphs.tapes.captures == 2
+
+
 def test_copies_capture_for_themselves() -> None:
     clean = taped()
     want = clean(images())
