@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coup_fast.evaluation.config import EvalConfig
 from coup_fast.evaluation.distributed import World, local_device, world
+from coup_fast.evaluation.provenance import package_code
 from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
@@ -64,6 +65,7 @@ def evaluate(
     """
     say = say or (lambda _: None)
     ticker = _Ticker(say, interval)
+    package_code()  # as it is now, before hours of computing
     device = local_device(torch.device(device))
     with world(timeout, device) as ranks, _reproducible(config.threads):
         images, labels = load_images(config.data) if data is None else data
@@ -183,6 +185,7 @@ def _run_one(worker: Worker, ranks: World, unit: Unit | None) -> dict[str, Any]:
         "rank": ranks.rank,
         "ranks": ranks.size,
         "process": os.getpid(),
+        "code": package_code(),
     }
     return {"result": result, "error": error, "run": run}
 
