@@ -66,8 +66,9 @@ def evaluate(
     say = say or (lambda _: None)
     ticker = _Ticker(say, interval)
     package_code()  # as it is now, before hours of computing
-    device = local_device(torch.device(device))
+    device = torch.device(device)
     with world(timeout, device) as ranks, _reproducible(config.threads):
+        device = local_device(device)
         images, labels = load_images(config.data) if data is None else data
         load = model_loader(config.models, device) if models is None else models
         worker = Worker(config, images, labels, load, device, ticker.step)
