@@ -30,6 +30,7 @@ from tqdm import tqdm
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, load_bundled
 from coup_fast.evaluation.tables import render_table
 from coup_fast.models.network_files import build_network, load_network
+from coup_fast.training.checkpoint import read_checkpoint
 from coup_fast.training.runs import error_per_level, load_data
 
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -53,7 +54,7 @@ def load(name: str) -> tuple[nn.Module, float, str]:
         network, facts = load_network(path)
         done = facts["training"]
         return network, facts.get("t_max", 1.0), _seen(done["steps"], done["batch_size"])
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_checkpoint(path, torch.device("cpu"))
     identity = content["identity"]
     network = build_network(identity["network"], json.loads(identity["arguments"]))
     average = {

@@ -94,12 +94,13 @@ class Group(World):
 def world(timeout: float, device: torch.device) -> Iterator[World]:
     """The world that the environment describes: torchrun's (RANK, WORLD_SIZE, …), or one process.
 
-    A process group that exists already is used and kept.
+    A process group that exists already is used and kept. Raises EvaluationError at once for ranks
+    that cannot meet.
     """
     if dist.is_available() and dist.is_initialized():
         yield Group(timeout)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if _launched() == 1:
         yield World()
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -112,6 +113,21 @@ def world(timeout: float, device: torch.device) -> Iterator[World]:
         yield Group(timeout)
     finally:
         dist.destroy_process_group()
+
+
+def _launched() -> int:
+    """How many processes the environment says there are, its numbers checked."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    local = os.environ.get("LOCAL_RANK", "0")
+    if rank is None:
+        return 1
+    numbers = all(re.fullmatch("[0-9]+", text) for text in (rank, size, local))
+    if not numbers or not int(rank) < int(size):
+        raise EvaluationError(
+            "RANK must be one of 0 to WORLD_SIZE - 1 and LOCAL_RANK a number, got "
+            f"RANK={rank!r}, WORLD_SIZE={size!r}, LOCAL_RANK={local!r}; torchrun sets them"
+        )
+    return int(size)
 
 
 def local_device(device: torch.device) -> torch.device:

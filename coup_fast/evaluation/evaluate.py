@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coup_fast.evaluation.config import EvalConfig
 from coup_fast.evaluation.distributed import World, local_device, world
+from coup_fast.evaluation.provenance import package_code
 from coup_fast.evaluation.report import Report
 from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
@@ -64,8 +65,10 @@ def evaluate(
     """
     say = say or (lambda _: None)
     ticker = _Ticker(say, interval)
-    device = local_device(torch.device(device))
+    package_code()  # as it is now, before hours of computing
+    device = torch.device(device)
     with world(timeout, device) as ranks, _reproducible(config.threads):
+        device = local_device(device)
         images, labels = load_images(config.data) if data is None else data
         load = model_loader(config.models, device) if models is None else models
         worker = Worker(config, images, labels, load, device, ticker.step)
@@ -183,6 +186,7 @@ def _run_one(worker: Worker, ranks: World, unit: Unit | None) -> dict[str, Any]:
         "rank": ranks.rank,
         "ranks": ranks.size,
         "process": os.getpid(),
+        "code": package_code(),
     }
     return {"result": result, "error": error, "run": run}
 

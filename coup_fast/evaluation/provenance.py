@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,21 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None
+
+
+@cache
+def package_code() -> dict[str, str | None]:
+    """What code this process runs: the commit, and a digest of the package's files.
+
+    The digest is of every Python file and compiled library, so that it tells changes apart that
+    no commit and no version does. It is taken once: a process does not load what changes later.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so")):
+        total.update(f"{path.relative_to(folder).as_posix()} ".encode())
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return {"commit": source_commit(), "sources": total.hexdigest()[:16]}
 
 
 def processor_name() -> str:

@@ -171,6 +171,10 @@ class Report:
                 "that under the worst attack on each image, weak ones included: where the loss is "
                 "too curved for its steps, an attack with the right gradient can be the worse one."
             )
+        codes = self.codes()
+        if len(codes) > 1:
+            listed = "; ".join(f"{count} under {code}" for code, count in codes.items())
+            notes.append(f"The batches were computed by different code of coup_fast: {listed}.")
         if self.images < 512:
             notes.append(f"{self.images} images are few: mind the intervals.")
         return notes
@@ -232,6 +236,16 @@ class Report:
             writer.writerow(cells)
         return file.getvalue()
 
+    def codes(self) -> dict[str, int]:
+        """The code of coup_fast that computed the units, and how many units each computed."""
+        counts: dict[str, int] = {}
+        for _, unit in sorted(self._units.items()):
+            code = unit["run"]["code"]
+            commit = f"commit {code['commit']}" if code["commit"] else "(installed)"
+            name = f"{commit}, sources {code['sources']}"
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
     def run_facts(self, device: str, command: str) -> dict[str, Any]:
         """Where and how it was computed: command, versions, host, time; not for comparing."""
         runs = [unit["run"] for unit in self._units.values()]
@@ -246,6 +260,7 @@ class Report:
             "hosts": sorted({run["host"] for run in runs}),
             "most_processes": max((run["ranks"] for run in runs), default=0),
             "starts": len({(run["host"], run["process"]) for run in runs if run["rank"] == 0}),
+            "codes": self.codes(),
             "environment": environment(device),
         }
 
@@ -259,7 +274,7 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         return (
             f"{text}\n`{run['command']}`: {run['seconds']:.0f} s of computing on "
-            f"{about['device_name']}, commit {about['commit'] or '(installed)'}; {versions}.\n"
+            f"{about['device_name']}, {' and '.join(run['codes'])}; {versions}.\n"
         )
 
     def write(self, folder: Path, device: str = "cpu", command: str = "") -> list[Path]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from coup_fast.evaluation.whole_file import UNFINISHED, write_whole
 
-FORMAT = 1
+FORMAT = 2
 _UNIT_FILE = re.compile(r"batch-(\d{5,})-row-(\d{3,})\.json")
 
 Unit = tuple[int, int]  # number of the batch, number of the row

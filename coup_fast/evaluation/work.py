@@ -6,6 +6,7 @@ their order, or the process that computes it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,8 @@ from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks import Attack
 from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
-from coup_fast.evaluation.sources import ModelLoader, model_digest, tensor_digest
+from coup_fast.evaluation.fingerprints import fingerprint
+from coup_fast.evaluation.sources import ModelLoader, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
 from coup_fast.models.bundled import score_for
 from coup_fast.purified_classifier import PurifiedClassifier
@@ -53,6 +55,7 @@ class Worker:
         self.config, self.images, self.labels, self.device = config, images, labels, device
         self._step = step or (lambda _: None)
         self.batches = config.batches()
+        self._load = load
         self._networks: dict[str, tuple[coup_fast.ScoreModel, ClassifierFunction]] = {}
         # What attacks that ignore the purifier found on one batch: the same for every defence.
         self._bare: tuple[int, dict[tuple[int, Attack], AttackResult]] = (-1, {})
@@ -95,7 +98,7 @@ class Worker:
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, as JSON data."""
         networks = {
-            score: {"score_model": model_digest(model), "classifier": model_digest(classifier)}
+            score: {"score_model": fingerprint(model), "classifier": fingerprint(classifier)}
             for score, (model, classifier) in self._networks.items()
         }
         plans = {
@@ -106,6 +109,7 @@ class Worker:
         return {
             "config": self.config.as_dict(),
             "images": tensor_digest(self.images, self.labels),
+            "loader": fingerprint(inspect.unwrap(self._load))["code"],
             "networks": networks,
             "plans": plans,
             "versions": {"coup_fast": coup_fast.__version__, "torch": torch.__version__},

@@ -52,7 +52,8 @@ def ddpm(
         guidance_scale: λ >= 0, shifts the mean by λ Var g (Dhariwal and Nichol 2021, algorithm 1).
         guidance_norm, guidance_max_norm: as for `coup`.
         forward_noise: diffuse the image to t_star first.
-        clip_denoised: clamp x̂0 to [-1, 1]. clamp_output: clamp the result to valid pixels.
+        clip_denoised: clamp x̂0 to [-1, 1]; the posterior mean is then of x and the clamped x̂0.
+        clamp_output: clamp the result to valid pixels.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
@@ -107,8 +108,11 @@ def ddim(
     """Forward diffusion, then DDIM-η.
 
     Song et al., "Denoising diffusion implicit models" (ICLR 2021), eq. 12, as Lee and Kim (ICCV
-    2023) and ADBM purify with it: t* = 0.1, η = 0; ADBM clips x̂0 (`clip_denoised=True`; ε is left
-    as predicted).
+    2023) and ADBM purify with it: t* = 0.1, η = 0; ADBM clips x̂0.
+
+    With `clip_denoised=True` ε is left as predicted, as in ADBM and diffusers. The exponential
+    solver of `coup` and its relatives, the same step without clipping, and `ddpm` use the ε that
+    belongs to the clamped x̂0. Where nothing is clamped the two agree.
 
     Args:
         eta: in [0, 1]; 0 is deterministic, 1 has DDPM's small variance.

@@ -1,4 +1,4 @@
-"""A method that is another one with other defaults."""
+"""A method of diffusion networks that is another one with other defaults."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..plan import Plan, named
+from ..schedules import Schedule
+from .network_and_guidance import diffusion_model
 
 
 def preset(name: str, base: Callable[..., Plan], doc: str, **defaults: Any) -> Callable[..., Plan]:
     """`base` under another name with these defaults; its signature says so."""
 
-    def method(*args: Any, **options: Any) -> Plan:
-        return named(base(*args, **{**defaults, **options}), name)
+    def method(schedule: Schedule, kind: str = "eps", **options: Any) -> Plan:
+        diffusion_model(name, schedule, kind)  # the base would refuse them under its own name
+        return named(base(schedule, kind, **{**defaults, **options}), name)
 
     signature = inspect.signature(base, eval_str=False)
     parameters = [

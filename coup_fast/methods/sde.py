@@ -155,7 +155,8 @@ def coup(
             scaled down to guidance_max_norm where its norm is larger.
         forward_noise: diffuse the image to t_star first (DiffPure's discrete ᾱ).
         solver: "euler" as published, or "exponential" for 10 to 20 steps (see the module).
-        clip_denoised: clamp the predicted clean image to [-1, 1] at each step.
+        clip_denoised: clamp the predicted clean image to [-1, 1] at each step, and take ε from the
+            clamped one, (x - √ᾱ x̂0)/σ. `ddim` leaves ε as predicted.
         clamp_output: clamp the result (and an unnoised start) to valid pixels.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.

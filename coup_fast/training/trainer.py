@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
@@ -148,7 +149,8 @@ class Trainer:
             of another identity or configuration is refused, unless the only difference is in
             the learning rates of steps that it has not taken yet.
     Raises:
-        ValueError: if the checkpoint belongs to another run, or an argument is out of range.
+        ValueError: if the checkpoint is damaged, without a checksum, or belongs to another run, or
+            an argument is out of range.
         FloatingPointError: if the loss is not finite.
     """
 
@@ -239,12 +241,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        with partial.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.checkpoint)
+        write_checkpoint(self.checkpoint, content)
 
     def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
         for group in self.optimizer.param_groups:
@@ -268,7 +265,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     def _load(self, path: Path) -> None:
-        content = torch.load(path, map_location=self.device, weights_only=True)
+        content = read_checkpoint(path, self.device)
         theirs = content["identity"]
         differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
         then = replace(self.config, **{k: theirs[k] for k in _SCHEDULE if k in theirs})

@@ -25,7 +25,7 @@ from coup_fast.cli import main
 from coup_fast.evaluation.config import from_dict
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.report import Report
-from coup_fast.evaluation.state import EvaluationError, State, StateError, digest
+from coup_fast.evaluation.state import FORMAT, EvaluationError, State, StateError, digest
 
 ATTACK = [{"preset": "pgd40", "steps": 2, "eot": 2, "eps": 0.1}]
 TABLES = eval_models.tables(attack=ATTACK)
@@ -120,15 +120,12 @@ def test_a_run_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert resumed.csv() == fresh.csv()
 
 
-def test_a_finished_evaluation_is_only_reported(whole: tuple[Path, str], copy: Path) -> None:
+def test_a_finished_evaluation_is_only_reported(
+    whole: tuple[Path, str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = units(copy)
-
-    def never(score: str) -> tuple[coup_fast.ScoreModel, nn.Module]:
-        score_model, classifier = eval_models.load(score)
-        score_model.network.what, score_model.network.calls = "nan", 0
-        return score_model, classifier
-
-    assert run(copy, never).csv() == whole[1]
+    monkeypatch.setenv("COUP_FAST_TEST_FAULT", "nan:0:0")
+    assert run(copy).csv() == whole[1]
     assert units(copy) == before
 
 
@@ -169,7 +166,7 @@ def damage_owner(text: str) -> str:
         (lambda text: "", "not a whole state file"),
         (lambda text: "[]", "not a whole state file"),
         (damage_number, "checksum"),
-        (damage_format, "format 99.* format 1"),
+        (damage_format, f"format 99.* format {FORMAT}"),
         (damage_owner, "another evaluation"),
     ],
 )
@@ -275,21 +272,22 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(
 
 @pytest.mark.parametrize("where", ["score model", "classifier"])
 def test_nan_is_an_error_that_names_the_network(
-    whole: tuple[Path, str], tmp_path: Path, where: str
+    whole: tuple[Path, str], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(score: str) -> tuple[coup_fast.ScoreModel, nn.Module]:
+    def late(score: str) -> tuple[coup_fast.ScoreModel, nn.Module]:
         score_model, classifier = eval_models.load(score)
-        if where == "score model":
-            score_model.network.what, score_model.network.calls = "nan", STRIKE
-        else:
-            classifier = LateNaN(classifier)
-        return score_model, classifier
+        return score_model, LateNaN(classifier)
 
+    load = late
+    if where == "score model":
+        load = eval_models.load
+        monkeypatch.setenv("COUP_FAST_TEST_FAULT", f"nan:0:{STRIKE}")
     with pytest.raises(EvaluationError, match=f"the {where} .*returned NaN or inf: ") as error:
         run(tmp_path, load)
     assert "sample ids" in str(error.value)
     assert 0 < len(units(tmp_path)) < UNITS
-    if where == "score model":  # its weights are the same
+    if where == "score model":  # the models are the same
+        monkeypatch.undo()
         assert run(tmp_path).csv() == whole[1]
 
 

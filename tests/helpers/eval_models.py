@@ -19,25 +19,33 @@ import coup_fast
 from helpers import tiny
 
 
+class Fault:
+    """What goes wrong after how many calls; no plain value, so no part of a model's identity."""
+
+    def __init__(self, what: str, calls: int) -> None:
+        self.what, self.calls = what, calls
+
+
 class Faulty(nn.Module):
     """A network with a fault."""
 
     def __init__(self, network: nn.Module, what: str, calls: int) -> None:
         super().__init__()
         self.network = network
-        self.what, self.calls = what, calls
+        self.fault = Fault(what, calls)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         out: Tensor = self.network(x, t)
-        self.calls -= 1
-        if self.calls < 0:
-            if self.what == "nan":
+        fault = self.fault
+        fault.calls -= 1
+        if fault.calls < 0:
+            if fault.what == "nan":
                 return out * torch.nan
-            if self.what == "kill":
+            if fault.what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.what == "interrupt" and self.calls == -1:
+            if fault.what == "interrupt" and fault.calls == -1:
                 os.kill(os.getpid(), signal.SIGINT)
-            if self.what == "hang":
+            if fault.what == "hang":
                 time.sleep(60)
         return out
 
