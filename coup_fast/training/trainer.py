@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from coup_fast.files import lock, write_tensors
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
@@ -150,6 +151,7 @@ class Trainer:
     Raises:
         ValueError: if the checkpoint belongs to another run, or an argument is out of range.
         FloatingPointError: if the loss is not finite.
+        BlockingIOError: in `run`, while another process trains with this checkpoint.
     """
 
     def __init__(
@@ -189,7 +191,8 @@ class Trainer:
 
     def run(self) -> nn.Module:
         """Train up to the last step, write the last checkpoint, return the averaged network."""
-        with torch.random.fork_rng():
+        alone = nullcontext() if self.checkpoint is None else lock(self.checkpoint)
+        with alone, torch.random.fork_rng():
             self._run()
         averaged: nn.Module = self.average.module
         return averaged.eval()
@@ -239,12 +242,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        with partial.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.checkpoint)
+        write_tensors(self.checkpoint, content)
 
     def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
         for group in self.optimizer.param_groups:
