@@ -10,6 +10,7 @@ from coup_fast.benchmarking.case import COPY
 from coup_fast.benchmarking.components import COMPONENTS
 from coup_fast.benchmarking.rows import Row
 from coup_fast.benchmarking.tables import grouped
+from coup_fast.files import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def _save(figure: Figure, path: Path, title: str) -> None:
     handles = [legend[name] for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
     plt.close(figure)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast.benchmarking.rows import Row, row_from
+from coup_fast.files import lock
 
 FORMAT = 1
 _NAME = re.compile(r"\d{4}-\d{2}-\d{2}-[a-z0-9-]+\.json")
@@ -44,12 +45,13 @@ def merge(folder: Path, rows: Sequence[Row], command: str) -> Path:
     measured = {_place(row) for row in new}
     commands: list[str] = []
     kept: list[dict[str, Any]] = []
-    if path.exists():
-        data = _read(path)
-        kept = [row for row in data["rows"] if _place(row) not in measured]
-        commands = [line for line in data["commands"] if line != command]
-    merged = sorted(kept + new, key=lambda row: (row["threads"], row["case"], row["images"]))
-    write_json(path, {"format": FORMAT, "commands": [*commands, command], "rows": merged})
+    with lock(path, wait=True):
+        if path.exists():
+            data = _read(path)
+            kept = [row for row in data["rows"] if _place(row) not in measured]
+            commands = [line for line in data["commands"] if line != command]
+        merged = sorted(kept + new, key=lambda row: (row["threads"], row["case"], row["images"]))
+        write_json(path, {"format": FORMAT, "commands": [*commands, command], "rows": merged})
     return path
 
 

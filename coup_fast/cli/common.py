@@ -192,21 +192,9 @@ def check_plot(path: Path | None) -> None:
         raise CommandError(f"{path} must end in .png or .svg")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s place only if nothing went wrong."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def refuse_to_overwrite(paths: Sequence[Path], force: bool) -> None:
     """Raise a `CommandError` if one of `paths` exists and `force` is off."""
-    existing = [path for path in paths if path.exists()]
+    existing = [path for path in paths if os.path.lexists(path)]
     if existing and not force:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise CommandError(f"{existing[0]} exists{more}: give --force to overwrite")

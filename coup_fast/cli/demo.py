@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from coup_fast.cli import common, networks
 from coup_fast.cli.common import CommandError
+from coup_fast.files import write_text
 
 if TYPE_CHECKING:
     from coup_fast.cli.demo_run import Demo
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         **demo_run.describe(demo),
     }
     write_json(out / "report.json", report)
-    (out / "report.md").write_text(_markdown(demo, report), encoding="utf-8")
+    write_text(out / "report.md", _markdown(demo, report))
     print(_text(demo))
     print(f"\n{seconds:.0f} s in all; pictures and reports are in {out}/:")
     print("  images.png  trajectory.png  report.json  report.md")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coup_fast.files import write_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -75,7 +77,7 @@ def image_grid(rows: Sequence[GridRow], path: Path, title: str, side: float = 0.
             _show(axis, row.pixels[j])
             colour = "black" if row.right is None else GOOD if row.right[j] else BAD
             axis.set_title(row.captions[j], fontsize=9, color=colour, pad=2.5)
-    figure.savefig(path, dpi=200)
+    write_figure(path, figure, dpi=200)
     _close(figure)
 
 

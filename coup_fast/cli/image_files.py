@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coup_fast.cli.common import CommandError, say, whole_file
+from coup_fast.cli.common import CommandError, say
 from coup_fast.cli.fitting import Fit
+from coup_fast.files import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,8 @@ class ImageFile:
 
     def write(self, purified: Tensor) -> int:
         """Save purified pixels [C, H, W]; returns the number of clipped values."""
+        from PIL import Image
+
         image, clipped = self.picture.image(purified)
         options: dict[str, Any] = dict(self.picture.keep)
         suffix = self.target.suffix.lower()
@@ -48,8 +51,8 @@ class ImageFile:
             options |= {"quality": 95, "subsampling": 0}
         elif suffix == ".webp":
             options |= {"lossless": True, "exact": True}
-        with whole_file(self.target) as path:
-            image.save(path, **options)
+        with whole_file(self.target) as file:
+            image.save(file, format=Image.registered_extensions()[suffix], **options)
         return clipped
 
 
@@ -135,8 +138,7 @@ class ArrayFile:
         if self.layout == "nhwc":
             purified = purified.permute(0, 2, 3, 1)
         array = np.ascontiguousarray(purified.numpy().astype(self.dtype))
-        # An open file: numpy would append a suffix to a name that it does not like.
-        with whole_file(target) as path, path.open("wb") as file:
+        with whole_file(target) as file:
             if self.key is None:
                 np.save(file, array)
             else:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from coup_fast.cli import toy_run
+from coup_fast.files import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def draw(toy: toy_run.Toy, samples: int, path: Path) -> None:
         axis.set_title(title)
     upper[0].set_ylabel("position x")
     _shift_curve(figure.add_subplot(grid[1, :]), toy, samples)
-    figure.savefig(path, dpi=160)
+    write_figure(path, figure, dpi=160)
     plt.close(figure)
 
 

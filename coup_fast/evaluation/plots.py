@@ -10,6 +10,7 @@ from coup_fast import methods
 from coup_fast.evaluation.config import UNDEFENDED
 from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.state import canonical
+from coup_fast.files import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,6 +203,6 @@ def _save(figure: Figure, path: Path) -> list[Path]:
     paths = [path.with_name(path.name + ending) for ending in ENDINGS]
     for target in paths:
         plain = {"Date": None} if target.suffix == ".svg" else None
-        figure.savefig(target, dpi=160, metadata=plain)
+        write_figure(target, figure, dpi=160, metadata=plain)
     plt.close(figure)
     return paths

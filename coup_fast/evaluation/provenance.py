@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coup_fast.evaluation.whole_file import write_whole
+from coup_fast.files import write_text
 
 _PACKAGES = ("torch", "numpy", "scipy", "foolbox", "mlxtend", "torchsde", "diffusers")
 
@@ -103,4 +103,4 @@ def to_json(data: object) -> str:
 
 def write_json(path: Path, data: object) -> None:
     """Write `data` as JSON in one step: a reader never sees half a file."""
-    write_whole(path, to_json(data) + "\n")
+    write_text(path, to_json(data) + "\n")

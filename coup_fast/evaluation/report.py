@@ -20,6 +20,7 @@ from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
 from coup_fast.evaluation.state import FORMAT, Unit
 from coup_fast.evaluation.tables import render_table
+from coup_fast.files import write_text
 
 
 class Report:
@@ -282,8 +283,8 @@ class Report:
         run = self.run_facts(device, command)
         paths = [folder / name for name in ("report.json", "report.md", "report.csv")]
         write_json(paths[0], self.as_dict(run))
-        paths[1].write_text(f"# Evaluation\n\n{self.markdown(run)}", encoding="utf-8")
-        paths[2].write_text(self.csv(), encoding="utf-8")
+        write_text(paths[1], f"# Evaluation\n\n{self.markdown(run)}")
+        write_text(paths[2], self.csv())
         if self.images:
             paths += draw(self.lines, self.images, self.config.draws, folder)
         return paths

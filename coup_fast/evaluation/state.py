@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import IO, Any
 
-from coup_fast.evaluation.whole_file import UNFINISHED, write_whole
+from coup_fast.files import UNFINISHED, write_text
 
 FORMAT = 2
 _UNIT_FILE = re.compile(r"batch-(\d{5,})-row-(\d{3,})\.json")
@@ -179,7 +179,7 @@ class State:
         try:
             content = {**data, "checksum": digest(data)}
             text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-            write_whole(path, text + "\n")
+            write_text(path, text + "\n")
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "no space is left on the disk" if full else error.strerror or str(error)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast.files import whole_file, write_tensors
 from coup_fast.score_model import ScoreModel
 
 CHECKPOINTS = {
@@ -74,8 +75,9 @@ class RunFolder:
         values = grid(0.5 * x.detach().float().cpu() + 0.5).clamp(0, 1).mul(255).round()
         array = values.to(torch.uint8).permute(1, 2, 0).numpy()
         image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-        image.save(self.path / f"{name}.png")
+        with whole_file(self.path / f"{name}.png") as file:
+            image.save(file, format="PNG")
 
     def tensor(self, name: str, x: Tensor) -> None:
         """Save images as a tensor."""
-        torch.save(x.detach(), self.path / f"{name}.pth")
+        write_tensors(self.path / f"{name}.pth", x.detach())

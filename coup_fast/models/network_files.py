@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast.files import whole_file
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.naf_net import NAFNet
@@ -39,17 +40,16 @@ def save_network(
     path: Path, network: nn.Module, facts: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write `network` (one of ours) and `facts` about it; floating weights are stored as dtype."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {
         name: _to(tensor.detach().cpu(), dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
     description = {"network": type(network).__name__, "arguments": network.config, **facts}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"coup_fast": json.dumps(description)})
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    partial.replace(path)
+    content = save(tensors, metadata={"coup_fast": json.dumps(description)})
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:

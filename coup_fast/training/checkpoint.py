@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from coup_fast.files import whole_file
 
 FORMAT = 1
 _HEADER = "coup_fast training checkpoint, format {}, sha256 {}\n"
@@ -23,13 +24,9 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, replacing an old file only when the new one is on the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(_header(buffer.getbuffer()))
-        stream.write(buffer.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(_header(buffer.getbuffer()))
+        file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from coup_fast.files import lock
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
@@ -152,6 +153,7 @@ class Trainer:
         ValueError: if the checkpoint is damaged, without a checksum, or belongs to another run, or
             an argument is out of range.
         FloatingPointError: if the loss is not finite.
+        BlockingIOError: in `run`, while another process trains with this checkpoint.
     """
 
     def __init__(
@@ -191,7 +193,8 @@ class Trainer:
 
     def run(self) -> nn.Module:
         """Train up to the last step, write the last checkpoint, return the averaged network."""
-        with torch.random.fork_rng():
+        alone = nullcontext() if self.checkpoint is None else lock(self.checkpoint)
+        with alone, torch.random.fork_rng():
             self._run()
         averaged: nn.Module = self.average.module
         return averaged.eval()

@@ -102,6 +102,7 @@ def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
+        ("files", ("checks", "methods", "noise", "ops", "plan", "purifier", "run", "score_model")),
         ("_torch", ("checks", "methods", "noise", "ops", "plan", "purifier", "run", "score_model")),
         ("methods", ("purifier", "run")),
         ("run", ("methods", "purified_classifier", "purifier")),
