@@ -7,14 +7,13 @@ every row says which commit it is of.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coup_fast.benchmarking.rows import Row, row_from
-from coup_fast.files import lock
+from coup_fast.files import FileError, lock, read_json, reading
 
 FORMAT = 1
 _NAME = re.compile(r"\d{4}-\d{2}-\d{2}-[a-z0-9-]+\.json")
@@ -56,15 +55,18 @@ def merge(folder: Path, rows: Sequence[Row], command: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("format") != FORMAT or "commands" not in data:
-        raise ValueError(f"{path} does not hold benchmark results of format {FORMAT}")
+    data = read_json(path)
+    keys = {"commands", "rows"}
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not keys <= set(data):
+        raise FileError(f"{path} does not hold benchmark results of format {FORMAT}")
     return data
 
 
 def load(path: Path) -> list[Row]:
     """The rows of a file. Raises ValueError for a file of another format."""
-    return [row_from(row) for row in _read(path)["rows"]]
+    data = _read(path)
+    with reading(path, "benchmark results"):
+        return [row_from(row) for row in data["rows"]]
 
 
 def newest(folder: Path, device: str = "cpu") -> Path | None:

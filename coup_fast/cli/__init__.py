@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from coup_fast.cli.common import CommandError
+from coup_fast.files import FileError
 from coup_fast.malloc import keep_freed_memory
 
 COMMANDS = ("info", "purify", "toy", "demo", "eval", "bench", "train")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     try:
         code: int = args.run(args)
-    except CommandError as error:
+    except (CommandError, FileError) as error:
         print(f"coup-fast {args.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `coup-fast info | head -1`

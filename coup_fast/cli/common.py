@@ -63,8 +63,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             options[key] = text
+        except (RecursionError, MemoryError):
+            raise CommandError(f"--set {key}: its value is nested too deeply") from None
     return options
 
 

@@ -5,13 +5,14 @@ An `ImageFile` is one picture, an `ArrayFile` one batch of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coup_fast.cli.common import CommandError, say
 from coup_fast.cli.fitting import Fit
-from coup_fast.files import whole_file
+from coup_fast.files import FileError, read_arrays, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,22 +58,14 @@ class ImageFile:
 
 
 def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
-    """Read one picture. alpha: "keep", "drop" or None (a picture with alpha is then an error)."""
-    from PIL import Image, UnidentifiedImageError
+    """Read one picture. alpha: "keep", "drop" or None (a picture with alpha is then an error).
 
-    from coup_fast.integrations.pictures import read_picture
+    Raises FileError for a file that cannot be read, CommandError for one that needs an option.
+    """
+    from coup_fast.integrations.pictures import open_picture, read_picture
 
-    try:
-        with Image.open(path) as image:
-            picture = read_picture(image, str(path))
-    except UnidentifiedImageError:
-        raise CommandError(f"{path} is not an image that pillow can read") from None
-    except ValueError as error:
-        sentence = str(error)
-        ours = sentence.startswith(str(path))
-        raise CommandError(sentence if ours else f"{path} cannot be read: {error}") from None
-    except (OSError, SyntaxError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from None
+    with open_picture(path) as image:
+        picture = read_picture(image, str(path))
     for remark in picture.remarks:
         say(remark)
     suffix = target.suffix.lower()
@@ -167,24 +160,18 @@ def choose_layout(shape: tuple[int, ...], fit: Fit, layout: Layout, name: str) -
     return "nchw" if first else "nhwc"
 
 
-def _load_numpy(path: Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CommandError(f"{path} cannot be read as a NumPy file: {error}") from None
-
-
 def read_array(path: Path, fit: Fit, layout: Layout, key: str | None) -> ArrayFile:
     """Read a batch; the rules are those of `coup-fast purify --help`."""
     import numpy as np
     import torch
 
-    loaded = _load_numpy(path)
+    loaded = read_arrays(path)
     others: dict[str, np.ndarray] = {}
-    if path.suffix.lower() == ".npz":
-        others = {name: loaded[name] for name in loaded.files}
+    if isinstance(loaded, Mapping) != (path.suffix.lower() == ".npz"):
+        kind = ".npy" if path.suffix.lower() == ".npz" else ".npz"
+        raise FileError(f"{path} is a {kind} file by its content: rename it")
+    if isinstance(loaded, Mapping):
+        others = dict(loaded)
         batches = [name for name, value in others.items() if value.ndim == 4]
         if key is None and len(batches) != 1:
             found = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())

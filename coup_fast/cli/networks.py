@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coup_fast.cli.common import CommandError
+from coup_fast.cli.common import CommandError, plain_errors
+from coup_fast.files import FileError, reading
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,8 @@ def _score_model(path: Path, kind: str | None, config: str | None) -> ScoreModel
     network, facts = loaded
     if facts.get("kind", "classifier") == "classifier":
         raise CommandError(f"{path} holds a {facts['network']}, which is no score network")
-    return ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max")).eval()
+    with plain_errors(), reading(path, "a score network"):
+        return ScoreModel(network, kind=facts["kind"], t_max=facts.get("t_max")).eval()
 
 
 def _classifier(source: str, device: torch.device) -> nn.Module:
@@ -152,13 +154,10 @@ def _classifier(source: str, device: torch.device) -> nn.Module:
 def _read(loader: Any, path: Path | str, *rest: str) -> Any:
     """What a loader makes of a file or a name; its objections as one sentence."""
     try:
-        return loader(path, *rest)
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        raise CommandError(f"{path}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # safetensors' own error derives from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise CommandError(f"{path} is not a safetensors file: {error}") from error
+        with reading(path, "a network"):
+            return loader(path, *rest)
+    except (FileError, ImportError, FileNotFoundError) as error:
+        raise CommandError(" ".join(str(error).split())) from error
 
 
 def _declared_size(network: Any) -> tuple[int, int] | None:

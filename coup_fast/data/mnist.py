@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks
+from coup_fast.files import reading
 
 # MD5 of the uncompressed files.
 _MD5 = {
@@ -23,6 +24,7 @@ _MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+_LARGEST = 16 + 60000 * 28 * 28  # bytes
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -50,10 +52,9 @@ def load_mnist(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor
 def _read(folder: Path, name: str) -> bytes:
     """Content of one file, uncompressed, its MD5 as published."""
     path = _find(folder, name)
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}).") from error
+    opened = gzip.open if path.suffix == ".gz" else open
+    with reading(path, "MNIST's " + name), opened(path, "rb") as file:
+        content = file.read(_LARGEST + 1)
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != _MD5[name]:
         raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coup_fast import checks, methods
+from coup_fast import checks, files, methods
 from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
@@ -248,13 +248,11 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ValueError if it is none, OSError if it cannot be read."""
+    """The tables of a TOML file. Raises FileError, a ValueError, FileNotFoundError."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    try:
+    with files.reading(path, "TOML"):
         tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
     return tables

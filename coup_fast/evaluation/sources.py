@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from coup_fast.evaluation.config import Data
+from coup_fast.files import FileError, read_arrays
 from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 # "vp", or "ncsn" for ADP -> the score model and the classifier that is defended.
@@ -57,11 +58,9 @@ def _load_npz(path: Path) -> tuple[Tensor, Tensor]:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a .npz file: {error}") from error
+    found = read_arrays(path)
+    if not isinstance(found, Mapping):
+        raise FileError(f"{path} cannot be read as a .npz file: it is a .npy file")
     if not {"images", "labels"} <= set(found):
         raise ValueError(f"{path} needs the arrays images and labels; it has {list(found)}")
     images, labels = found["images"], found["labels"]

@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         stated = data.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise StateError(f"{path} is damaged: not a whole state file ({reason}). {cure}") from None
     except OSError as error:

@@ -1,6 +1,7 @@
-"""Files: written whole or not at all, locked where two runs may meet."""
+"""Files: written whole or not at all, locked where two runs may meet, read with one error."""
 
-from coup_fast.files.writing import (
+from coup_fast.files.reader import FileError, memory, read_arrays, read_json, reading
+from coup_fast.files.writer import (
     UNFINISHED,
     lock,
     whole_file,
@@ -9,4 +10,16 @@ from coup_fast.files.writing import (
     write_text,
 )
 
-__all__ = ["UNFINISHED", "lock", "whole_file", "write_figure", "write_tensors", "write_text"]
+__all__ = [
+    "UNFINISHED",
+    "FileError",
+    "lock",
+    "memory",
+    "read_arrays",
+    "read_json",
+    "reading",
+    "whole_file",
+    "write_figure",
+    "write_tensors",
+    "write_text",
+]

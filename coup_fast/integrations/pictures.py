@@ -6,18 +6,20 @@ purify_image("in.png", purifier).save("out.png")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from coup_fast._torch.modules import first_parameter
+from coup_fast.files import FileError, reading
 from coup_fast.purifier import Purifier
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as pillow's convert("L")
@@ -77,17 +79,31 @@ class Picture:
         return image, clipped
 
 
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A picture's file, open; whatever its decoder raises meanwhile becomes a `FileError`.
+
+    Pictures of more pixels than pillow lets pass (`Image.MAX_IMAGE_PIXELS`, twice) are among that.
+    """
+    with reading(path, "an image"):
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            raise FileError(f"{path} is not an image that pillow can read") from None
+        with image:
+            yield image
+
+
 def read_picture(image: Image.Image, name: str = "the picture") -> Picture:
     """The pixels of a pillow image: grey, RGB, with alpha or a palette; 8 bits, or 16 bits grey.
 
-    Raises ValueError, beginning with `name`, for other modes and for animations; OSError if the
-    file cannot be decoded.
+    Raises FileError, a ValueError that begins with `name`, for other modes and for animations.
     """
     remarks = []
     deep = [str(tile[3]) for tile in getattr(image, "tile", []) if ";16" in str(tile[3])]
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
-        raise ValueError(f"{name} holds {frames} frames; give single pictures")
+        raise FileError(f"{name} holds {frames} frames; give single pictures")
     if frames > 1:
         remarks.append(f"{name} holds {frames} pictures; the first is used")
     image.load()
@@ -101,12 +117,12 @@ def read_picture(image: Image.Image, name: str = "the picture") -> Picture:
         image = image.convert(mode)
     bits = 16 if image.mode in _DEEP_GREY else 8
     if image.mode == "CMYK":
-        raise ValueError(
+        raise FileError(
             f"{name} is CMYK, and its RGB depends on the inks: convert it to RGB with its colour "
             "profile first"
         )
     if image.mode not in ("L", "LA", "RGB", "RGBA", *_DEEP_GREY):
-        raise ValueError(
+        raise FileError(
             f"{name} has pillow mode {image.mode}; grey (8 or 16 bits), RGB and RGBA are supported"
         )
     if deep and bits == 8:
@@ -147,7 +163,7 @@ def purify_image(
     does not take; and what `Purifier` raises.
     """
     name = str(image) if isinstance(image, str | Path) else "the picture"
-    with Image.open(image) if isinstance(image, str | Path) else image.copy() as opened:
+    with open_picture(image) if isinstance(image, str | Path) else image.copy() as opened:
         turned = opened.getexif().get(_ORIENTATION, 1) != 1
         picture = read_picture(ImageOps.exif_transpose(opened) if turned else opened, name)
     channels, height, width = picture.pixels.shape

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.files import whole_file
+from coup_fast.files import FileError, reading, whole_file
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.models.naf_net import NAFNet
+from coup_fast.models.state import build_with
 from coup_fast.models.unet import EnergyUNet, UNet
 
 _CLASSES = {
@@ -58,25 +59,37 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     Weights are in channels_last, in which convolutions are faster (docs/design.md, The loop).
 
     Raises:
-        ValueError: if the file was not written by `save_network`.
+        FileError, a ValueError: if the file was not written by `save_network`, or is damaged.
     """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "coup_fast" not in metadata:
-            raise ValueError(
-                f"{path} does not say which network it holds; save it with save_network."
-            )
-        tensors = {
-            name: _to(file.get_tensor(name), torch.float32)
-            for name in file.keys()  # noqa: SIM118
-        }
-    description: dict[str, Any] = json.loads(metadata["coup_fast"])
-    network = build_network(description["network"], description["arguments"])
-    network.load_state_dict(tensors)
+    with reading(path, "a network that save_network wrote"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "coup_fast" not in metadata:
+                raise FileError(
+                    f"{path} does not say which network it holds; save it with save_network"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        description: dict[str, Any] = json.loads(metadata["coup_fast"])
+        name, arguments = description["network"], description["arguments"]
+        _check_depth(arguments, len(tensors))
+        network = build_with(
+            lambda: build_network(name, arguments), tensors, str(path), torch.float32
+        )
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval(), description
+    return network, description
+
+
+def _check_depth(arguments: dict[str, Any], tensors: int) -> None:
+    """That a network has no more levels and blocks than there are tensors for them.
+
+    Widths need no bound: a network takes no memory until its shapes were found in the file.
+    """
+    for name, value in arguments.items():
+        depth = len(value) if isinstance(value, list) else value if name == "blocks" else 0
+        if depth > tensors:
+            raise ValueError(f"{name} asks for {depth} parts, and it holds {tensors} tensors")
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

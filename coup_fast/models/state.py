@@ -7,7 +7,6 @@ Knows no architecture. Needs torch; safetensors for .safetensors files.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from coup_fast.files import FileError, reading
+
 State = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
+_CHECKPOINT = "a checkpoint of tensors and plain containers (torch.load with weights_only=True)"
 _SHOWN = 5  # names listed of each kind of mismatch
 
 
@@ -27,35 +29,49 @@ def read_state(path: str | Path) -> Any:
     Args:
         path: a file of `torch.save` (either format), or `.safetensors`.
     Raises:
-        FileNotFoundError: no such file. ValueError: not a checkpoint, or one that holds objects
-        other than tensors and plain containers. ImportError: safetensors is missing.
+        FileNotFoundError: no such file. FileError, a ValueError: not a checkpoint, or one that
+        holds objects other than dense tensors and plain containers. ImportError: safetensors is
+        missing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain containers "
-            f"(torch.load with weights_only=True): {reason}. If it is one and you trust it, save "
-            "its state dict alone: torch.save(model.state_dict(), path)"
-        ) from error
+    cure = (
+        "If it is one and you trust it, save its state dict alone: "
+        "torch.save(model.state_dict(), path)"
+    )
+    with reading(path, _CHECKPOINT, cure):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_plain(found, path)
+    return found
+
+
+def _check_plain(found: Any, path: Path) -> None:
+    """Raise FileError if there is a tensor without values of its own in memory."""
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    if isinstance(found, list | tuple | set):
+        for entry in found:
+            _check_plain(entry, path)
+    elif isinstance(found, Tensor) and (
+        found.layout != torch.strided or found.device.type != "cpu" or found.is_quantized
+    ):
+        raise FileError(
+            f"{path} holds a tensor {list(found.shape)} that is "
+            f"{'quantized' if found.is_quantized else found.layout} on {found.device.type}; "
+            "dense tensors are needed"
+        )
 
 
 def _read_safetensors(path: Path) -> State:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"{path} needs safetensors: pip install 'coup-fast[models]'") from error
-    try:
+    with reading(path, "a safetensors file"):
         tensors: State = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     return tensors
 
 
