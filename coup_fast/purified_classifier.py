@@ -14,7 +14,8 @@ from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
-from coup_fast.run.replay_guards import refuse_training_mode
+from coup_fast.run.assumptions import check_logits, refuse_training_mode
+from coup_fast.run.first_look import look_at_classifier
 from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
@@ -113,8 +114,7 @@ class PurifiedClassifier(nn.Module):
 
         sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw.
         """
-        if torch.is_grad_enabled() and images.requires_grad and self.purifier.gradient == "exact":
-            refuse_training_mode(self.classifier)
+        refuse_training_mode(self.classifier)
         count, batch = self.num_draws, images.shape[0]
         draws = torch.arange(count, device=images.device)[:, None] + first
         copies = torch.cat([images] * count) if count > 1 else images
@@ -124,14 +124,26 @@ class PurifiedClassifier(nn.Module):
             )
             parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
             logits = [self._classify(part) for part in parts]
+            if self.purifier.check_values and len(images) > 0:
+                self._look_at(logits, parts[0])
         return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
 
     def _classify(self, purified: Tensor) -> Tensor:
-        logits = self.classifier(in_dtype_of(self.classifier, purified))
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(purified):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the classifier must return logits [{len(purified)}, K]; got {got}")
-        return logits
+        return check_logits(self.classifier(in_dtype_of(self.classifier, purified)), purified)
+
+    def _look_at(self, logits: list[Tensor], pixels: Tensor) -> None:
+        """Refuse logits that are NaN; on the first call of its kind look at the classifier."""
+        bad = [bool((~(part < math.inf)).any()) for part in logits]
+        if any(bad):
+            raise FloatingPointError(
+                "the classifier's logits of purified images are NaN or inf, so no class can be told"
+            )
+        through = torch.is_grad_enabled() and pixels.requires_grad
+        kind = (id(self.classifier), pixels.dtype, pixels.device, len(pixels) > 1, through)
+        looks = self.purifier._kept.looks
+        if kind not in looks.seen:
+            look_at_classifier(self._classify, pixels.detach(), looks, differentiated=through)
+            looks.seen.add(kind)
 
     def take_draws(self, draw: int, count: int) -> int:
         """The first of `count` draws to use, counted from `draw`.

@@ -16,6 +16,7 @@ from coup_fast.plan import AnyPlan
 from coup_fast.run import validation
 from coup_fast.run.diagnosis import diagnose
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
+from coup_fast.run.first_look import look_at_run
 from coup_fast.run.loop import final_state, joined_states
 from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
 from coup_fast.run.prepare import Kept, prepare
@@ -186,7 +187,7 @@ class Purifier(nn.Module):
             if isinstance(value, dict):  # submodules, hooks and options are its own from here on
                 vars(other)[name] = copy.copy(value)
         other.plan = plan
-        other._kept = Kept(compiled=self._kept.compiled)
+        other._kept = Kept(compiled=self._kept.compiled, looks=self._kept.looks)
         return other
 
     @property
@@ -216,8 +217,9 @@ class Purifier(nn.Module):
 
         Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
         kernels, all before any network is called; FloatingPointError if the result is not finite.
-        With `gradient="exact"` and images that require grad, ValueError for models in a training
-        mode that the exact gradient cannot repeat, and what else `exact_final_state` lists.
+        ValueError for models with batch norm or dropout in training mode, RuntimeError for models
+        that change their input or themselves, and warnings of what is doubtful (docs/assumptions.md
+        has the list); with `gradient="exact"` what else `exact_final_state` lists.
         """
         purify_all = self._forward
         if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
@@ -274,13 +276,17 @@ class Purifier(nn.Module):
                 message = diagnose(run, images, first)
             if message is not None:
                 raise FloatingPointError(message)
+        if self.check_values:
+            with run.calls.flags():
+                through = self._wants_gradient(images) and self.gradient in ("exact", "autograd")
+                look_at_run(run, images.detach(), self._kept.looks, differentiated=through)
         result = state[0].to(images.dtype)
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
         return result.contiguous() if run.calls.channels_last and not as_it_came else result
 
     def _final_state(self, run: Run, images: Tensor) -> State:
         """The state after the last step, differentiable as `gradient` says."""
-        wanted = torch.is_grad_enabled() and images.requires_grad
+        wanted = self._wants_gradient(images)
         if wanted and self.gradient == "exact":
             return exact_final_state(run, images)
         if wanted and self.gradient == "autograd":
@@ -292,6 +298,9 @@ class Purifier(nn.Module):
         if wanted and self.gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
+
+    def _wants_gradient(self, images: Tensor) -> bool:
+        return torch.is_grad_enabled() and images.requires_grad
 
     @property
     def graph_reason(self) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import module_of
+from coup_fast._torch.modules import modules_behind
 from coup_fast._torch.transforms import any_wrapped
 
 _lock = ForkLock()
@@ -23,8 +23,8 @@ _held: dict[int, tuple[Tensor, int]] = {}  # id -> parameter that required grad,
 def _parameters(functions: tuple[Any, ...]) -> Iterator[nn.Parameter]:
     """Those of the modules behind the callables, no module visited twice (a run asks each time)."""
     visited: set[nn.Module] = set()
-    for module in map(module_of, functions):
-        if module is not None:
+    for function in functions:
+        for module in modules_behind(function):
             for _, part in module.named_modules(visited):
                 yield from (p for p in part._parameters.values() if p is not None)
 
@@ -33,9 +33,10 @@ def _parameters(functions: tuple[Any, ...]) -> Iterator[nn.Parameter]:
 def frozen_parameters(*functions: Any) -> Iterator[None]:
     """requires_grad off for every parameter of these modules within the context.
 
-    Callables that are no modules are passed over, and parameters made under torch.inference_mode,
-    whose flags cannot be put back. Flags are as found afterwards, whatever is raised inside;
-    contexts may nest and overlap in several threads, and the last to leave restores.
+    Of callables that are no modules, for those of `modules_behind` them. Parameters made under
+    torch.inference_mode are passed over: their flags cannot be put back. Flags are as found
+    afterwards, whatever is raised inside; contexts may nest and overlap in several threads, and
+    the last to leave restores.
 
     Raises ValueError for a parameter that is itself the result of a differentiable computation.
     """

@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.run.assumptions import refuse_training_mode
 from coup_fast.run.loop import states
-from coup_fast.run.replay_guards import (
-    Fingerprint,
-    check_replay,
-    refuse_training_mode,
-    same_autocast,
-)
+from coup_fast.run.replay_guards import Fingerprint, check_replay, same_autocast
 from coup_fast.run.steps import Run, State
 
 _SECOND_DERIVATIVE = (
@@ -87,18 +83,10 @@ class _Recomputed:
         run = self.run
         kept: list[State] = []
         before: State = ()
-        version = 0
         for k, state in states(run, images):
-            if k > 0:
-                if before[0]._version != version:
-                    raise RuntimeError(
-                        f"{run.plan.method}: a model changed its input in place at step {k} of "
-                        f"{run.num_steps}; the exact gradient needs the states as they were. "
-                        "Let the model work on a copy"
-                    )
-                if (k - 1) % self.stride == 0:
-                    kept.append(self._put_away(before))
-            before, version, self.steps = state, state[0]._version, k
+            if k > 0 and (k - 1) % self.stride == 0:
+                kept.append(self._put_away(before))
+            before, self.steps = state, k
         self.end = tuple(t.detach() for t in state)
         self.end_version = self.end[0]._version
         self.fingerprint.check(
@@ -230,12 +218,10 @@ def exact_final_state(run: Run, images: Tensor) -> State:
     The values are those of a run without gradients, bit for bit. The backward pass may be asked
     for twice (retain_graph=True), and by several runs in any order.
 
-    Raises ValueError for models in a training mode whose steps could not be computed again, and
-    RuntimeError for a model that changes its input or its own tensors; in the backward pass
-    RuntimeError if the models changed since, or do not repeat themselves, and for a derivative of
-    the gradient.
+    Raises RuntimeError for a model that changes its input or its own tensors; in the backward pass
+    ValueError for models that are in a training mode by then, and RuntimeError if they changed
+    since, or do not repeat themselves, and for a derivative of the gradient.
     """
-    refuse_training_mode(*run.models)
     recomputed = _Recomputed(run)
     end = _apply(_ExactGradient, images, recomputed)
     return (end, *recomputed.end[1:])

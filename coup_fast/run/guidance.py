@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from coup_fast._torch.modules import grad_leaf, in_dtype_of, no_wider
+from coup_fast.run.assumptions import check_logits
 from coup_fast.run.backends import Operators
 
 
 def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """[B, K] logits at the pixels of the state x, with their graph."""
-    logits = classifier(in_dtype_of(classifier, 0.5 * x + 0.5))
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the classifier must return logits [{x.shape[0]}, K]; got {got}")
+    logits = check_logits(classifier(in_dtype_of(classifier, 0.5 * x + 0.5)), x)
     if not logits.requires_grad:
         raise RuntimeError(
             "the classifier's logits carry no gradient with respect to the image, and guidance is "
@@ -44,8 +42,8 @@ def confidence_gradient(
             Without it the result is detached ("stopped"), also under `no_grad` and
             `inference_mode`.
 
-    Raises ValueError for other than [B, K] logits, and RuntimeError for logits without a graph or,
-    with `graph`, for a classifier that cannot be differentiated twice.
+    Raises ValueError or TypeError for other than logits [B, K >= 2], and RuntimeError for logits
+    without a graph or, with `graph`, for a classifier that cannot be differentiated twice.
     """
     if graph:
         with torch.enable_grad():

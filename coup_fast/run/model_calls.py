@@ -63,9 +63,15 @@ class ModelCalls:
         with self._cast(pixels):
             return classifier(in_dtype(self._classifier_dtype, pixels))
 
-    def classify_twice_differentiably(self, pixels: Tensor) -> Tensor:
+    def classify_alone(self, pixels: Tensor) -> Tensor:
         """`classify` by the classifier as it is: compiled ones have no second derivatives."""
         return replace(self, compiled_classifier=None).classify(pixels)
+
+    def network_alone(self, x: Tensor, time: Tensor) -> Tensor:
+        """`score` by the network as it is, past the hooks of its `ScoreModel`."""
+        with self._cast(x):
+            out = output_of(self.score_model.network(in_dtype(self._network_dtype, x), time))
+        return no_wider(out, x.dtype)
 
     def flags(self) -> AbstractContextManager[None]:
         """For the time of a run, and of its backward pass: the process-wide flags it wants."""

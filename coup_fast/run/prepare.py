@@ -12,8 +12,10 @@ from coup_fast import checks
 from coup_fast.noise import step_keys
 from coup_fast.plan import AnyPlan
 from coup_fast.run import validation
+from coup_fast.run.assumptions import refuse_training_mode
 from coup_fast.run.backends import choose_ops
 from coup_fast.run.captured import Graphs
+from coup_fast.run.first_look import Looks
 from coup_fast.run.model_calls import Compiled, ModelCalls, check_precision, wants_channels_last
 from coup_fast.run.options import RunOptions
 from coup_fast.run.steps import RUNS, Run
@@ -28,6 +30,7 @@ class Kept:
     tables: dict[tuple[torch.device, torch.dtype], Tables] = field(default_factory=dict)
     compiled: Compiled = field(default_factory=Compiled)
     graphs: Graphs = field(default_factory=Graphs)
+    looks: Looks = field(default_factory=Looks)
 
 
 def prepare(
@@ -55,6 +58,7 @@ def prepare(
         validation.check_model("classifier", classifier, images)
     else:
         classifier = None
+    refuse_training_mode(score_model, score_model.network, classifier)
 
     ids = validation.sample_ids_of(images, sample_ids)
     if noise is None:

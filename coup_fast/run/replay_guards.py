@@ -13,60 +13,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor
 
-from coup_fast._torch.modules import first_parameter, module_of
+from coup_fast._torch.modules import first_parameter
+from coup_fast.run.assumptions import named_modules
 from coup_fast.run.steps import Run, State
-
-
-def _named_modules(models: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[int] = set()
-    for model in models:
-        module = module_of(model)
-        for name, part in () if module is None else module.named_modules():
-            if id(part) not in seen:
-                seen.add(id(part))
-                yield f"{type(module).__name__}.{name}" if name else type(module).__name__, part
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether the module, as it stands, draws random numbers of its own."""
-    if not module.training:
-        return False
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return module.dropout > 0
-    return isinstance(module, nn.RReLU)
-
-
-def refuse_training_mode(*models: Any) -> None:
-    """Raises ValueError if a model has batch norm that normalises by the batch, or active dropout.
-
-    Batch statistics make an image's result depend on its neighbours (and each call changes the
-    running ones); dropout draws new masks when a step is computed again.
-    """
-    for name, module in _named_modules(models):
-        if isinstance(module, _BatchNorm):
-            if module.training:
-                raise ValueError(
-                    f"batch norm in training mode ({name}): an image's result would depend on the "
-                    "others in its batch, and every call would change the model; call .eval() on "
-                    "the models before asking for a gradient"
-                )
-            if module.running_mean is None:
-                raise ValueError(
-                    f"batch norm without running statistics ({name}): an image's result depends "
-                    "on the others in its batch, so its gradient is not its own"
-                )
-        if _is_random(module):
-            raise ValueError(
-                f"active dropout ({type(module).__name__}, {name}): the exact gradient computes "
-                "each step a second time, with another mask; call .eval() on the models, or use "
-                'gradient="autograd"'
-            )
 
 
 class Fingerprint:
@@ -83,7 +34,7 @@ class Fingerprint:
 
     def _now(self) -> dict[str, tuple[int, int]]:
         tensors: dict[str, Tensor] = {} if self.noise is None else {"the given noise": self.noise}
-        for name, module in _named_modules(self.models):
+        for name, module in named_modules(self.models):
             for kind in (module._parameters, module._buffers):
                 for key, tensor in kind.items():
                     if tensor is not None:
@@ -125,7 +76,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _likely_reason(run: Run) -> str:
-    training = [name for name, module in _named_modules(run.models) if module.training]
+    training = [name for name, module in named_modules(run.models) if module.training]
     if training:
         return f"modules in training mode ({training[0]}) may be random: call .eval()"
     return (

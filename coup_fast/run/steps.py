@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.plan import AdaptivePlan, AnyPlan, Plan
+from coup_fast.run.assumptions import check_answer, version_of
 from coup_fast.run.backends import Operators
 from coup_fast.run.guidance import confidence_gradient
 from coup_fast.run.model_calls import ModelCalls
@@ -119,6 +120,7 @@ class Run:
     def predict(self, x: Tensor, time: Tensor) -> Tensor:
         """The network's output, [B, C, ...]; [B, 2C, ...] if the plan uses variance channels."""
         out = self.calls.score(x, time.expand(x.shape[0]))
+        check_answer("score network", out, x)
         variance = self.plan.learned_variance
         if not variance and out.shape == x.shape:
             return out
@@ -141,16 +143,27 @@ class Run:
         """Network output and guidance gradient of step k at state x."""
         out = guidance = None
         if self.timed[k]:
+            time = self.tables.times[k]
+            before = version_of(x), version_of(time)
             with self.beside if self.guided[k] else IN_ORDER:
-                out = self.predict(x, self.tables.times[k])
+                out = self.predict(x, time)
+            if (version_of(x), version_of(time)) != before:
+                raise self._overwritten(k)
         if self.guided[k]:
             full = self.options.guidance_gradient == "full"
             graph = full and torch.is_grad_enabled() and x.requires_grad
             calls = self.calls
-            classify = calls.classify_twice_differentiably if graph else calls.classify
+            classify = calls.classify_alone if graph else calls.classify
             guidance = confidence_gradient(classify, x, self.ops, graph=graph)
             self.beside.join()
         return out, guidance
+
+    def _overwritten(self, k: int) -> RuntimeError:
+        return RuntimeError(
+            f"{self.plan.method}: a model changed its input in place at step {k + 1} of "
+            f"{self.num_steps} (the state, its time, or an answer that it gave before), which the "
+            "run needs as it was; let the model work on a copy"
+        )
 
     def advance(
         self,
@@ -210,9 +223,14 @@ class AdaptiveRun(Run):
         """h = S(x) and S(x + δh); the look-ahead point is one more row of the step kernel."""
         assert self.tables.look_ahead is not None
         time = self.tables.times[k]
+        before = version_of(x), version_of(time)
         h = self.predict(x, time)
+        first = version_of(h)
         ahead = self.ops.reverse_step(x, h, self.tables.look_ahead)
-        return h, self.predict(ahead, time)
+        h_ahead = self.predict(ahead, time)
+        if (version_of(x), version_of(time)) != before or version_of(h) != first:
+            raise self._overwritten(k)
+        return h, h_ahead
 
     def advance(
         self,

@@ -53,7 +53,9 @@ def test_training_modes_are_refused_before_the_run_and_fine_in_eval(name: str) -
     with pytest.raises(ValueError, match=message + r".*\.eval\(\)"):
         run(clean)
     assert not calls
-    clean(images())  # without a gradient nothing is refused
+    with pytest.raises(ValueError, match=message + r".*\.eval\(\)"):
+        clean(images())  # in inference as with a gradient
+    assert not calls
     assert part.training
     run(clean.eval())
 
@@ -61,7 +63,8 @@ def test_training_modes_are_refused_before_the_run_and_fine_in_eval(name: str) -
 def test_harmless_parts_in_training_mode_are_not_refused() -> None:
     for part in (nn.Dropout(0.0), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3)):
         run(purifier(With(part.train())))
-    run(purifier(With(nn.Dropout(0.5)), gradient="autograd"))
+    with pytest.raises(ValueError, match="active dropout"):
+        run(purifier(With(nn.Dropout(0.5)), gradient="autograd"))
 
 
 def test_batch_norm_without_statistics_is_refused_in_eval_too() -> None:
@@ -82,7 +85,9 @@ def test_the_classifiers_are_looked_at_too() -> None:
     model = PurifiedClassifier(plain, nn.Sequential(nn.BatchNorm2d(3), TinyClassifier()))
     with pytest.raises(ValueError, match=r"batch norm .*\(Sequential\.0\)"):
         model(images().requires_grad_())
-    assert model(images()).shape == (3, 4)
+    with pytest.raises(ValueError, match=r"batch norm .*\(Sequential\.0\)"):
+        model(images())
+    assert model.eval()(images()).shape == (3, 4)
 
 
 class Noisy(TinyNetwork):

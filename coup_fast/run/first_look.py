@@ -1,0 +1,225 @@
+"""A look at the models after the first run of a kind, for what only numbers can tell.
+
+`coup_fast.run.assumptions` says what is assumed. Models are called a few more times here, as they
+are (not compiled), on the images and the first step of the run that has just ended; later runs of
+the same kind cost nothing. What is wrong is an error, what is doubtful a warning, once for a
+purifier and its variants.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coup_fast.run.assumptions import named_modules
+from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.replay_guards import Fingerprint
+from coup_fast.run.steps import Run
+
+Function = Callable[[Tensor], Tensor]
+
+_SEED = 20140820  # of the direction along which derivatives are compared
+
+
+class Looks:
+    """Which kinds of run were looked at, and what was said, for one purifier and its variants."""
+
+    def __init__(self) -> None:
+        self.seen: set[Any] = set()
+        self._said: set[str] = set()
+
+    def say(self, about: str, message: str) -> None:
+        """Warn, once for each subject."""
+        if about not in self._said:
+            self._said.add(about)
+            warnings.warn(message, stacklevel=2)
+
+
+def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool) -> None:
+    """Look at a run's models, if this is the first run of its kind; it has ended well.
+
+    differentiated: through the network, and not through the guidance alone.
+    """
+    calls = run.calls
+    kind = (
+        *(id(model) for model in run.models),
+        *(images.dtype, images.device, len(images) > 1, differentiated, calls.autocast),
+    )
+    if kind in looks.seen or len(images) == 0:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        _look_at_weights(run.models, looks)
+        unchanged = Fingerprint(run.models)
+        x = run.start(images)[0].clone()
+        timed = [k for k, called in enumerate(run.timed) if called]
+        if timed:
+            time = run.tables.times[timed[0]].expand(len(x))
+            _look_at_function(
+                "score network",
+                lambda state: calls.network_alone(state, time),
+                x,
+                looks,
+                differentiated=differentiated,
+            )
+        if calls.classifier is not None:
+            look_at_classifier(calls.classify_alone, 0.5 * x + 0.5, looks, differentiated=True)
+            _look_at_guidance(confidence_gradient(calls.classify_alone, x, run.ops), looks)
+        unchanged.check(
+            "by their own calls",
+            "a model that changes itself gives an image other results at other times; call "
+            ".eval() on it",
+        )
+    looks.seen.add(kind)
+
+
+def look_at_classifier(
+    classify: Function, pixels: Tensor, looks: Looks, *, differentiated: bool
+) -> None:
+    """Look at a classifier's answers for these pixels."""
+    with torch.inference_mode(False), torch.no_grad():
+        pixels = pixels.clone()
+        logits = _look_at_function(
+            "classifier", classify, pixels, looks, differentiated=differentiated
+        )
+        _look_at_logits(logits, looks)
+
+
+def _look_at_weights(models: tuple[Any, ...], looks: Looks) -> None:
+    """Warns of weights that are inf or NaN. Waits for the device once."""
+    named = [
+        (f"{name}.{key}", tensor)
+        for name, module in named_modules(models)
+        for tensors in (module._parameters, module._buffers)
+        for key, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.device.type != "meta"
+    ]
+    bad = [name for name, tensor in named if not bool(tensor.isfinite().all())]
+    if bad:
+        looks.say(
+            "weights",
+            f"weights of the models are inf or NaN: {', '.join(bad[:3])}"
+            + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+        )
+
+
+def _look_at_function(
+    name: str, function: Function, x: Tensor, looks: Looks, *, differentiated: bool
+) -> Tensor:
+    """Call a model at x [B, ...] a few times and compare; returns its answer.
+
+    RuntimeError for a model that writes to its input or, if it is to be differentiated, cuts its
+    whole answer from the graph. Warnings: an answer that is another one the second time, or with
+    other images beside; derivatives that are not those of the values.
+    """
+    given = x.clone()
+    answer = function(given)
+    if not torch.equal(given, x):
+        raise RuntimeError(
+            f"the {name} changed its input in place, which is the state of the run; let it work on "
+            "a copy"
+        )
+    beside = x[:1].expand_as(x).clone()
+    again = function(beside)
+    if not _alike(answer[:1], again[:1]):
+        if len(x) > 1 and _alike(answer[:1], function(x.clone())[:1]):
+            looks.say(
+                f"{name}: batch",
+                f"the {name}'s answer for an image depends on the other images in its batch, so "
+                "results and gradients do too",
+            )
+        else:
+            looks.say(
+                f"{name}: random",
+                f"the {name} gave two answers to one input: it draws random numbers of its own, or "
+                "keeps state between calls, so results are not decided by seed, sample id and draw",
+            )
+    elif differentiated:
+        _look_at_derivative(name, function, x, looks)
+    return answer
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding."""
+    tolerance = max(1e-3, 256 * torch.finfo(a.dtype).eps)
+    return not bool((a - b).abs().max() > tolerance * a.abs().max())
+
+
+def _look_at_derivative(name: str, function: Function, x: Tensor, looks: Looks) -> None:
+    """Hold the derivative along a random direction against two finite differences.
+
+    Where these two differ (kinks, roundings of half precision), less can be said, and nothing where
+    they differ by a tenth.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    direction = (torch.rand(x.shape, generator=generator) - 0.5).sign().to(x)
+
+    def difference(step: float) -> Tensor:
+        ahead, behind = function(x + step * direction), function(x - step * direction)
+        return (ahead.to(torch.float64) - behind.to(torch.float64)) / (2 * step)
+
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        answer = function(leaf)
+    step = 0.5 * torch.finfo(answer.dtype).eps ** (1 / 3)
+    wide, narrow = difference(step), difference(0.5 * step)
+    size = float(wide.norm())
+    doubt = float((wide - narrow).norm()) / size if size > 0 else 1.0
+    if not doubt < 0.1:
+        return
+    share = 0.0
+    if answer.requires_grad:
+        weight = (wide / size).to(answer.dtype)
+        (gradient,) = torch.autograd.grad(answer, leaf, weight, allow_unused=True)
+        if gradient is not None:
+            along = float((gradient.to(torch.float64) * direction).sum())
+            share = along / float((wide * narrow).sum() / size)
+    if not answer.requires_grad:
+        raise RuntimeError(
+            f"the {name}'s answer carries no gradient, though it depends on the input; compute it "
+            "with torch operations and without torch.no_grad() or detach()"
+        )
+    if not abs(share - 1) <= max(0.03, 4 * doubt):
+        looks.say(
+            f"{name}: derivative",
+            f"the {name}'s derivative is not that of its values: along a random direction it gives "
+            f"{share:.0%} of the change that is measured. A part is cut from the graph "
+            "(torch.no_grad, detach, .data) or has a backward of another kind, and gradients "
+            "through the purifier follow it",
+        )
+
+
+def _look_at_logits(logits: Tensor, looks: Looks) -> None:
+    """Warns of probabilities in the place of logits, and of logits that are infinite."""
+    if logits.numel() == 0:
+        return
+    values = logits.detach().to(torch.float64)
+    total = values.sum(1)
+    if bool((values >= 0).all() & (values <= 1).all() & ((total - 1).abs() < 1e-3).all()):
+        looks.say(
+            "probabilities",
+            "the classifier's answers are in [0, 1] and add up to 1 for every image: probabilities "
+            "are taken for logits here, which makes guidance, losses and votes a fraction of what "
+            "they should be. Leave its softmax out, or return torch.log of it",
+        )
+    if bool(values.isinf().any()):
+        looks.say(
+            "infinite logits",
+            "the classifier returns logits that are infinite: their gradients are NaN or 0, and "
+            "losses of these classes infinite; return log-probabilities above -1e4 or so",
+        )
+
+
+def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
+    """Warns of images whose guidance is exactly zero."""
+    flat = int((guidance.detach() == 0).flatten(1).all(1).sum())
+    if flat:
+        looks.say(
+            "no guidance",
+            f"the gradient of the classifier's log-confidence is exactly 0 for {flat} of "
+            f"{len(guidance)} images at the first step, so guidance does nothing there: its logits "
+            "are saturated (their largest softmax is 1 to the last bit), clamped or constant",
+        )
