@@ -71,7 +71,9 @@ class AttackResult:
     whose gradient was exactly 0, a sign of masked gradients. gradient_runs: images times draws
     that were differentiated. score_evaluations, classifier_evaluations: images that passed through
     the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
-    is a plain function).
+    is a plain function behind a purifier); of a model that is not ours, its calls are
+    classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
+    defence is not random.
     """
 
     images: Tensor
@@ -81,6 +83,7 @@ class AttackResult:
     gradient_runs: int
     score_evaluations: int
     classifier_evaluations: int
+    draws: int
 
 
 Rule = Callable[[Tensor, Evaluation], Tensor]
@@ -216,6 +219,7 @@ class Attack(ABC):
         )
         search = _Search(self, objective, Ball(images, self.norm, self.eps), progress)
         if len(images) > 0:
+            objective.settle(images, search.draw(0), fixed=self.noise == "fixed")
             for restart in range(self.restarts):
                 search.restart(restart)
         return search.result()
@@ -259,7 +263,8 @@ class _Search:
         self.compares = attack.keep == "best" or attack.restarts > 1
         self.total = attack.restarts * (attack.steps + self.compares)
 
-    def _draw(self, iterate: int) -> int:
+    def draw(self, iterate: int) -> int:
+        """The first draw of an iterate."""
         if self.attack.noise == "fixed":
             return 0
         return FIRST_ATTACK_DRAW * (1 + self.attack.seed) + iterate * self.objective.draws_used
@@ -272,7 +277,7 @@ class _Search:
             x = ball.random(attack.seed, self.objective.sample_ids, FIRST_START_DRAW + number)
         rule = attack.rule(ball)
         for _ in range(attack.steps):
-            at_x = self.objective.gradient(x, self._draw(self.done))
+            at_x = self.objective.gradient(x, self.draw(self.done))
             self._count(at_x)
             if attack.keep == "best":
                 self._keep_better(x, at_x)
@@ -280,7 +285,7 @@ class _Search:
         if not self.compares:
             self.images, self.loss, self.fooled = x, at_x.loss, at_x.fooled
             return
-        at_x = self.objective.value(x, self._draw(self.done))
+        at_x = self.objective.value(x, self.draw(self.done))
         self._report(at_x)
         self._keep_better(x, at_x)
 
@@ -314,4 +319,5 @@ class _Search:
             self.gradient_runs,
             self.objective.score_evaluations,
             self.objective.classifier_evaluations,
+            self.objective.draws,
         )
