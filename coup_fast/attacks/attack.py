@@ -18,7 +18,6 @@ run on a `PurifiedClassifier` as on any model (docs/attacks.md).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks
-from coup_fast.attacks.ball import NORMS, Ball
+from coup_fast.attacks import units
+from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import (
     GRADIENTS,
@@ -105,8 +105,9 @@ def _images_of(
 class Attack(ABC):
     """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
 
-    norm: "linf" or "l2". eps: radius in pixels. steps: iterates. eot: draws per iterate. loss:
-    "ce", "dlr" or "margin".
+    norm: "linf" or "l2", also as "Linf", "inf", math.inf, "L2". eps: radius in pixels of [0, 1], a
+    number or a text such as "8/255"; for ℓ∞ at most 1. steps: iterates. eot: draws per iterate.
+    loss: "ce", "dlr" or "margin".
 
     gradient: "exact", of the run as it was; "autograd", the same from a whole graph; and three
     that are weak and exist for comparison: "stopped" (guidance held constant, as in the released
@@ -137,12 +138,12 @@ class Attack(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.choice("norm", self.norm, NORMS)
+        object.__setattr__(self, "norm", units.norm(self.norm))
         checks.choice("loss", self.loss, LOSSES)
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
-        checks.number("eps", self.eps, 0, math.inf, above=True)
+        object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
             ("steps", 1, MAX_COUNT),
             ("eot", 1, MAX_COUNT),
@@ -194,7 +195,9 @@ class Attack(ABC):
 
         Args:
             defended: a `PurifiedClassifier` (not modified, and its `next_draw` stays), or any
-                module or callable from pixels to scores [B, K], which is attacked as it is.
+                module or callable from pixels to scores [B, K]. A random one is run under `eot`
+                draws as well, as `coup_fast.attacks.foreign` describes; a defence of ours that it
+                holds is found, and gets this attack's draws and gradient.
             images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
             progress: called after every iterate.
@@ -207,6 +210,7 @@ class Attack(ABC):
         that is not finite, naming the image.
         """
         ids = _check(images, labels, sample_ids)
+        units.check_radius(self.eps, self.norm, images[:1].numel())
         objective = Objective(
             defended,
             labels,

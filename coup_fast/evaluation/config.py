@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast import checks, methods
-from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
+from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset, units
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
 
@@ -205,6 +205,8 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
         names = {d.name for d in defences} | {d.base for d in defences}
         for target in targets or ():
             checks.choice("defence of an attack", target, sorted(names))
+        for key in table.keys() & {"eps", "step_size"}:
+            table[key] = units.numbers(key, table[key])
         for options, _ in reading.expand(table, SWEPT_BY_ATTACKS):
             attack = preset(name, **options)
             for defence in defences:
