@@ -15,6 +15,7 @@ from coup_fast._torch.modules import in_dtype_of
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
+from coup_fast.run.driver import Drivable
 from coup_fast.run.first_look import look_at_classifier
 from coup_fast.score_model import ClassifierFunction
 
@@ -44,7 +45,7 @@ def combine_votes(logits: Tensor, vote: str) -> Tensor:
     return share + (probability - probability.detach())
 
 
-class PurifiedClassifier(nn.Module):
+class PurifiedClassifier(Drivable, nn.Module):
     """A classifier behind a purifier: pixels [B, C, H, W] -> scores [B, K], like any classifier.
 
     Args:
@@ -99,11 +100,18 @@ class PurifiedClassifier(nn.Module):
         images, sample_ids: as for `Purifier`. draw: the first of the `num_draws` consecutive draws
         that are used; with `fresh_draws`, counted from `next_draw`. Errors as `Purifier`'s.
         """
+        if (driver := self.driver) is not None:
+            scores: Tensor = driver.model(images, *driver.noise_of(images, sample_ids, draw))
+            return scores
         logits = self.draw_logits(images, sample_ids, draw)
         return combine_votes(logits, self.vote)
 
     def draw_logits(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
         """The logits of every draw, [num_draws, B, K]; takes what `forward` takes."""
+        if (driver := self.driver) is not None:
+            noise = driver.noise_of(images, sample_ids, draw)
+            logits: Tensor = driver.model.draw_logits(images, *noise)
+            return logits
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)

@@ -15,6 +15,7 @@ from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.plan import AnyPlan
 from coup_fast.run import validation
 from coup_fast.run.diagnosis import diagnose
+from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.first_look import look_at_run
 from coup_fast.run.loop import final_state, joined_states
@@ -55,7 +56,7 @@ class _RunOption(Generic[T]):
         purifier.run_options = replace(purifier.run_options, **{self.name: value})  # type: ignore[arg-type]
 
 
-class Purifier(nn.Module):
+class Purifier(Drivable, nn.Module):
     """Cleans attacked images with a score model: COUP, ADP, DiffPure and their relatives.
 
     Args:
@@ -221,6 +222,10 @@ class Purifier(nn.Module):
         that change their input or themselves, and warnings of what is doubtful (docs/assumptions.md
         has the list); with `gradient="exact"` what else `exact_final_state` lists.
         """
+        if (driver := self.driver) is not None:
+            sample_ids, draw = driver.noise_of(images, sample_ids, draw)
+            purified: Tensor = driver.model(images, sample_ids, draw, noise)
+            return purified
         purify_all = self._forward
         if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
             purify_all = _compiler_disable(purify_all, reason=_NOT_COMPILED)
@@ -246,6 +251,8 @@ class Purifier(nn.Module):
         noise: Tensor | None = None,
     ) -> Run:
         """The run that `forward` performs with these arguments, checked and ready, not started."""
+        if (driver := self.driver) is not None:
+            sample_ids, draw = driver.noise_of(images, sample_ids, draw)
         return prepare(
             self.plan,
             self.score_model,

@@ -18,7 +18,6 @@ run on a `PurifiedClassifier` as on any model (docs/attacks.md).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks
-from coup_fast.attacks.ball import NORMS, Ball
+from coup_fast.attacks import units
+from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import (
     GRADIENTS,
@@ -71,7 +71,9 @@ class AttackResult:
     whose gradient was exactly 0, a sign of masked gradients. gradient_runs: images times draws
     that were differentiated. score_evaluations, classifier_evaluations: images that passed through
     the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
-    is a plain function).
+    is a plain function behind a purifier); of a model that is not ours, its calls are
+    classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
+    defence is not random.
     """
 
     images: Tensor
@@ -81,6 +83,7 @@ class AttackResult:
     gradient_runs: int
     score_evaluations: int
     classifier_evaluations: int
+    draws: int
 
 
 Rule = Callable[[Tensor, Evaluation], Tensor]
@@ -102,8 +105,9 @@ def _images_of(
 class Attack(ABC):
     """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
 
-    norm: "linf" or "l2". eps: radius in pixels. steps: iterates. eot: draws per iterate. loss:
-    "ce", "dlr" or "margin".
+    norm: "linf" or "l2", also as "Linf", "inf", math.inf, "L2". eps: radius in pixels of [0, 1], a
+    number or a text such as "8/255"; for ℓ∞ at most 1. steps: iterates. eot: draws per iterate.
+    loss: "ce", "dlr" or "margin".
 
     gradient: "exact", of the run as it was; "autograd", the same from a whole graph; and three
     that are weak and exist for comparison: "stopped" (guidance held constant, as in the released
@@ -134,12 +138,12 @@ class Attack(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.choice("norm", self.norm, NORMS)
+        object.__setattr__(self, "norm", units.norm(self.norm))
         checks.choice("loss", self.loss, LOSSES)
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
-        checks.number("eps", self.eps, 0, math.inf, above=True)
+        object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
             ("steps", 1, MAX_COUNT),
             ("eot", 1, MAX_COUNT),
@@ -191,7 +195,9 @@ class Attack(ABC):
 
         Args:
             defended: a `PurifiedClassifier` (not modified, and its `next_draw` stays), or any
-                module or callable from pixels to scores [B, K], which is attacked as it is.
+                module or callable from pixels to scores [B, K]. A random one is run under `eot`
+                draws as well, as `coup_fast.attacks.foreign` describes; a defence of ours that it
+                holds is found, and gets this attack's draws and gradient.
             images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
             progress: called after every iterate.
@@ -204,6 +210,7 @@ class Attack(ABC):
         that is not finite, naming the image.
         """
         ids = _check(images, labels, sample_ids)
+        units.check_radius(self.eps, self.norm, images[:1].numel())
         objective = Objective(
             defended,
             labels,
@@ -216,6 +223,7 @@ class Attack(ABC):
         )
         search = _Search(self, objective, Ball(images, self.norm, self.eps), progress)
         if len(images) > 0:
+            objective.settle(images, search.draw(0), fixed=self.noise == "fixed")
             for restart in range(self.restarts):
                 search.restart(restart)
         return search.result()
@@ -259,7 +267,8 @@ class _Search:
         self.compares = attack.keep == "best" or attack.restarts > 1
         self.total = attack.restarts * (attack.steps + self.compares)
 
-    def _draw(self, iterate: int) -> int:
+    def draw(self, iterate: int) -> int:
+        """The first draw of an iterate."""
         if self.attack.noise == "fixed":
             return 0
         return FIRST_ATTACK_DRAW * (1 + self.attack.seed) + iterate * self.objective.draws_used
@@ -272,7 +281,7 @@ class _Search:
             x = ball.random(attack.seed, self.objective.sample_ids, FIRST_START_DRAW + number)
         rule = attack.rule(ball)
         for _ in range(attack.steps):
-            at_x = self.objective.gradient(x, self._draw(self.done))
+            at_x = self.objective.gradient(x, self.draw(self.done))
             self._count(at_x)
             if attack.keep == "best":
                 self._keep_better(x, at_x)
@@ -280,7 +289,7 @@ class _Search:
         if not self.compares:
             self.images, self.loss, self.fooled = x, at_x.loss, at_x.fooled
             return
-        at_x = self.objective.value(x, self._draw(self.done))
+        at_x = self.objective.value(x, self.draw(self.done))
         self._report(at_x)
         self._keep_better(x, at_x)
 
@@ -314,4 +323,5 @@ class _Search:
             self.gradient_runs,
             self.objective.score_evaluations,
             self.objective.classifier_evaluations,
+            self.objective.draws,
         )

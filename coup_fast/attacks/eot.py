@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coup_fast import checks
+from coup_fast.attacks.foreign import Foreign
 from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.run import validation
@@ -81,7 +82,7 @@ class EotGradient:
 
 
 def eot_gradient(
-    purified_classifier: PurifiedClassifier,
+    defended: PurifiedClassifier | Foreign | Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     loss: Loss = cross_entropy,
@@ -95,9 +96,11 @@ def eot_gradient(
     """The gradient of mean over draws of loss(scores, labels) with respect to each image.
 
     Args:
-        purified_classifier: its `vote` over `num_draws` is inside the loss, so the attack knows of
-            it; `draws` are repetitions of the whole. With `fresh_draws` it moves on by
-            draws * num_draws, as that many calls would.
+        defended: a `PurifiedClassifier`; its `vote` over `num_draws` is inside the loss, so the
+            attack knows of it, and `draws` are repetitions of the whole. With `fresh_draws` it
+            moves on by draws * num_draws, as that many calls would. Or any module or callable from
+            pixels to scores [B, K], called once for each draw with the whole batch; its noise is
+            driven as `coup_fast.attacks.foreign` says (then the memory options say nothing).
         images: [B, C, H, W] in [0, 1]. labels: int64 [B], handed to the loss.
         loss: (scores [b, K], labels [b]) -> [b], each of its row alone; the attack's, to be
             maximised or minimised by the caller.
@@ -114,9 +117,6 @@ def eot_gradient(
     Raises ValueError for a loss that is not one number per image, for a budget too small for one
     run, and for a purifier with gradient="none"; else as `Purifier`.
     """
-    model = purified_classifier
-    if model.purifier.gradient == "none":
-        raise ValueError('the purifier has gradient="none": there is no gradient to average')
     checks.integer("draws", draws, 1)
     if micro_batch is not None:
         checks.integer("micro_batch", micro_batch, 1)
@@ -124,6 +124,12 @@ def eot_gradient(
     ids = validation.sample_ids_of(images, sample_ids)
     if labels.shape != ids.shape:
         raise ValueError(f"labels must be [{len(ids)}], got {list(labels.shape)}")
+    if not isinstance(defended, PurifiedClassifier):
+        foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
+        return _foreign_gradient(foreign, images, labels, loss, draws, draw)
+    model = defended
+    if model.purifier.gradient == "none":
+        raise ValueError('the purifier has gradient="none": there is no gradient to average')
     runs = draws * len(images)
     memory = None
     if micro_batch is None and runs > 0:
@@ -162,6 +168,23 @@ def eot_gradient(
         micro_batch,
         memory,
     )
+
+
+def _foreign_gradient(
+    model: Foreign, images: Tensor, labels: Tensor, loss: Loss, draws: int, draw: int
+) -> EotGradient:
+    """The same of a model that is not ours, one draw after the other."""
+    checks.integer("draw", draw, 0)
+    total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+    losses, scores = [], []
+    for repetition in range(draws):
+        first = draw + repetition * model.stride
+        gradient, values, rows = model.gradient(images, labels, loss, first)
+        total += gradient
+        losses.append(values)
+        scores.append(rows)
+    mean = (total / draws).to(images.dtype)
+    return EotGradient(mean, torch.stack(losses), torch.stack(scores), len(images), None)
 
 
 def _micro_batch(

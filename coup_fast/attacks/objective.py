@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks.ball import ordered_sum
 from coup_fast.attacks.eot import eot_gradient
+from coup_fast.attacks.foreign import Defence, Foreign, name_of
 from coup_fast.attacks.losses import Loss
 from coup_fast.purified_classifier import PurifiedClassifier
+from coup_fast.purifier import Purifier
 
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
@@ -52,11 +54,13 @@ class Objective:
     """One defence under one way to differentiate it.
 
     Args:
-        defended: a `PurifiedClassifier`, or any module or callable, pixels -> scores [B, K], which
-            is differentiated as it is (then `gradient`, `draws` and `through_vote` say nothing).
+        defended: a `PurifiedClassifier`, or any module or callable, pixels -> scores [B, K]. What
+            it holds of ours is differentiated by `gradient`, and all else as it is.
         labels, sample_ids: int64 [B].
         through_vote: the loss is taken of the combined vote over `num_draws`; False: of each draw.
-        draws: repetitions over which the loss is averaged.
+        draws: repetitions over which the loss is averaged, after `settle` those that it takes.
+
+    Raises ValueError for a gradient that this model cannot be asked for.
     """
 
     def __init__(
@@ -72,31 +76,48 @@ class Objective:
     ) -> None:
         self.labels, self.sample_ids, self.loss = labels, sample_ids, loss
         self.memory_budget = memory_budget
-        self.model: Defended = defended
-        self.draws = 1
+        self.draws = draws
         self._micro_batch: int | None = None
         self.score_evaluations = 0
         self.classifier_evaluations = 0
-        if not isinstance(defended, PurifiedClassifier):
+        self.model: PurifiedClassifier | Foreign
+        if isinstance(defended, PurifiedClassifier):
+            bare = gradient == "classifier"
+            self.model = (
+                Foreign(defended.classifier, sample_ids)
+                if bare
+                else _variant(defended, gradient, through_vote)
+            )
             return
-        if gradient == "classifier":
-            self.model = defended.classifier
-            return
-        self.draws = draws
-        # Votes that are counted have no slope; the mean of their softmax stands in for them.
-        vote = "softmax" if defended.vote == "majority" else defended.vote
-        self.model = PurifiedClassifier(
-            defended.purifier.with_options(**GRADIENTS[gradient]),
-            defended.classifier,
-            defended.num_draws if through_vote else 1,
-            vote,
-        )
+        self.model = foreign = Foreign(defended, sample_ids)
+        if gradient not in ("exact", "autograd") and not foreign.defences:
+            raise ValueError(
+                f"gradient={gradient!r} is for a PurifiedClassifier, or a model that holds one: "
+                f"nobody knows what is a purifier in {name_of(defended)}; it can be attacked with "
+                'gradient="exact", as it is differentiated'
+            )
+        for defence in foreign.defences:
+            foreign.variants[defence] = _stand_in(defence, gradient, through_vote)
+
+    def settle(self, images: Tensor, draw: int, *, fixed: bool) -> None:
+        """Find out how many forwards a gradient takes, where that is up to the model.
+
+        fixed: draws will be repeated. Warns if one is enough and more were asked for; raises
+        ValueError for a model whose noise cannot be fixed.
+        """
+        model = self.model
+        if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences):
+            with self._counted():
+                self.draws = model.probe(images, draw, self.draws, fixed=fixed)
 
     @property
     def draws_used(self) -> int:
         """Consecutive draws that one evaluation takes."""
-        votes = self.model.num_draws if isinstance(self.model, PurifiedClassifier) else 1
-        return self.draws * votes
+        return self.draws * self._stride
+
+    @property
+    def _stride(self) -> int:
+        return self.model.stride if isinstance(self.model, Foreign) else self.model.num_draws
 
     def gradient(self, images: Tensor, draw: int) -> Evaluation:
         """Loss and gradient at images [B, C, H, W], under the draws from `draw` on.
@@ -104,27 +125,20 @@ class Objective:
         Raises FloatingPointError for a loss or gradient that is not finite, naming the image.
         """
         with self._counted():
-            if isinstance(self.model, PurifiedClassifier):
-                found = eot_gradient(
-                    self.model,
-                    images,
-                    self.labels,
-                    self.loss,
-                    self.draws,
-                    sample_ids=self.sample_ids,
-                    draw=draw,
-                    memory_budget=self.memory_budget,
-                    micro_batch=self._micro_batch,
-                )
-                self._micro_batch = found.micro_batch  # measured once, at the first iterate
-                losses, scores, gradient = found.losses, found.scores, found.gradient
-            else:
-                with torch.enable_grad(), frozen_parameters(self.model):
-                    leaf = images.detach().requires_grad_()
-                    scores = self.model(in_dtype_of(self.model, leaf))[None]
-                    losses = self.loss(scores[0], self.labels)[None]
-                    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        evaluation = self._evaluation(losses.detach(), scores.detach(), gradient)
+            found = eot_gradient(
+                self.model,
+                images,
+                self.labels,
+                self.loss,
+                self.draws,
+                sample_ids=self.sample_ids,
+                draw=draw,
+                memory_budget=self.memory_budget,
+                micro_batch=self._micro_batch,
+            )
+        self._micro_batch = found.micro_batch  # measured once, at the first iterate
+        gradient = found.gradient
+        evaluation = self._evaluation(found.losses.detach(), found.scores.detach(), gradient)
         finite = evaluation.loss.isfinite() & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -141,11 +155,12 @@ class Objective:
         with self._counted(), torch.no_grad():
             rows = []
             for repetition in range(self.draws):
+                first = draw + repetition * self._stride
                 if isinstance(self.model, PurifiedClassifier):
-                    first = draw + repetition * self.model.num_draws
                     rows.append(self.model(images, self.sample_ids, first))
                 else:
-                    rows.append(self.model(in_dtype_of(self.model, images)))
+                    with self.model.frozen():
+                        rows.append(self.model.scores(images, first))
             losses = torch.stack([self.loss(scores, self.labels) for scores in rows])
         return self._evaluation(losses, torch.stack(rows), torch.zeros_like(images))
 
@@ -167,18 +182,79 @@ class Objective:
         def count_classifier(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             self.classifier_evaluations += len(arguments[0])
 
-        hooks = []
-        classifiers: tuple[object, ...] = (self.model,)
-        if isinstance(self.model, PurifiedClassifier):
-            purifier = self.model.purifier
-            hooks.append(purifier.score_model.register_forward_pre_hook(count_score))
-            classifiers = (self.model.classifier, purifier.classifier)
-        modules = {id(module): module for module in map(module_of, classifiers)}
-        for module in modules.values():
+        purifiers, classifiers = self._counted_parts()
+        counted: dict[nn.Module, Any] = {p.score_model: count_score for p in purifiers}
+        for module in map(module_of, [*(p.classifier for p in purifiers), *classifiers]):
             if module is not None:
-                hooks.append(module.register_forward_pre_hook(count_classifier))
+                counted[module] = count_classifier
+        hooks = [module.register_forward_pre_hook(count) for module, count in counted.items()]
+        foreign = self.model if isinstance(self.model, Foreign) else None
+        calls = 0 if foreign is None else foreign.calls
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            # Its calls are classifications, unless the hooks have counted those.
+            if (
+                foreign is not None
+                and not classifiers
+                and counted.keys().isdisjoint(foreign.modules)
+            ):
+                self.classifier_evaluations += foreign.calls - calls
+
+    def _counted_parts(self) -> tuple[list[Purifier], list[Any]]:
+        """The purifiers, and the classifiers behind them, as far as they are known."""
+        if isinstance(self.model, PurifiedClassifier):
+            return [self.model.purifier], [self.model.classifier]
+        purifiers: list[Purifier] = []
+        classifiers: list[Any] = []
+        for variant in self.model.variants.values():
+            if isinstance(variant, PurifiedClassifier):
+                purifiers.append(variant.purifier)
+                classifiers.append(variant.classifier)
+            elif isinstance(variant, Purifier):
+                purifiers.append(variant)
+            elif isinstance(variant, _Bare):
+                classifiers.append(variant.classifier)
+        return purifiers, classifiers
+
+
+def _variant(defended: PurifiedClassifier, gradient: str, through_vote: bool) -> PurifiedClassifier:
+    """The defence, differentiated in this way."""
+    # Votes that are counted have no slope; the mean of their softmax stands in for them.
+    vote = "softmax" if defended.vote == "majority" else defended.vote
+    return PurifiedClassifier(
+        defended.purifier.with_options(**GRADIENTS[gradient]),
+        defended.classifier,
+        defended.num_draws if through_vote else 1,
+        vote,
+    )
+
+
+class _Bare:
+    """A `PurifiedClassifier` without its purifier."""
+
+    def __init__(self, classifier: Any) -> None:
+        self.classifier = classifier
+
+    def __call__(self, images: Tensor, *_: Any) -> Tensor:
+        scores: Tensor = self.classifier(in_dtype_of(self.classifier, images))
+        return scores
+
+    def draw_logits(self, images: Tensor, *_: Any) -> Tensor:
+        return self(images)[None]
+
+
+def _not_purified(images: Tensor, *_: Any) -> Tensor:
+    return images
+
+
+def _stand_in(defence: Defence, gradient: str, through_vote: bool) -> Any:
+    """What takes the place of a defence inside a model, differentiated in this way."""
+    if isinstance(defence, PurifiedClassifier):
+        bare = gradient == "classifier"
+        return _Bare(defence.classifier) if bare else _variant(defence, gradient, through_vote)
+    if gradient == "classifier":
+        return _not_purified
+    return defence.with_options(**GRADIENTS[gradient])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from coup_fast import checks
+from coup_fast.attacks import units
 from coup_fast.attacks.attack import Attack, Rule
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.objective import Evaluation
@@ -18,14 +17,15 @@ class PGD(Attack):
     """x ← P(x + step_size · d), d = sign(g) for ℓ∞ and g / ‖g‖₂ for ℓ2.
 
     The defaults are the field's strong attack on purification: 200 steps of 0.007 with 20 draws in
-    an ℓ∞ ball of 8/255. step_size: in pixels. The rest as for `Attack`.
+    an ℓ∞ ball of 8/255. step_size: in pixels, as `eps`. The rest as for `Attack`.
     """
 
     step_size: float = 0.007
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.number("step_size", self.step_size, 0, math.inf, above=True)
+        step_size = units.length("step_size", self.step_size, self.norm)
+        object.__setattr__(self, "step_size", step_size)
 
     def rule(self, ball: Ball) -> Rule:
         """A step of fixed length."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 from coup_fast import checks
+from coup_fast.attacks import units
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.pgd import PGD
@@ -51,7 +52,9 @@ def preset(name: str, **changes: Any) -> Attack:
     checks.choice("attack", name, PRESETS)
     attack = PRESETS[name]
     if isinstance(attack, PGD) and "step_size" not in changes:
-        step_size = attack.step_size * changes.get("eps", attack.eps) / attack.eps
+        norm = units.norm(changes.get("norm", attack.norm))
+        eps = units.length("eps", changes.get("eps", attack.eps), norm)
+        step_size = attack.step_size * eps / attack.eps
         if name == "pgd-l2":
             step_size *= attack.steps / changes.get("steps", attack.steps)
         changes["step_size"] = step_size

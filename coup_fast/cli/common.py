@@ -136,6 +136,13 @@ def positive_number(text: str) -> float:
     return value
 
 
+def pixels(text: str) -> float:
+    """argparse type: a length > 0 in pixels of [0, 1], a number or a fraction such as 8/255."""
+    top, sign, bottom = text.partition("/")
+    divisor = positive_number(bottom) if sign else 1.0
+    return positive_number(top) / divisor
+
+
 def file_path(text: str) -> Path:
     """argparse type: a path; an empty one, as of an unset shell variable, is no path."""
     if not text:

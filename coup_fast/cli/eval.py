@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
 OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")
+WITHOUT_CONFIG = ("methods", "set", "attacks", "eps", "step_size", "steps", "eot", "no_controls")
 _METHODS = ["coup", "diffpure", "adp"]
 
 
@@ -68,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of all these methods, as in --set num_steps=10; repeatable",
     )
     add("--attacks", nargs="+", metavar="PRESET", help="default: pgd40")
-    add("--eps", type=common.positive_number, nargs="+", help="radius of the attacks, in pixels")
+    add("--eps", type=common.pixels, nargs="+", help="radius of the attacks in pixels, as 8/255")
+    add("--step-size", type=common.pixels, help="of the PGD attacks, in pixels, as 2/255")
     add("--steps", type=common.positive_int, help="steps of the attacks")
     add("--eot", type=common.positive_int, nargs="+", help="draws of each of their gradients")
     add("--no-controls", action="store_true", help="without the undefended and λ=0 rows")
@@ -135,7 +137,7 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
     from coup_fast.evaluation.config import read_toml
 
     if args.config is not None:
-        for name in ("methods", "set", "attacks", "eps", "steps", "eot", "no_controls"):
+        for name in WITHOUT_CONFIG:
             if getattr(args, name):
                 option = name.replace("_", "-")
                 raise CommandError(f"--{option} and CONFIG exclude each other; say it in the file")
@@ -174,4 +176,12 @@ def _from_options(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {"eps": eps, "steps": args.steps, "eot": args.eot}
     changes = {key: value for key, value in chosen.items() if value is not None}
     attacks = [{"preset": name, **changes} for name in args.attacks or ["pgd40"]]
+    if args.step_size is not None:
+        from coup_fast.attacks import PGD, PRESETS
+
+        takers = [one for one in attacks if isinstance(PRESETS.get(one["preset"]), PGD)]
+        if not takers:
+            raise CommandError("--step-size is for PGD, and none of --attacks is one")
+        for one in takers:
+            one["step_size"] = args.step_size
     return {"defence": defences, "attack": attacks, "controls": not args.no_controls}

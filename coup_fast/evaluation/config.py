@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast import checks, files, methods
-from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset
+from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset, units
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
 
@@ -48,7 +48,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Defence:
-    """A purifier in front of the classifier; method "none" is the bare classifier.
+    """A purifier in front of the classifier; method "none" is the bare classifier, and
+    "module:function" a defence that is not ours, from pixels to scores (`options` are the
+    function's).
 
     options: of the `Purifier` and its method. num_draws, vote: of the `PurifiedClassifier`. base:
     the name without the values that a sweep added to it.
@@ -62,9 +64,14 @@ class Defence:
     base: str = ""
 
     @property
+    def foreign(self) -> bool:
+        """Whether somebody else built it, as a function from pixels to scores."""
+        return ":" in self.method
+
+    @property
     def guided(self) -> bool:
         """Whether the classifier's confidence steers the purification."""
-        if self.method == UNDEFENDED:
+        if self.method == UNDEFENDED or self.foreign:
             return False
         scale = methods.options(self.method).get("guidance_scale", 0)
         return bool(self.options.get("guidance_scale", scale) != 0)
@@ -146,6 +153,8 @@ def _defences(given: Mapping[str, Any]) -> list[Defence]:
             raise ValueError(f"method 'none' is the bare classifier and takes no {', '.join(more)}")
         name = reading.text("name of [[defence]]", table.get("name", "undefended"))
         return [Defence(name, UNDEFENDED, base=name)]
+    if ":" in method:
+        return [_foreign(method, table)]
     known = methods.options(method)  # raises for an unknown method
     options = reading.table("options of [[defence]]", table.get("options", {}))
     for key, place in DECIDED_ELSEWHERE.items():
@@ -159,6 +168,19 @@ def _defences(given: Mapping[str, Any]) -> list[Defence]:
         Defence(name + suffix, method, one, num_draws, vote, name)
         for one, suffix in reading.expand(options, swept)
     ]
+
+
+def _foreign(method: str, table: Mapping[str, Any]) -> Defence:
+    """The defence of a function's name."""
+    module, _, function = method.partition(":")
+    if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
+        raise ValueError(f'method of [[defence]] must be "module:function", got {method!r}')
+    more = sorted({*table} - {"name", "method", "options"})
+    if more:
+        raise ValueError(f"method {method!r} votes by itself and takes no {', '.join(more)}")
+    options = reading.table("options of [[defence]]", table.get("options", {}))
+    name = reading.text("name of [[defence]]", table.get("name", function))
+    return Defence(name, method, options, base=name)
 
 
 def _controls(defences: list[Defence]) -> list[Defence]:
@@ -186,7 +208,14 @@ def _applies(attack: Attack, defence: Defence) -> bool:
     """Whether an attack says something about a defence that another one does not."""
     if attack.gradient == "stopped":
         return defence.guided
-    return defence.method != UNDEFENDED or attack.gradient not in WEAK_GRADIENTS
+    ours = defence.method != UNDEFENDED and not defence.foreign
+    return ours or attack.gradient not in WEAK_GRADIENTS
+
+
+def _on_classifier(attack: Attack) -> Attack:
+    """The attack on a classifier without a purifier, where all gradients are the same one."""
+    gradient = "exact" if attack.gradient in WEAK_GRADIENTS else attack.gradient
+    return attack.replace(eot=1, gradient=gradient)
 
 
 def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
@@ -205,13 +234,20 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
         names = {d.name for d in defences} | {d.base for d in defences}
         for target in targets or ():
             checks.choice("defence of an attack", target, sorted(names))
+        for key in table.keys() & {"eps", "step_size"}:
+            table[key] = units.numbers(key, table[key])
         for options, _ in reading.expand(table, SWEPT_BY_ATTACKS):
             attack = preset(name, **options)
             for defence in defences:
                 wanted = targets is None or {defence.name, defence.base} & set(targets)
                 if wanted and (targets is not None or _applies(attack, defence)):
+                    if attack.gradient in WEAK_GRADIENTS and defence.foreign:
+                        raise ValueError(
+                            f"attack {name!r} ({attack.gradient} gradient) needs a purifier of "
+                            f"coup_fast, and {defence.name!r} is {defence.method}"
+                        )
                     deterministic = defence.method == UNDEFENDED
-                    row = Row(defence, attack.replace(eot=1) if deterministic else attack)
+                    row = Row(defence, _on_classifier(attack) if deterministic else attack)
                     if row not in rows:
                         rows.append(row)
     return tuple(rows)

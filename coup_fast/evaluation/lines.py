@@ -33,6 +33,12 @@ class Line:
     union: tuple[str, ...] = ()
 
     @property
+    def defence_label(self) -> str:
+        """The defence's name; one that is not ours is marked, since less is known of it."""
+        defence = self.row.defence
+        return f"{defence.name} (foreign)" if defence.foreign else defence.name
+
+    @property
     def attack_label(self) -> str:
         """The attack in words, weak ones marked."""
         attack = self.row.attack

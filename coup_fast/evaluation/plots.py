@@ -33,7 +33,7 @@ def _eot(line: Line) -> float | None:
 
 def _t_star(line: Line) -> float | None:
     defence = line.row.defence
-    if defence.method == UNDEFENDED:
+    if defence.method == UNDEFENDED or defence.foreign:
         return None
     value = defence.options.get("t_star", methods.options(defence.method).get("t_star"))
     return float(value) if isinstance(value, int | float) else None

@@ -128,7 +128,7 @@ class Report:
         for line in self.lines:
             clean = [line.clean.one_draw.percent(), line.clean.worst.percent()]
             attacked = [None] * len(NUMBERS) if line.attacked is None else _percents(line.attacked)
-            rows.append([line.row.defence.name, line.attack_label, *clean, *attacked])
+            rows.append([line.defence_label, line.attack_label, *clean, *attacked])
         align: list[Literal["left", "right", "center"]] = ["left", "left"]
         align += ["right"] * (len(self.headers()) - 2)
         text = render_table(self.headers(), rows, style, align)
@@ -160,6 +160,7 @@ class Report:
                 notes.append(
                     f"weak ({gradient}): the attack {reason}; not a measure of robustness."
                 )
+        notes += [f"{name}: {words}." for name, words in self._foreign().items()]
         if any(line.row.defence.guided for line in self.lines):
             notes.append(
                 "Guided defences use the classifier's gradient inside. AutoAttack's check for "
@@ -180,12 +181,34 @@ class Report:
             notes.append(f"{self.images} images are few: mind the intervals.")
         return notes
 
+    def _foreign(self) -> dict[str, str]:
+        """What could be verified of each defence that is not ours, and what could not."""
+        found = {}
+        for i, row in enumerate(self.config.rows):
+            if row.attack is not None or not row.defence.foreign:
+                continue
+            first = self._units.get((0, i), {}).get("result", {}).get("foreign")
+            if first is None:
+                words = "its gradient and its seeds are NOT VERIFIED, the first batch is missing"
+            else:
+                seeds = "the same draw gave the same scores"
+                if not first["repeats"]:
+                    seeds = "its noise COULD NOT BE REPEATED, nor told from the attack's"
+                seeds += f" (noise driven by {first['seeding']})"
+                words = f"{first['gradient']}, on {first['images']} images; {seeds}"
+            found[f"{row.defence.name} is foreign ({row.defence.method})"] = words
+        return found
+
     def as_dict(self, run: dict[str, Any] | None = None) -> dict[str, Any]:
         """For JSON. run: what says where and how it was computed."""
         plans = self.identity["plans"]
         rows = []
         for line in self.lines:
             row = self.config.as_dict()["rows"][self.config.rows.index(line.row)]
+            if line.row.defence.foreign:
+                clean = self.config.rows.index(Row(line.row.defence, None))
+                unit = self._units.get((0, clean), {"result": {}})
+                row = {**row, "foreign": unit["result"].get("foreign")}
             rows.append(
                 {
                     **row,

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +87,8 @@ def model_loader(name: str, device: torch.device) -> ModelLoader:
         from coup_fast.models.bundled import load_bundled
 
         return lambda score: load_bundled(name, score=score, device=device)
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ImportError(f"models {name!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"models {name!r}: {module} has no function {function!r}")
+    found = named_function("models", name)
+    function = name.partition(":")[2]
 
     def load(score: str) -> tuple[ScoreModel, ClassifierFunction]:
         pair = found(score)
@@ -108,6 +104,40 @@ def model_loader(name: str, device: torch.device) -> ModelLoader:
 
     load.__wrapped__ = found  # type: ignore[attr-defined]  # whose code is the models' code
     return load
+
+
+def named_function(what: str, name: str) -> Callable[..., Any]:
+    """The function that "module:function" names. what: whose name it is, for errors.
+
+    Raises ImportError if the module cannot be imported, ValueError if it has no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (ImportError, ValueError) as error:  # an empty module name is a ValueError
+        raise ImportError(f"{what} {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{what} {name!r}: {module} has no function {function!r}")
+    result: Callable[..., Any] = found
+    return result
+
+
+def foreign_defence(
+    name: str, options: Mapping[str, Any], device: torch.device
+) -> ClassifierFunction:
+    """The defence that "module:function" builds with these options, on `device`.
+
+    Raises what `named_function` does, and TypeError for what cannot be called.
+    """
+    defended = named_function("method of [[defence]]", name)(**options)
+    if not callable(defended):
+        raise TypeError(
+            f"method of [[defence]] {name!r} must return a module or callable from pixels "
+            f"[B, C, H, W] to scores [B, K], got {type(defended).__name__}"
+        )
+    if isinstance(defended, nn.Module):
+        return defended.to(device)
+    return defended  # type: ignore[no-any-return]
 
 
 def tensor_digest(*tensors: Tensor) -> str:

@@ -19,15 +19,19 @@ from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of, module_of
 from coup_fast.attacks import Attack
 from coup_fast.attacks.attack import AttackResult, Progress
+from coup_fast.attacks.foreign import Foreign
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.fingerprints import fingerprint
-from coup_fast.evaluation.sources import ModelLoader, tensor_digest
+from coup_fast.evaluation.sources import ModelLoader, foreign_defence, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
+from coup_fast.gradient_check import ForeignGradientCheck, check_gradient
 from coup_fast.models.bundled import score_for
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.score_model import ClassifierFunction
+
+VERIFIED_IMAGES = 4  # on which the gradient of a defence that is not ours is checked
 
 
 class _NotFinite(Exception):
@@ -67,6 +71,8 @@ class Worker:
     def _build(
         self, defence: Defence, load: ModelLoader
     ) -> PurifiedClassifier | ClassifierFunction:
+        if defence.foreign:
+            return foreign_defence(defence.method, defence.options, self.device)
         score = score_for(defence.method)
         if score not in self._networks:
             self._networks[score] = load(score)
@@ -106,6 +112,12 @@ class Worker:
             for name, model in self.defences.items()
             if isinstance(model, PurifiedClassifier)
         }
+        foreign = {
+            row.defence.name: fingerprint(self.defences[row.defence.name])
+            for row in self.config.rows
+            if row.defence.foreign
+        }
+        networks |= {"foreign": foreign} if foreign else {}
         return {
             "config": self.config.as_dict(),
             "images": tensor_digest(self.images, self.labels),
@@ -139,7 +151,7 @@ class Worker:
         rows = slice(ids.start, ids.stop)
         images, labels = self.images[rows].to(self.device), self.labels[rows].to(self.device)
         sample_ids = torch.arange(ids.start, ids.stop, device=self.device)
-        model = self.defences[row.defence.name]
+        model: Any = self.defences[row.defence.name]
         result: dict[str, Any] = {"sample_ids": list(ids), "labels": labels.tolist()}
         if row.attack is not None:
             found = self._attack(row.attack, unit[0], model, images, labels, sample_ids)
@@ -152,6 +164,12 @@ class Worker:
                 "score_evaluations": found.score_evaluations,
                 "classifier_evaluations": found.classifier_evaluations,
             }
+            if row.defence.foreign:
+                result["attack"]["draws"] = found.draws
+        elif row.defence.foreign and unit[0] == 0:
+            result["foreign"] = self._verified(model, images, labels, sample_ids)
+        if row.defence.foreign:
+            model = Foreign(model, sample_ids, self.config.seed)
         scores = self._scores(model, images, sample_ids)
         if int(labels.max()) >= scores.shape[2] or int(labels.min()) < 0:
             raise ValueError(
@@ -193,15 +211,43 @@ class Worker:
     def _iterate(self, progress: Progress) -> None:
         self._step(f"iterate {progress.done} of {progress.total}")
 
+    def _verified(
+        self, model: Any, images: Tensor, labels: Tensor, sample_ids: Tensor
+    ) -> dict[str, Any]:
+        """What could be seen of a defence that is not ours, on the first images of all.
+
+        gradient: in words. gradient_passed: whether it agrees with finite differences. repeats:
+        whether the same draw gives the same scores. seeding: what its noise was driven by.
+        """
+        few = slice(0, VERIFIED_IMAGES)
+        seeding = Foreign(model, sample_ids, self.config.seed).seeding
+        try:
+            check = check_gradient(
+                model, images[few], labels[few], sample_ids=sample_ids[few], directions=4
+            )
+        except ValueError as error:
+            found = {"gradient": str(error), "gradient_passed": False, "repeats": None}
+            return {**found, "seeding": seeding, "images": len(images[few])}
+        assert isinstance(check, ForeignGradientCheck)
+        found = {"gradient": check.verdict, "gradient_passed": check.passed}
+        return {**found, "repeats": check.repeats, "seeding": seeding, "images": check.batch}
+
     @torch.no_grad()
     def _scores(
-        self, model: PurifiedClassifier | ClassifierFunction, images: Tensor, ids: Tensor
+        self,
+        model: PurifiedClassifier | Foreign | ClassifierFunction,
+        images: Tensor,
+        ids: Tensor,
     ) -> Tensor:
         """Scores under every draw, [draws, B, K]; [1, B, K] without a defence."""
         scores = []
-        if isinstance(model, PurifiedClassifier):
+        if isinstance(model, PurifiedClassifier | Foreign):
             for k in range(self.config.draws):
-                scores.append(model(images, ids, k * model.num_draws))
+                if isinstance(model, PurifiedClassifier):
+                    scores.append(model(images, ids, k * model.num_draws))
+                else:
+                    with model.frozen():
+                        scores.append(model.scores(images, k * model.stride))
                 self._step(f"draw {k + 1} of {self.config.draws}")
         else:
             with frozen_parameters(model):

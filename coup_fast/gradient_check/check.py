@@ -20,29 +20,13 @@ from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast.attacks.eot import Loss, cross_entropy
 from coup_fast.gradient_check.adjoint import AdjointRun, why_not
+from coup_fast.gradient_check.foreign import ForeignGradientCheck, check_foreign
+from coup_fast.gradient_check.row import GradientRow, Timed, compared
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 
 CHAINS = ("longer steps", "first steps")
-
-
-@dataclass(frozen=True)
-class GradientRow:
-    """One way to differentiate, against plain autograd.
-
-    name. relative_error: ||g - g*|| / ||g*|| over the batch. cosine: mean over images of the cosine
-    between g and g*. sign_agreement: share of pixels where the signs are equal, which is what a
-    signed attack step uses. seconds: of forward and backward. note: why it was not run (the
-    numbers are None then), or what to know about it.
-    """
-
-    name: str
-    relative_error: float | None = None
-    cosine: float | None = None
-    sign_agreement: float | None = None
-    seconds: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,11 +82,8 @@ class GradientCheck:
         return "\n".join(lines)
 
 
-Timed = tuple[Tensor, float]
-
-
 def check_gradient(
-    purified_classifier: PurifiedClassifier,
+    defended: PurifiedClassifier | Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -111,12 +92,16 @@ def check_gradient(
     loss: Loss = cross_entropy,
     sample_ids: Any = None,
     draw: int = 0,
-) -> GradientCheck:
+    directions: int = 8,
+    reference: Callable[[Tensor], Tensor] | None = None,
+) -> GradientCheck | ForeignGradientCheck:
     """Compare ways to differentiate this defence, on a short chain of its own method and models.
 
     Args:
-        purified_classifier: the defence; its vote over draws is inside the loss. Not modified,
-            and its `next_draw` stays.
+        defended: a `PurifiedClassifier`; its vote over draws is inside the loss. Not modified,
+            and its `next_draw` stays. Or any module or callable from pixels to scores [B, K]: its
+            gradient is then held against finite differences under one draw, and `steps` and `chain`
+            say nothing (`coup_fast.attacks.foreign` has what drives its noise).
         images: [B, C, H, W] in [0, 1]; a few are enough, and the whole graph of `steps` steps of
             all of them has to fit in memory.
         labels: int64 [B]; default: the short chain's own predictions.
@@ -125,6 +110,10 @@ def check_gradient(
             their first steps); "first steps" runs the first ones as they are.
         loss: (scores [B, K], labels [B]) -> [B].
         sample_ids, draw: as for `PurifiedClassifier`.
+        directions: random ones for the finite differences of a model that is not ours; each
+            takes ten forwards.
+        reference: the same model differentiated in another way, such as by plain autograd, to
+            compare with; for models that are not ours.
 
     The exact row is run with `verify_states`. The adjoint is compared on a Brownian path of
     torchsde's, with plain autograd on the same path; it needs torchsde, and a method that is
@@ -134,11 +123,15 @@ def check_gradient(
     Raises what `Purifier` raises, such as ValueError for models in a training mode and
     RuntimeError for models that do not repeat themselves.
     """
+    if not isinstance(defended, PurifiedClassifier):
+        return check_foreign(
+            defended, images, labels, loss, sample_ids, draw, directions, reference
+        )
     validation.check_images(images)
     checks.choice("chain", chain, CHAINS)
     checks.integer("steps", steps, 1)
     ids = validation.sample_ids_of(images, sample_ids)
-    model = purified_classifier
+    model = defended
     short = _shortened(model.purifier, steps, longer=chain == CHAINS[0])
     images = images.detach()
     if labels is None:
@@ -148,16 +141,16 @@ def check_gradient(
     objective = _Objective(model, images, ids, draw, labels, loss)
 
     plain = objective.of(short, gradient="autograd")
-    rows = [_row("autograd", plain, plain, "the whole graph: the measure of the others")]
+    rows = [compared("autograd", plain, plain, "the whole graph: the measure of the others")]
     exact = objective.of(short, gradient="exact", verify_states=True)
-    rows.append(_row("exact", exact, plain))
+    rows.append(compared("exact", exact, plain))
     if short.plan.needs_classifier:
         stopped = objective.of(short, gradient="autograd", guidance_gradient="stopped")
         other = "" if short.guidance_gradient == "full" else "as this purifier is set"
-        rows.append(_row("stopped guidance", stopped, plain, other))
+        rows.append(compared("stopped guidance", stopped, plain, other))
     else:
         rows.append(GradientRow("stopped guidance", note="not run: the method is not guided"))
-    rows.append(_row("bpda", objective.of(short, gradient="bpda"), plain))
+    rows.append(compared("bpda", objective.of(short, gradient="bpda"), plain))
     rows.append(_adjoint_row(objective, short))
     return GradientCheck(
         method=model.purifier.method,
@@ -241,13 +234,6 @@ def _adjoint_row(objective: _Objective, short: Purifier) -> GradientRow:
     measure = objective.on_path(lambda u: plain(u, noise=adjoint.noise))
     with torch.no_grad():
         forward = float((adjoint(copies) - plain(copies, noise=adjoint.noise)).abs().max())
-    return _row("adjoint", objective.on_path(adjoint), measure, f"outputs differ by {forward:.0e}")
-
-
-def _row(name: str, timed: Timed, measure: Timed, note: str = "") -> GradientRow:
-    gradient, seconds = timed
-    g, truth = gradient.double().flatten(1), measure[0].double().flatten(1)
-    error = (g - truth).norm() / truth.norm().clamp_min(1e-300)
-    cosine = torch.nn.functional.cosine_similarity(g, truth, dim=1, eps=1e-300).mean()
-    signs = (g.sign() == truth.sign()).double().mean()
-    return GradientRow(name, float(error), float(cosine), float(signs), seconds, note)
+    return compared(
+        "adjoint", objective.on_path(adjoint), measure, f"outputs differ by {forward:.0e}"
+    )
