@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from coup_fast.models.files import build_network, load_network
+from coup_fast.models.network_files import build_network, load_network
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
