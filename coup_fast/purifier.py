@@ -17,7 +17,7 @@ from coup_fast.run import validation
 from coup_fast.run.diagnosis import diagnose
 from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
-from coup_fast.run.first_look import look_at_run
+from coup_fast.run.first_look import look_at_run, looks_of
 from coup_fast.run.loop import final_state, joined_states
 from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
 from coup_fast.run.prepare import Kept, prepare
@@ -390,5 +390,6 @@ def purify(
     Arguments, result and errors are those of `Purifier` and its `forward`.
     """
     purifier = Purifier(score_model, classifier, method=method, seed=seed, **options)
+    purifier._kept.looks = looks_of(score_model, classifier)  # or each call would look again
     result: Tensor = purifier(images, sample_ids, draw, noise)
     return result

@@ -1,19 +1,21 @@
 """A look at the models after the first run of a kind, for what only numbers can tell.
 
 `coup_fast.run.assumptions` says what is assumed. Models are called a few more times here, as they
-are (not compiled), on the images and the first step of the run that has just ended; later runs of
-the same kind cost nothing. What is wrong is an error, what is doubtful a warning, once for a
-purifier and its variants.
+are (not compiled), on the first two images and the first step of the run that has just ended; later
+runs of the same kind cost nothing. What is wrong is an error, what is doubtful a warning, once for
+a purifier and its variants, and once for the models of `coup_fast.purify`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.guidance import confidence_gradient
@@ -23,6 +25,7 @@ from coup_fast.run.steps import Run
 Function = Callable[[Tensor], Tensor]
 
 _SEED = 20140820  # of the direction along which derivatives are compared
+_IMAGES = 2  # at most; enough to see that one depends on another
 
 
 class Looks:
@@ -39,6 +42,14 @@ class Looks:
             warnings.warn(message, stacklevel=2)
 
 
+_of_models: WeakKeyDictionary[nn.Module, dict[int, Looks]] = WeakKeyDictionary()
+
+
+def looks_of(score_model: nn.Module, classifier: object) -> Looks:
+    """The looks that all purifiers share which ask for those of these models."""
+    return _of_models.setdefault(score_model, {}).setdefault(id(classifier), Looks())
+
+
 def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool) -> None:
     """Look at a run's models, if this is the first run of its kind; it has ended well.
 
@@ -51,7 +62,8 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
     )
     if kind in looks.seen or len(images) == 0:
         return
-    with torch.inference_mode(False), torch.no_grad():
+    run, images = run.of(slice(0, _IMAGES)), images[:_IMAGES]
+    with _aside():
         _look_at_weights(run.models, looks)
         unchanged = Fingerprint(run.models)
         x = run.start(images)[0].clone()
@@ -80,12 +92,20 @@ def look_at_classifier(
     classify: Function, pixels: Tensor, looks: Looks, *, differentiated: bool
 ) -> None:
     """Look at a classifier's answers for these pixels."""
-    with torch.inference_mode(False), torch.no_grad():
-        pixels = pixels.clone()
+    with _aside():
+        pixels = pixels[:_IMAGES].clone()
         logits = _look_at_function(
             "classifier", classify, pixels, looks, differentiated=differentiated
         )
         _look_at_logits(logits, looks)
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Within a caller's modes, but not in them, and not seen by hooks on what autograd saves."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.no_grad(), hooks:
+        yield
 
 
 def _look_at_weights(models: tuple[Any, ...], looks: Looks) -> None:
@@ -154,8 +174,8 @@ def _look_at_derivative(name: str, function: Function, x: Tensor, looks: Looks) 
     Where these two differ (kinks, roundings of half precision), less can be said, and nothing where
     they differ by a tenth.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    direction = (torch.rand(x.shape, generator=generator) - 0.5).sign().to(x)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    direction = (torch.rand(x.shape, generator=generator, device="cpu") - 0.5).sign().to(x)
 
     def difference(step: float) -> Tensor:
         ahead, behind = function(x + step * direction), function(x - step * direction)
@@ -220,6 +240,6 @@ def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
         looks.say(
             "no guidance",
             f"the gradient of the classifier's log-confidence is exactly 0 for {flat} of "
-            f"{len(guidance)} images at the first step, so guidance does nothing there: its logits "
+            f"{len(guidance)} images that were looked at, at the first step, so guidance does nothing there: its logits "
             "are saturated (their largest softmax is 1 to the last bit), clamped or constant",
         )

@@ -120,7 +120,9 @@ def test_no_weights_of_a_callers_autocast_get_into_a_graph() -> None:
             seen.append(torch.is_autocast_cache_enabled())
             return super().forward(x, t)
 
-    clean = Purifier(ScoreModel(Looking(), "eps"), method="diffpure", num_steps=2)
+    clean = Purifier(
+        ScoreModel(Looking(), "eps"), method="diffpure", num_steps=2, check_values=False
+    )
     clean._kept.graphs, clean.cuda_graph = TapeGraphs(), True
     with torch.autocast("cpu", torch.bfloat16):
         clean(images())

@@ -70,7 +70,8 @@ def test_a_defence_classifies_in_parts_too() -> None:
     u, weight = images(3), torch.randn(3, 4)
     results = []
     for size in (None, 4):
-        model = PurifiedClassifier(purifier("coup", max_batch=size), Watching(), num_draws=3)
+        clean = purifier("coup", max_batch=size, check_values=False)
+        model = PurifiedClassifier(clean, Watching(), num_draws=3)
         seen.clear()
         results.append((model(u), gradient_of(model, u, weight)))
         assert seen == ([9, 9] if size is None else [4, 4, 1, 4, 4, 1])

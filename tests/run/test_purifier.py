@@ -173,8 +173,10 @@ def test_nothing_waits_for_the_device(method: str) -> None:
     with CountWaits() as unchecked:
         clean(images())
     assert unchecked.count == 0
+    clean = purifier(method)
+    clean(images())  # the first run of a kind looks at the models
     with CountWaits() as checked:
-        purifier(method)(images())
+        clean(images())
     assert 0 < checked.count <= 3  # two numbers before the run, one after
 
 
@@ -281,7 +283,7 @@ def test_the_loop_ends_once_every_sample_has_stopped() -> None:
         calls.append(1)
         return 5000 * (0.5 - x)
 
-    Purifier(ScoreModel(network, kind="ncsn"), method="adp")(images())
+    Purifier(ScoreModel(network, kind="ncsn"), method="adp", check_values=False)(images())
     assert len(calls) == 2
 
 
