@@ -5,7 +5,7 @@
 images: [B, C, H, W] floats in [0, 1]. `load_bundled()` returns a score model and a classifier to
 try it on, `ScoreModel` takes a network of yours, `Purifier` and `PurifiedClassifier` keep the
 models and options of such calls, `methods` names the methods. The public surface is listed in
-`_EXPORTS`; a name's module is imported when the name is first used, so that importing
+`_EXPORTS` and `_SUBMODULES`; a module is imported when its name is first used, so that importing
 coup_fast costs next to nothing beyond torch itself.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time a name is import
     from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule
     from coup_fast.score_model import EnergyModel, ScoreModel
 
-# Public name -> module that defines it; a submodule stands for itself.
+# Public name -> module that defines it.
 _EXPORTS: dict[str, str] = {
     "DiscreteSchedule": "coup_fast.schedules",
     "EDMSchedule": "coup_fast.schedules",
@@ -40,12 +40,28 @@ _EXPORTS: dict[str, str] = {
     "check_gradient": "coup_fast.gradient_check",
     "eot_gradient": "coup_fast.attacks.eot",
     "load_bundled": "coup_fast.models.bundled",
-    "methods": "coup_fast.methods",
-    "noise": "coup_fast.noise",
-    "ops": "coup_fast.ops",
     "purify": "coup_fast.purifier",
-    "reference": "coup_fast.reference",
 }
+
+# Public packages and modules, `coup_fast.attacks` without an import of it too.
+_SUBMODULES = (
+    "attacks",
+    "benchmarking",
+    "cli",
+    "data",
+    "evaluation",
+    "gradient_check",
+    "integrations",
+    "malloc",
+    "methods",
+    "models",
+    "noise",
+    "ops",
+    "plan",
+    "reference",
+    "schedules",
+    "training",
+)
 
 __all__ = [
     "DiscreteSchedule",
@@ -71,13 +87,14 @@ _extension.load()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"coup_fast.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'coup_fast' has no attribute {name!r}")
-    module = importlib.import_module(_EXPORTS[name])
-    value = module if _EXPORTS[name] == f"coup_fast.{name}" else getattr(module, name)
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*__all__, *_SUBMODULES})

@@ -101,6 +101,12 @@ class DiscreteSchedule:
         if not self.betas or not all(0 < beta < 1 for beta in self.betas):
             raise ValueError("betas must be a non-empty sequence of numbers in (0, 1)")
 
+    def __repr__(self) -> str:
+        first, last, count = self.betas[0], self.betas[-1], self.num_steps
+        if self == DiscreteSchedule.linear(first, last, count):
+            return f"DiscreteSchedule.linear({first!r}, {last!r}, {count})"
+        return f"DiscreteSchedule(<{count} betas, {first:.4g} to {last:.4g}>)"
+
     @classmethod
     def linear(
         cls, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000

@@ -241,5 +241,6 @@ def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
             "no guidance",
             f"the gradient of the classifier's log-confidence is exactly 0 for {flat} of "
             f"{len(guidance)} images that were looked at, at the first step, so guidance does "
-            "nothing there: its logits are saturated (their largest softmax is 1 to the last bit), clamped or constant",
+            "nothing there: its logits are saturated (their largest softmax is 1 to the last bit), "
+            "clamped or constant",
         )
