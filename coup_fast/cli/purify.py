@@ -305,14 +305,13 @@ def _run_folder(args: argparse.Namespace, job: _Job, broken: list[str]) -> tuple
 
 def _made_with(job: _Job) -> dict[str, Any]:
     """The models and versions that decide a result."""
+    from coup_fast.evaluation.fingerprints import fingerprint
     from coup_fast.evaluation.provenance import package_versions
-    from coup_fast.evaluation.sources import model_digest
 
-    purifier, versions = job.purifier, package_versions()
-    classifier = purifier.classifier
+    versions = package_versions()
     return {
-        "score_model": model_digest(purifier.score_model),
-        "classifier": None if classifier is None else model_digest(classifier),
+        "score_model": fingerprint(job.purifier.score_model),
+        "classifier": fingerprint(job.purifier.classifier),
         "versions": {name: versions[name] for name in ("coup_fast", "torch")},
     }
 
