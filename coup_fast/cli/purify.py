@@ -32,7 +32,7 @@ from coup_fast.cli.image_files import (
     read_array,
     read_image,
 )
-from coup_fast.files import FileError, lock
+from coup_fast.files import FileError, lock, memory
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,8 @@ class _Job:
         import torch
 
         parts = self._parts(pictures)
+        for rows in parts:
+            self.check_memory(len(rows), *pictures[rows.start].shape[1:])
         calls = len(parts) * self.purifier.plan.num_network_calls
         with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
             for rows in parts:
@@ -124,6 +126,16 @@ class _Job:
                     clean = self.purifier(batch.to(self.device), own, self.draw)
                 for picture, result in zip(part, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], picture.shape)[0]
+
+    def check_memory(self, count: int, height: int = 1, width: int = 1) -> None:
+        """Refuse a batch of pictures that does not fit into memory even before the network."""
+        height, width = self.fit.height or height, self.fit.width or width
+        size = 4 * count * self.fit.channels * height * width
+        if size > memory():
+            raise CommandError(
+                f"{count} picture{'s' * (count != 1)} of {height}x{width} take {size / 2**30:.0f} "
+                "GiB, more than the memory of this machine: choose a smaller --size or --batch-size"
+            )
 
     @contextmanager
     def _plain_errors(self, batch: Tensor) -> Iterator[None]:
@@ -231,7 +243,9 @@ def _prepare(args: argparse.Namespace) -> _Job:
         "convert_color": args.convert_color,
         "alpha": args.alpha,
     }
-    return _Job(purifier, fit, device, args.draw, args.batch_size, settings)
+    job = _Job(purifier, fit, device, args.draw, args.batch_size, settings)
+    job.check_memory(1)
+    return job
 
 
 def _other_sets(channels: int) -> str:

@@ -31,9 +31,7 @@ def evaluate(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("module", ["mlxtend", "tabulate"])
-def test_no_code_of_the_working_folder_runs_for_bundled_models(
-    module: str, tmp_path: Path
-) -> None:
+def test_no_code_of_the_working_folder_runs_for_bundled_models(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}.py").write_text(PLANTED)
     done = evaluate(tmp_path)
     assert done.returncode == 0, done.stderr
