@@ -21,6 +21,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 MAX_INT64 = 2**63 - 1
+MAX_THREADS = 1024  # far more than help; OpenMP ends a process that asks for too many
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=common.positive_int,
+        type=common.thread_count,
         nargs="+",
         metavar="N",
         help="CPU threads; several are measured one after the other (default: torch's)",

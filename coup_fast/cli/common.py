@@ -110,13 +110,21 @@ def non_negative_int(text: str) -> int:
     return _whole(text, 0)
 
 
-def _whole(text: str, least: int) -> int:
+def thread_count(text: str) -> int:
+    """argparse type: a number of threads that can be started."""
+    from coup_fast.checks import MAX_THREADS
+
+    return _whole(text, 1, MAX_THREADS)
+
+
+def _whole(text: str, least: int, most: int = 2**63 - 1) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    if not least <= value <= most:
+        bounds = f">= {least}" if value < least else f"<= {most}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {text!r:.60}")
     return value
 
 

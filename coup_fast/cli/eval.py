@@ -20,6 +20,7 @@ from coup_fast.cli import common
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
+    from coup_fast.evaluation.config import EvalConfig
     from coup_fast.evaluation.report import Report
 
 HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=common.positive_int, help="fresh draws of each image (default: 10)")
     add("--batch-size", type=common.positive_int, help="images at once (default: 16)")
     add("--seed", type=common.non_negative_int, help="of the defences' noise (default: 0)")
-    add("--threads", type=common.positive_int, help="of a process (default: 1)")
+    add("--threads", type=common.thread_count, help="of a process (default: 1)")
     add("--models", help="mnist or cifar10 (bundled), or MODULE:FUNCTION (default: mnist)")
     add(
         "--data",
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     with common.plain_errors():
         config = from_dict(_tables(args))
     try:
-        with common.plain_errors(), _stoppable():
+        with common.plain_errors(), _stoppable(), _working_folder_searched(config):
             report = evaluate(
                 config,
                 args.out,
@@ -110,17 +111,30 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM, by which torchrun and batch systems stop a process, is taken as Ctrl-C.
-
-    The working folder is searched for modules, since `models = "module:function"` may lie there.
-    """
+    """SIGTERM, by which torchrun and batch systems stop a process, is taken as Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.path.insert(0, "")
     try:
         yield
     finally:
-        sys.path.remove("")
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _working_folder_searched(config: EvalConfig) -> Iterator[None]:
+    """The working folder is searched for modules if the configuration names one, and last.
+
+    Otherwise no code of that folder runs: a file there may be called as any package is.
+    """
+    named = [config.models, *(row.defence.method for row in config.rows)]
+    folder = str(Path.cwd())
+    searched = any(":" in name for name in named)
+    if searched:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if searched:
+            sys.path.remove(folder)
 
 
 def _show(report: Report, args: argparse.Namespace, device: str) -> None:

@@ -5,6 +5,7 @@ An `ImageFile` is one picture, an `ArrayFile` one batch of them.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from coup_fast.cli.folders import Record
     from coup_fast.integrations.pictures import Picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
@@ -35,6 +37,7 @@ class ImageFile:
     source: Path
     target: Path
     picture: Picture
+    record: Record | None = None  # of the folder that it goes to
 
     @property
     def pixels(self) -> Tensor:
@@ -52,8 +55,13 @@ class ImageFile:
             options |= {"quality": 95, "subsampling": 0}
         elif suffix == ".webp":
             options |= {"lossless": True, "exact": True}
-        with whole_file(self.target) as file:
-            image.save(file, format=Image.registered_extensions()[suffix], **options)
+        encoded = io.BytesIO()
+        image.save(encoded, format=Image.registered_extensions()[suffix], **options)
+        if self.record is not None:
+            self.record.write(self.target, encoded.getvalue())
+        else:
+            with whole_file(self.target) as file:
+                file.write(encoded.getvalue())
         return clipped
 
 
@@ -87,26 +95,15 @@ def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
     return ImageFile(path, target, picture)
 
 
-def list_images(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(input, output) paths of one picture or of the pictures of a folder, sorted by name."""
-    if not source.is_dir():
-        if target.is_dir():
-            target = target / source.name
-        if target.suffix.lower() not in IMAGE_SUFFIXES:
-            raise CommandError(
-                f"{target} needs the ending of an image file ({' '.join(IMAGE_SUFFIXES)})"
-            )
-        return [(source, target)]
-    if target.exists() and not target.is_dir():
-        raise CommandError(f"{source} is a folder, so {target} must be one too")
-    names = sorted(path.name for path in source.iterdir() if path.is_file())
-    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise CommandError(f"{source} holds no image files ({' '.join(IMAGE_SUFFIXES)})")
-    if len(images) < len(names):
-        others = len(names) - len(images)
-        say(f"{source}: {others} other file{'s' * (others != 1)} left out")
-    return [(source / name, target / name) for name in images]
+def image_target(source: Path, target: Path) -> Path:
+    """Where the result of one picture goes: `target`, or a file of the same name in that folder."""
+    if target.is_dir():
+        target = target / source.name
+    if target.suffix.lower() not in IMAGE_SUFFIXES:
+        raise CommandError(
+            f"{target} needs the ending of an image file ({' '.join(IMAGE_SUFFIXES)})"
+        )
+    return target
 
 
 @dataclass

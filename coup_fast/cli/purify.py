@@ -3,9 +3,11 @@
 IN is a picture, a folder of pictures, or a batch of four dimensions ([B,C,H,W] or [B,H,W,C]; uint8,
 or floats in [0,1]) in a .npy or .npz file. OUT gets the same format, shape and dtype. The axis of
 length C, the number of channels the network takes, decides a batch's layout; --layout settles
-what the shape leaves open. Noise is chosen by --seed, --draw and the position in the batch or in
-the sorted folder, so results do not depend on --batch-size. Results are clipped to [0,1] only
-where the format holds whole numbers, and the count is said.
+what the shape leaves open. Noise is chosen by --seed, --draw and the position in the batch or, in
+a folder, the picture's name in it, so results depend neither on --batch-size nor on the other
+pictures. Results are clipped to [0,1] only where the format holds whole numbers, and the count is
+said. A folder's pictures that cannot be read are named at the end (exit code 1); the others are
+done. What a folder was made with is kept in OUT/coup-fast-purify.jsonl, for --resume.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coup_fast.cli import common, networks
 from coup_fast.cli.common import CommandError
 from coup_fast.cli.fitting import Fit
+from coup_fast.cli.folders import Record, check_target, find_images
 from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
     IMAGE_SUFFIXES,
-    list_images,
+    ImageFile,
+    image_target,
     read_array,
     read_image,
 )
+from coup_fast.files import FileError, lock, memory
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on with a folder after a stop: leave out the pictures whose results are there",
+        help="go on with a folder after a stop: leave out the pictures whose results are there; "
+        "other settings than those it was begun with are refused",
     )
+    add(
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        help="purify the pictures in a folder's sub-folders too, or leave them out",
+    )
+    add("--skip-broken", action="store_true", help="exit with 0 if pictures could not be read")
     networks.add_arguments(parser)
     common.add_device_argument(parser)
 
@@ -93,6 +105,7 @@ class _Job:
     device: torch.device
     draw: int
     batch_size: int
+    settings: dict[str, Any]  # all that decides a result, for the record of a folder
 
     def run(self, pictures: Sequence[Tensor], ids: Sequence[int]) -> Iterator[Tensor]:
         """Purify pictures [c, h, w] in [0, 1]; yields them in order, each in its own shape.
@@ -102,6 +115,8 @@ class _Job:
         import torch
 
         parts = self._parts(pictures)
+        for rows in parts:
+            self.check_memory(len(rows), *pictures[rows.start].shape[1:])
         calls = len(parts) * self.purifier.plan.num_network_calls
         with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
             for rows in parts:
@@ -111,6 +126,16 @@ class _Job:
                     clean = self.purifier(batch.to(self.device), own, self.draw)
                 for picture, result in zip(part, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], picture.shape)[0]
+
+    def check_memory(self, count: int, height: int = 1, width: int = 1) -> None:
+        """Refuse a batch of pictures that does not fit into memory even before the network."""
+        height, width = self.fit.height or height, self.fit.width or width
+        size = 4 * count * self.fit.channels * height * width
+        if size > memory():
+            raise CommandError(
+                f"{count} picture{'s' * (count != 1)} of {height}x{width} take {size / 2**30:.0f} "
+                "GiB, more than the memory of this machine: choose a smaller --size or --batch-size"
+            )
 
     @contextmanager
     def _plain_errors(self, batch: Tensor) -> Iterator[None]:
@@ -153,9 +178,18 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{source} is neither a folder nor one of {endings}")
     if args.resume and (args.force or not source.is_dir()):
         raise CommandError("--resume is for a folder of pictures, and excludes --force")
+    if source.is_dir():
+        check_target(source, args.target, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+    elif args.recursive is not None or args.skip_broken:
+        option = "--skip-broken" if args.recursive is None else "--recursive"
+        raise CommandError(f"{option} is for a folder of pictures")
     job = _prepare(args)
     start = time.perf_counter()
-    count, clipped = _run_array(args, job) if is_array else _run_images(args, job)
+    broken: list[str] = []
+    if source.is_dir():
+        count, clipped = _run_folder(args, job, broken)
+    else:
+        count, clipped = (_run_array if is_array else _run_picture)(args, job)
     seconds = time.perf_counter() - start
     plan = job.purifier.plan
     common.say(
@@ -164,6 +198,11 @@ def run(args: argparse.Namespace) -> int:
     )
     if clipped:
         common.say(f"{clipped} values outside [0, 1] were clipped: the file holds whole numbers")
+    for sentence in broken:
+        common.say(f"left out: {sentence}")
+    if broken and not args.skip_broken:
+        common.say(f"{len(broken)} of {count + len(broken)} pictures could not be read")
+        return 1
     return 0
 
 
@@ -194,7 +233,19 @@ def _prepare(args: argparse.Namespace) -> _Job:
     height, width = models.size or (None, None)
     hint = _other_sets(models.channels) if args.score is None else ""
     fit = Fit(models.channels, height, width, args.convert_color, args.resize, hint)
-    return _Job(purifier, fit, device, args.draw, args.batch_size)
+    settings = {
+        "method": args.method,
+        "options": options,
+        "seed": args.seed,
+        "draw": args.draw,
+        "size": models.size,
+        "resize": args.resize,
+        "convert_color": args.convert_color,
+        "alpha": args.alpha,
+    }
+    job = _Job(purifier, fit, device, args.draw, args.batch_size, settings)
+    job.check_memory(1)
+    return job
 
 
 def _other_sets(channels: int) -> str:
@@ -219,19 +270,68 @@ def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
     return len(purified), batch.write(target, purified)
 
 
-def _run_images(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
-    """Purify one picture or the pictures of a folder; returns as `_run_array`."""
-    paths = list_images(args.source, args.target)
-    ids = [i for i, (_, target) in enumerate(paths) if not (args.resume and target.exists())]
-    if args.resume:
-        common.say(f"{len(paths) - len(ids)} of {len(paths)} results are there")
-    paths = [paths[i] for i in ids]
-    if not paths:
-        return 0, 0
-    _prepare_target(paths[0][1], [target for _, target in paths], args.force)
-    pictures = [read_image(*pair, args.alpha) for pair in paths]
-    for picture in pictures:
-        job.fit.check(picture.pixels.shape, str(picture.source))
+def _run_picture(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
+    """Purify one picture; returns as `_run_array`."""
+    target = image_target(args.source, args.target)
+    _prepare_target(target, [target], args.force)
+    picture = read_image(args.source, target, args.alpha)
+    job.fit.check(picture.pixels.shape, str(picture.source))
+    return _purify(job, [picture], [0])
+
+
+def _run_folder(args: argparse.Namespace, job: _Job, broken: list[str]) -> tuple[int, int]:
+    """Purify the pictures of a folder; returns as `_run_array`.
+
+    What is wrong with those that cannot be read is added to `broken`.
+    """
+    from coup_fast.integrations.pictures import picture_id
+
+    source, target = args.source, args.target
+    names = find_images(source, target, args.recursive)
+    _make_folder(target)
+    record = Record(target, job.settings | _made_with(job))
+    with lock(record.path):
+        if args.resume:
+            record.resume()
+            todo = [name for name in names if not record.has(name)]
+            common.say(f"{len(names) - len(todo)} of {len(names)} results are there")
+        else:
+            todo = names
+            files = [target / name for name in names]
+            common.refuse_to_overwrite([*files, record.path], args.force)
+        pictures: list[ImageFile] = []
+        ids: list[int] = []
+        for name in todo:
+            try:
+                picture = read_image(source / name, target / name, args.alpha)
+            except FileError as error:
+                broken.append(str(error))
+                continue
+            picture.record = record
+            pictures.append(picture)
+            ids.append(picture_id(name))
+        for picture in pictures:
+            job.fit.check(picture.pixels.shape, str(picture.source))
+            _make_folder(picture.target.parent)
+        record.begin()
+        return _purify(job, pictures, ids)
+
+
+def _made_with(job: _Job) -> dict[str, Any]:
+    """The models and versions that decide a result."""
+    from coup_fast.evaluation.fingerprints import fingerprint
+    from coup_fast.evaluation.provenance import package_versions
+
+    versions = package_versions()
+    return {
+        "score_model": fingerprint(job.purifier.score_model),
+        "classifier": fingerprint(job.purifier.classifier),
+        "versions": {name: versions[name] for name in ("coup_fast", "torch")},
+    }
+
+
+def _purify(job: _Job, pictures: list[ImageFile], ids: list[int]) -> tuple[int, int]:
+    """Purify and write pictures; returns as `_run_array`."""
     results = job.run([picture.pixels for picture in pictures], ids)
     clipped = done = 0
     try:
@@ -239,7 +339,7 @@ def _run_images(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
             clipped += picture.write(purified)
             done += 1
     except KeyboardInterrupt:
-        if args.source.is_dir():
+        if pictures[0].record is not None:
             common.say(
                 f"{done} of {len(pictures)} results are written; --resume goes on from there"
             )
@@ -252,8 +352,12 @@ def _run_images(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
 def _prepare_target(target: Path, files: list[Path], force: bool) -> None:
     """Refuse to overwrite, and make the folder that the files go to."""
     common.refuse_to_overwrite(files, force)
+    _make_folder(target.parent)
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"{target.parent} cannot be made: {error.strerror}") from None
-    common.check_folder(target.parent)
+        raise CommandError(f"{folder} cannot be made: {error.strerror}") from None
+    common.check_folder(folder)

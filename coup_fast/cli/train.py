@@ -22,6 +22,7 @@ from coup_fast.cli.common import (
     positive_number,
     require,
     say,
+    thread_count,
 )
 
 HELP = "train a score model, an NCSN or a classifier"
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init", type=file_path, metavar="FILE", help="a trained VP network that ncsn starts from"
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--force", action="store_true", help="overwrite OUT of another run")

@@ -274,8 +274,14 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     if twice:
         raise ValueError(f"two defences are called {', '.join(twice)}; give each a name")
     numbers = {
-        name: checks.integer(name, table[name], 0 if name == "seed" else 1)
-        for name in ("draws", "batch_size", "seed", "threads", "memory_budget")
+        name: checks.integer(name, table[name], low, high)
+        for name, low, high in (
+            ("draws", 1, None),
+            ("batch_size", 1, None),
+            ("seed", 0, None),
+            ("threads", 1, checks.MAX_THREADS),
+            ("memory_budget", 1, None),
+        )
         if name in table
     }
     models = reading.text("models", table.get("models", "mnist"))

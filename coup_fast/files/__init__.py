@@ -3,6 +3,7 @@
 from coup_fast.files.reader import FileError, memory, read_arrays, read_json, reading
 from coup_fast.files.writer import (
     UNFINISHED,
+    append_text,
     lock,
     whole_file,
     write_figure,
@@ -13,6 +14,7 @@ from coup_fast.files.writer import (
 __all__ = [
     "UNFINISHED",
     "FileError",
+    "append_text",
     "lock",
     "memory",
     "read_arrays",

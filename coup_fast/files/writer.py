@@ -53,6 +53,13 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add `text`, in one piece, to a file that is there. A link is not followed."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    with os.fdopen(handle, "ab", buffering=0) as file:
+        file.write(text.encode())
+
+
 def write_tensors(path: Path, content: Any) -> None:
     """`torch.save` to a `whole_file`."""
     import torch

@@ -6,6 +6,8 @@ purify_image("in.png", purifier).save("out.png")
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +53,15 @@ def with_size(pixels: Tensor, height: int, width: int) -> Tensor:
     return interpolate(
         pixels, (height, width), mode="bilinear", align_corners=False, antialias=True
     ).contiguous()
+
+
+def picture_id(name: str) -> int:
+    """The sample id of a picture in a folder: 63 bits of the SHA-256 of its name there.
+
+    So its noise is its own, whatever other pictures there are. name: "a.png", or "sub/a.png".
+    """
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass

@@ -14,7 +14,7 @@ from PIL import Image
 
 import coup_fast
 from coup_fast.cli import main
-from coup_fast.integrations.pictures import purify_image, read_picture
+from coup_fast.integrations.pictures import picture_id, purify_image, read_picture
 from coup_fast.models import Classifier, UNet, save_network
 
 RGB = np.random.default_rng(0).integers(0, 256, (18, 27, 3), dtype=np.uint8)
@@ -162,7 +162,7 @@ def test_a_users_own_networks(
 def test_a_folder_of_pictures_of_all_sizes(
     networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pictures of one size share a batch; noise goes by the place in the folder all the same."""
+    """Pictures of one size share a batch; noise goes by the name in the folder all the same."""
     source = tmp_path / "in"
     source.mkdir()
     for k, size in enumerate([(9, 7), (9, 7), (5, 8), (9, 7)]):
@@ -171,7 +171,7 @@ def test_a_folder_of_pictures_of_all_sizes(
     assert main(["purify", str(source), str(tmp_path / "out"), *score, *QUICK]) == 0
     assert "purified 4 images" in capsys.readouterr().err
     for k in range(4):
-        want = purify_image(source / f"{k}.png", purifier(), sample_id=k)
+        want = purify_image(source / f"{k}.png", purifier(), sample_id=picture_id(f"{k}.png"))
         with Image.open(tmp_path / "out" / f"{k}.png") as image:
             assert np.abs(pixels_of(image) - pixels_of(want)).max() <= 1
 
