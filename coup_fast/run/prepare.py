@@ -71,6 +71,8 @@ def prepare(
         run_noise = Noise(tensors=noise.detach() if recordable else noise.clone())
     if options.check_values:
         validation.check_values(images)
+        if isinstance(draw, Tensor) and draw.device.type != "cpu":
+            checks.draw_values("draw", draw)
 
     place = images.device, torch.promote_types(images.dtype, torch.float32)
     if place not in kept.tables:
