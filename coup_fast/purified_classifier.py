@@ -58,8 +58,9 @@ class PurifiedClassifier(nn.Module):
             `num_draws` draws, as a randomised defence does and as attacks that average over its
             randomness (EOT) must see it; `next_draw` tells where it is, `reset_draws` sets it.
 
-    Without sample ids an image's noise goes by its position in the batch, so an attack that drops
-    images on its way changes the noise of those that remain.
+    Without sample ids an image's noise goes by its position in the batch: an attack that drops
+    images on its way changes the noise of those that remain, and calls one after the other give
+    the same noise to different images. `sample_ids="content"` names them by their pixels.
 
     It owns the parameters of its models, so attack libraries find its device through them; they are
     never differentiated, and train/eval mode and requires_grad flags are left as found. It works
@@ -107,7 +108,10 @@ class PurifiedClassifier(nn.Module):
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)
-        return self.logits_at(images, ids, self.take_draws(draw, self.num_draws))
+        first = self.take_draws(draw, self.num_draws)
+        if sample_ids is None and self.purifier.check_values and self.purifier.num_noise > 0:
+            self.purifier._kept.positions.notice(images, first)
+        return self.logits_at(images, ids, first)
 
     def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
