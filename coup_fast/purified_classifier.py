@@ -16,6 +16,7 @@ from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
 from coup_fast.run.first_look import look_at_classifier
+from coup_fast.run.sample_ids import fresh_draw
 from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
@@ -56,7 +57,10 @@ class PurifiedClassifier(nn.Module):
         fresh_draws: False: a call is a function of its arguments, so the same call twice gives the
             same scores (a fixed-noise defence, to an attack). True: every call uses the next
             `num_draws` draws, as a randomised defence does and as attacks that average over its
-            randomness (EOT) must see it; `next_draw` tells where it is, `reset_draws` sets it.
+            randomness (EOT) must see it. The first draw is another one for each object, process and
+            rank, and repeatable under `torch.manual_seed` (`coup_fast.run.sample_ids.fresh_draw`);
+            `next_draw` tells where it is, `reset_draws` sets it. A copy goes on from where the
+            original is.
 
     Without sample ids an image's noise goes by its position in the batch: an attack that drops
     images on its way changes the noise of those that remain, and calls one after the other give
@@ -88,11 +92,24 @@ class PurifiedClassifier(nn.Module):
         self.num_draws = checks.integer("num_draws", num_draws, 1)
         self.vote = checks.choice("vote", vote, VOTES)
         self.fresh_draws = fresh_draws
-        self.next_draw = 0
+        self._next_draw: int | None = None
+
+    @property
+    def next_draw(self) -> int:
+        """Where the next call with `fresh_draws` begins; chosen when it is first asked for."""
+        if self._next_draw is None:
+            if not self.fresh_draws:
+                return 0
+            self._next_draw = fresh_draw()
+        return self._next_draw
+
+    @next_draw.setter
+    def next_draw(self, draw: int) -> None:
+        self._next_draw = checks.integer("next_draw", draw, 0)
 
     def reset_draws(self, next_draw: int = 0) -> None:
         """Let the next call with `fresh_draws` start at this draw."""
-        self.next_draw = checks.integer("next_draw", next_draw, 0)
+        self.next_draw = next_draw
 
     def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.

@@ -1,4 +1,4 @@
-"""Which image is which to the noise: ids that are given, the image's content, or its position.
+"""Which image is which to the noise, and which draw is fresh.
 
 Ids by content are a hash of an image's pixels, so the image has its noise in any batch and at any
 position. Ids by position are what an image gets that comes without any; whoever purifies batch
@@ -8,6 +8,8 @@ after batch so gives the same noise to other images, which is said once.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import warnings
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _ANOTHER_IMAGE = 0.5  # a pixel differs by this; attacks within a small ball stay below
+_calls = itertools.count()  # of `fresh_draw`
 _ROWS = 4  # images that are compared
 
 
@@ -30,6 +33,18 @@ def content_ids(images: Tensor) -> Tensor:
     digests = [hashlib.blake2b(head + row.tobytes(), digest_size=8).digest() for row in rows]
     ids = [int.from_bytes(digest, "little", signed=True) for digest in digests]
     return torch.tensor(ids, dtype=torch.int64, device=images.device)
+
+
+def fresh_draw() -> int:
+    """A draw to begin at that no other object, process or rank begins at; in [0, 2^60).
+
+    It follows from torch's seed, the rank and the number of calls so far in this process: a program
+    that sets `torch.manual_seed` repeats itself, and without it torch's seed is another each time.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else os.environ.get("RANK", "0")
+    text = f"{torch.initial_seed()} {rank} {next(_calls)}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 4
 
 
 class Positions:

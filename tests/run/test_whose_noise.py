@@ -6,10 +6,13 @@ import copy
 import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from helpers.scripts import environment
 from helpers.tiny import defended, images, short_purifier
 from torch import Tensor
 
@@ -109,3 +112,39 @@ def test_given_noise_and_fresh_draws_are_no_reason_for_a_warning() -> None:
     noise = torch.zeros(clean.num_noise, *A.shape)
     assert warned(clean, A, B, noise=noise) == 0
     assert warned(defended("diffpure", fresh_draws=True), A, B, A) == 0
+
+
+# Fresh draws
+
+
+def test_two_objects_with_fresh_draws_draw_different_noise() -> None:
+    first, second = (defended("diffpure", fresh_draws=True) for _ in range(2))
+    assert first.next_draw != second.next_draw
+    assert not torch.equal(first(A), second(A))
+    second.reset_draws(first.next_draw)
+    assert torch.equal(first(A), second(A))
+    assert defended("diffpure").next_draw == 0
+
+
+NEXT = """
+import os, sys, torch
+from helpers.scripts import environment
+from helpers.tiny import defended
+if sys.argv[1] != "none":
+    torch.manual_seed(int(sys.argv[1]))
+print([defended("diffpure", fresh_draws=True).next_draw for _ in range(2)])
+"""
+
+
+def begin(seed: str, rank: str = "0") -> str:
+    command = [sys.executable, "-c", NEXT, seed]
+    done = subprocess.run(
+        command, env=environment(RANK=rank), capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_fresh_draws_differ_by_process_and_rank_and_repeat_under_a_seed() -> None:
+    seeded = begin("1")
+    assert begin("1") == seeded
+    assert len({seeded, begin("2"), begin("1", rank="1"), begin("none"), begin("none")}) == 5
