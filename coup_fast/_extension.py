@@ -115,6 +115,15 @@ def _cpu_capability() -> str:
         return f"error: {str(error).splitlines()[0]}"
 
 
+def check_instruction_set() -> None:
+    """Raises RuntimeError if COUP_FAST_CPU names no instruction set, or one that is not there."""
+    try:
+        torch.ops.coup_fast.cpu_capability()
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise RuntimeError(text[max(text.find("COUP_FAST_CPU"), 0) :]) from None
+
+
 def build_info() -> dict[str, Any]:
     """What is installed and in use, for bug reports and for `coup-fast info`.
 

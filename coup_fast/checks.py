@@ -115,14 +115,25 @@ def _id(name: str, value: Any) -> int:
 
 
 def draw(name: str, value: Any, count: int, device: torch.device) -> int | Tensor:
-    """The draw of `count` samples: one integer >= 0, or a tensor int64 [count] of one for each."""
+    """The draw of `count` samples: one integer >= 0, or a tensor int64 [count] of one for each.
+
+    Values of a tensor on another device than the CPU are not looked at (`draw_values`): that waits.
+    """
     if not isinstance(value, Tensor):
         return integer(name, value, 0, MAX_INT64)
     if value.dtype != torch.int64 or tuple(value.shape) != (count,):
         raise ValueError(
             _tensor_sentence(name, f"an int or an int64 tensor [{count}], one per sample", value)
         )
+    if value.device.type == "cpu":
+        draw_values(name, value)
     return value.to(device)
+
+
+def draw_values(name: str, value: Tensor) -> None:
+    """No draw of the tensor is negative; waits for its device."""
+    if bool((value < 0).any()):
+        raise ValueError(_sentence(f"each of {name}", "an int of at least 0", int(value.min())))
 
 
 def _sentence(name: str, expected: str, value: Any) -> str:

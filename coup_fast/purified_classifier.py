@@ -17,6 +17,7 @@ from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
 from coup_fast.run.driver import Drivable
 from coup_fast.run.first_look import look_at_classifier
+from coup_fast.run.sample_ids import fresh_draw
 from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
@@ -57,10 +58,14 @@ class PurifiedClassifier(Drivable, nn.Module):
         fresh_draws: False: a call is a function of its arguments, so the same call twice gives the
             same scores (a fixed-noise defence, to an attack). True: every call uses the next
             `num_draws` draws, as a randomised defence does and as attacks that average over its
-            randomness (EOT) must see it; `next_draw` tells where it is, `reset_draws` sets it.
+            randomness (EOT) must see it. The first draw is another one for each object, process and
+            rank, and repeatable under `torch.manual_seed` (`coup_fast.run.sample_ids.fresh_draw`);
+            `next_draw` tells where it is, `reset_draws` sets it. A copy goes on from where the
+            original is.
 
-    Without sample ids an image's noise goes by its position in the batch, so an attack that drops
-    images on its way changes the noise of those that remain.
+    Without sample ids an image's noise goes by its position in the batch: an attack that drops
+    images on its way changes the noise of those that remain, and calls one after the other give
+    the same noise to different images. `sample_ids="content"` names them by their pixels.
 
     It owns the parameters of its models, so attack libraries find its device through them; they are
     never differentiated, and train/eval mode and requires_grad flags are left as found. It works
@@ -88,11 +93,24 @@ class PurifiedClassifier(Drivable, nn.Module):
         self.num_draws = checks.integer("num_draws", num_draws, 1)
         self.vote = checks.choice("vote", vote, VOTES)
         self.fresh_draws = fresh_draws
-        self.next_draw = 0
+        self._next_draw: int | None = None
+
+    @property
+    def next_draw(self) -> int:
+        """Where the next call with `fresh_draws` begins; chosen when it is first asked for."""
+        if self._next_draw is None:
+            if not self.fresh_draws:
+                return 0
+            self._next_draw = fresh_draw()
+        return self._next_draw
+
+    @next_draw.setter
+    def next_draw(self, draw: int) -> None:
+        self._next_draw = checks.integer("next_draw", draw, 0)
 
     def reset_draws(self, next_draw: int = 0) -> None:
         """Let the next call with `fresh_draws` start at this draw."""
-        self.next_draw = checks.integer("next_draw", next_draw, 0)
+        self.next_draw = next_draw
 
     def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
@@ -115,7 +133,10 @@ class PurifiedClassifier(Drivable, nn.Module):
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
         ids = validation.sample_ids_of(images, sample_ids)
-        return self.logits_at(images, ids, self.take_draws(draw, self.num_draws))
+        first = self.take_draws(draw, self.num_draws)
+        if sample_ids is None and self.purifier.check_values and self.purifier.num_noise > 0:
+            self.purifier._kept.positions.notice(images, first)
+        return self.logits_at(images, ids, first)
 
     def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.

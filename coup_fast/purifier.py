@@ -113,7 +113,7 @@ class Purifier(Drivable, nn.Module):
     keeps its input must keep a copy.
 
     An image's result depends on the image, the seed, its sample id and its draw; not on its batch,
-    as far as that is true of the networks.
+    as far as that is true of the networks. Without `sample_ids` its id is its position.
 
     Raises ValueError for an unknown method or option (listing those that exist), or a guided method
     without a classifier; TypeError for a score_model that is not a `ScoreModel`.
@@ -188,7 +188,8 @@ class Purifier(Drivable, nn.Module):
             if isinstance(value, dict):  # submodules, hooks and options are its own from here on
                 vars(other)[name] = copy.copy(value)
         other.plan = plan
-        other._kept = Kept(compiled=self._kept.compiled, looks=self._kept.looks)
+        kept = self._kept
+        other._kept = Kept(compiled=kept.compiled, looks=kept.looks, positions=kept.positions)
         return other
 
     @property
@@ -208,7 +209,12 @@ class Purifier(Drivable, nn.Module):
         Args:
             images: [B, C, H, W] pixels in [0, 1]; float32, float16, bfloat16 or float64 (which
                 runs in float64, on the reference path).
-            sample_ids: integers [B] that name the images to the noise; default 0 … B-1.
+            sample_ids: integers [B] that name the images to the noise; default 0 … B-1, so calls
+                one after the other give the same noise to different images (a warning, once).
+                "content": a hash of each image's pixels (as float32), so the same image has the
+                same noise everywhere. It changes with every changed bit: an attacker who knows the
+                seed can look for images with favourable noise, and an attack's gradient sees
+                nothing of it, so attacks and evaluations name images by numbers.
             draw: int >= 0, or int64 [B]: which of an image's independent noises.
             noise: [M, B, C, H, W] with M >= `num_noise`, used in order of need (forward diffusion
                 first) instead of generated noise. It is not differentiated.

@@ -68,6 +68,8 @@ def choose_ops(backend: str, images: Tensor) -> Operators:
 
         return reference
     if device in compiled and compiled[device]():
+        if device == "cpu":
+            _extension.check_instruction_set()
         from coup_fast import ops
 
         return ops

@@ -18,6 +18,7 @@ from coup_fast.run.captured import Graphs
 from coup_fast.run.first_look import Looks
 from coup_fast.run.model_calls import Compiled, ModelCalls, check_precision, wants_channels_last
 from coup_fast.run.options import RunOptions
+from coup_fast.run.sample_ids import Positions
 from coup_fast.run.steps import RUNS, Run
 from coup_fast.run.tables import Noise, Tables, tables_of
 from coup_fast.score_model import ClassifierFunction, ScoreModel
@@ -31,6 +32,7 @@ class Kept:
     compiled: Compiled = field(default_factory=Compiled)
     graphs: Graphs = field(default_factory=Graphs)
     looks: Looks = field(default_factory=Looks)
+    positions: Positions = field(default_factory=Positions)
 
 
 def prepare(
@@ -71,6 +73,10 @@ def prepare(
         run_noise = Noise(tensors=noise.detach() if recordable else noise.clone())
     if options.check_values:
         validation.check_values(images)
+        if isinstance(draw, Tensor) and draw.device.type != "cpu":
+            checks.draw_values("draw", draw)
+        if sample_ids is None and noise is None and plan.num_noise > 0:
+            kept.positions.notice(images, draw)
 
     place = images.device, torch.promote_types(images.dtype, torch.float32)
     if place not in kept.tables:

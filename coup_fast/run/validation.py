@@ -16,6 +16,7 @@ from torch import Tensor
 from coup_fast import checks
 from coup_fast._torch.modules import declared_channels, first_parameter
 from coup_fast._torch.transforms import refuse_transforms
+from coup_fast.run.sample_ids import content_ids
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
@@ -89,9 +90,15 @@ def check_channels(name: str, function: Any, images: Tensor) -> None:
 
 
 def sample_ids_of(images: Tensor, sample_ids: Any) -> Tensor:
-    """Sample ids as int64 [B] on the images' device; None means position in the batch."""
+    """Sample ids as int64 [B] on the images' device.
+
+    None means position in the batch, "content" a hash of each image (`content_ids`).
+    """
     if sample_ids is None:
         return torch.arange(len(images), device=images.device)
+    if isinstance(sample_ids, str):
+        checks.choice("sample_ids that are a word", sample_ids, ("content",))
+        return content_ids(images)
     return checks.ids("sample_ids", sample_ids, len(images), images.device)
 
 

@@ -27,7 +27,9 @@ def model() -> PurifiedClassifier:
     """Randomised, as attacks that average over draws must see it."""
     purifier = tiny.short_purifier("coup", num_steps=2)
     assert purifier.classifier is not None
-    return PurifiedClassifier(purifier, purifier.classifier, fresh_draws=True).eval()
+    defended = PurifiedClassifier(purifier, purifier.classifier, fresh_draws=True).eval()
+    defended.reset_draws()
+    return defended
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_the_default_budget_takes_small_work_at_once() -> None:
 
 def test_fresh_draws_move_on_as_calls_would() -> None:
     defence, u = model("diffpure", 2, fresh=True), images(5)
+    defence.reset_draws()
     eot_gradient(defence, u, LABELS, draws=3)
     assert defence.next_draw == 6
     got = eot_gradient(defence, u, LABELS, draws=2)

@@ -74,6 +74,7 @@ def test_draws_are_the_purifier_draws_one_by_one(method: str, vote: str) -> None
 def test_same_call_same_scores_unless_fresh_draws_are_asked_for() -> None:
     fixed = defended("diffpure", num_draws=2)
     fresh = defended("diffpure", num_draws=2, fresh_draws=True)
+    fresh.reset_draws()
     u = images()
     assert torch.equal(fixed(u), fixed(u))
     assert fixed.next_draw == 0
@@ -167,6 +168,7 @@ def test_classifiers_that_return_no_logits_are_refused() -> None:
 
 def test_calls_at_once_get_draws_of_their_own() -> None:
     model = defended("diffpure", num_draws=2, fresh_draws=True)
+    model.reset_draws()
     both = threading.Barrier(2, timeout=60)
 
     def meet(*_: object) -> None:
@@ -181,6 +183,7 @@ def test_calls_at_once_get_draws_of_their_own() -> None:
 
 def test_draws_of_a_failed_call_are_used_up() -> None:
     model = defended("diffpure", num_draws=2, fresh_draws=True)
+    model.reset_draws()
     handle = model.purifier.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(images())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.scripts import environment
 from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, _extension, purify
@@ -89,6 +94,12 @@ def test_rounding_beyond_the_range_is_tolerated() -> None:
         ({"draw": 0.5}, TypeError, "draw .*int"),
         ({"draw": True}, TypeError, "draw .*int"),
         ({"draw": torch.zeros(2).long()}, ValueError, r"draw .*int64.*\[3\].*\[2\]"),
+        ({"draw": torch.tensor([0, -3, 1])}, ValueError, r"draw .* at least 0, got -3"),
+        (
+            {"draw": torch.tensor([0, -3, 1]), "noise": torch.zeros(4, 3, 3, 8, 8)},
+            ValueError,
+            r"draw .* at least 0, got -3",
+        ),
         ({"noise": images().numpy()}, TypeError, "noise .*tensor, got ndarray"),
         ({"noise": torch.zeros(2, 3, 3, 8, 8)}, ValueError, r"needs 4 .*noise.* 2.*\[4, 3, "),
         ({"noise": torch.zeros(3, 3, 8, 8)}, ValueError, r"noise .*\[4, 3, 3, 8, 8\].*\[3, 3, 8"),
@@ -198,6 +209,25 @@ def test_missing_kernels_are_an_error_that_names_the_cure(monkeypatch) -> None:
         with pytest.raises(RuntimeError, match="'meta'"):
             backends.choose_ops(backend, torch.zeros(1, device="meta"))
     assert backends.choose_ops("reference", fake()).__name__ == "coup_fast.reference"
+
+
+@pytest.mark.parametrize("wanted", ["garbage", "AVX2"])
+def test_an_instruction_set_that_does_not_exist_is_refused_before_any_network(wanted: str) -> None:
+    code = (
+        "from test_validation import *\n"
+        "try: never_called()(images())\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(Path(__file__).parent, COUP_FAST_CPU=wanted),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    said = f"COUP_FAST_CPU must be baseline, avx2 or avx512, got {wanted}"
+    assert done.stdout.strip() == said
 
 
 # What networks return
