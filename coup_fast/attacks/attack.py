@@ -30,7 +30,7 @@ from torch import Tensor
 from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.ball import Ball
-from coup_fast.attacks.losses import LOSSES
+from coup_fast.attacks.losses import LOSSES, TARGETED, other_classes
 from coup_fast.attacks.objective import (
     GRADIENTS,
     WEAK_GRADIENTS,
@@ -122,6 +122,9 @@ class Attack(ABC):
     random_start: begin at a random point of the ball; restarts: how often. keep: return the "last"
     iterate, or the "best": that which fooled most draws, then of highest loss. Of several restarts
     the best is kept either way. seed: of starts and draws, in [0, 2^29).
+
+    targeted: towards a wrong class, which belongs to the image's label, sample id and the number of
+    the restart: as many restarts as there are wrong classes go through all of them.
     """
 
     norm: str = "linf"
@@ -136,6 +139,7 @@ class Attack(ABC):
     restarts: int = 1
     keep: str = "last"
     seed: int = 0
+    targeted: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", units.norm(self.norm))
@@ -143,6 +147,7 @@ class Attack(ABC):
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
+        checks.flag("targeted", self.targeted)
         object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
             ("steps", 1, MAX_COUNT),
@@ -158,10 +163,16 @@ class Attack(ABC):
         """In words, for tables: "PGD-200 ce, EOT 20, exact gradient"."""
         noise = f"EOT {self.eot}" if self.noise == "fresh" else "fixed noise"
         through = "" if self.through_vote else ", blind to the vote"
+        kind = self.kind
         if self.gradient == "classifier":
-            return f"{type(self).__name__}-{self.steps} {self.loss}, bare classifier"
-        kind = f"{type(self).__name__}-{self.steps} {self.loss}"
+            return f"{kind}, bare classifier"
         return f"{kind}, {noise}, {self.gradient} gradient{through}"
+
+    @property
+    def kind(self) -> str:
+        """The name without what concerns the defence: "PGD-200 ce"."""
+        aim = " targeted" if self.targeted else ""
+        return f"{type(self).__name__}-{self.steps} {self.loss}{aim}"
 
     @property
     def weakness(self) -> str | None:
@@ -188,6 +199,7 @@ class Attack(ABC):
         labels: Tensor,
         *,
         sample_ids: Any = None,
+        targets: Tensor | None = None,
         progress: Callable[[Progress], None] | None = None,
         memory_budget: int | None = None,
     ) -> AttackResult:
@@ -200,6 +212,8 @@ class Attack(ABC):
                 holds is found, and gets this attack's draws and gradient.
             images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
+            targets: int64 [B], the classes that a targeted attack wants, instead of those that it
+                chooses.
             progress: called after every iterate.
             memory_budget: as for `coup_fast.eot_gradient`.
 
@@ -210,12 +224,14 @@ class Attack(ABC):
         that is not finite, naming the image.
         """
         ids = _check(images, labels, sample_ids)
+        if targets is not None:
+            _check_targets(self, targets, labels)
         units.check_radius(self.eps, self.norm, images[:1].numel())
         objective = Objective(
             defended,
             labels,
             ids,
-            LOSSES[self.loss],
+            (TARGETED if self.targeted else LOSSES)[self.loss],
             self.gradient,
             self.eot,
             self.through_vote,
@@ -224,6 +240,8 @@ class Attack(ABC):
         search = _Search(self, objective, Ball(images, self.norm, self.eps), progress)
         if len(images) > 0:
             objective.settle(images, search.draw(0), fixed=self.noise == "fixed")
+            if self.targeted:
+                search.choose_targets(targets)
             for restart in range(self.restarts):
                 search.restart(restart)
         return search.result()
@@ -248,6 +266,19 @@ def _check(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     return ids
 
 
+def _check_targets(attack: Attack, targets: Any, labels: Tensor) -> None:
+    if not attack.targeted:
+        raise ValueError("targets were given to an attack with targeted=False")
+    if not isinstance(targets, Tensor) or targets.dtype != labels.dtype:
+        raise TypeError(f"targets must be an int64 tensor [{len(labels)}], got {targets!r}")
+    if targets.shape != labels.shape or targets.device != labels.device:
+        got = f"{list(targets.shape)} on {targets.device}"
+        raise ValueError(f"targets must be [{len(labels)}] on {labels.device}, got {got}")
+    if bool((targets == labels).any()):
+        same = int((targets == labels).nonzero()[0])
+        raise ValueError(f"targets must be wrong classes; that of image {same} is its label")
+
+
 class _Search:
     """One run: the loop over iterates, and what it has found."""
 
@@ -266,6 +297,7 @@ class _Search:
         # The last iterate is evaluated where it has rivals.
         self.compares = attack.keep == "best" or attack.restarts > 1
         self.total = attack.restarts * (attack.steps + self.compares)
+        self.labels, self.classes, self.given = objective.labels, 0, False
 
     def draw(self, iterate: int) -> int:
         """The first draw of an iterate."""
@@ -273,9 +305,25 @@ class _Search:
             return 0
         return FIRST_ATTACK_DRAW * (1 + self.attack.seed) + iterate * self.objective.draws_used
 
+    def choose_targets(self, given: Tensor | None) -> None:
+        """Aim at these classes, or let each restart choose. Raises ValueError for no class."""
+        self.classes = self.objective.classes(self.ball.centre, self.draw(0))
+        self.given = given is not None
+        if given is None:
+            return
+        if not bool(((given >= 0) & (given < self.classes)).all()):
+            raise ValueError(
+                f"targets must be classes, 0 to {self.classes - 1}, got {int(given.min())} to "
+                f"{int(given.max())}"
+            )
+        self.objective.aim(given)
+
     def restart(self, number: int) -> None:
         """Run the loop once from a new start, and keep what is better than before."""
         attack, ball = self.attack, self.ball
+        if attack.targeted and not self.given:
+            ids = self.objective.sample_ids
+            self.objective.aim(other_classes(self.labels, ids, number, self.classes))
         x = ball.centre
         if attack.random_start:
             x = ball.random(attack.seed, self.objective.sample_ids, FIRST_START_DRAW + number)

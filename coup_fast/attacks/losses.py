@@ -40,4 +40,32 @@ def dlr(scores: Tensor, labels: Tensor) -> Tensor:
     return margin(scores, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def _top_spread(scores: Tensor) -> Tensor:
+    if scores.shape[1] < 4:
+        raise ValueError(
+            f"the targeted DLR loss needs at least 4 classes, got {scores.shape[1]}; use "
+            "loss='margin'"
+        )
+    top = scores.topk(4, dim=1).values
+    return top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
+
+
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+
+# The same for attacks that want the label for an answer: larger is nearer to it. The DLR loss has
+# the best other score where Croce & Hein have that of the right class.
+TARGETED: dict[str, Loss] = {
+    "ce": lambda scores, targets: -cross_entropy(scores, targets),
+    "dlr": lambda scores, targets: -margin(scores, targets) / _top_spread(scores),
+    "margin": lambda scores, targets: -margin(scores, targets),
+}
+
+
+def other_classes(labels: Tensor, sample_ids: Tensor, number: int, classes: int) -> Tensor:
+    """A wrong class for each image, int64 [B]: the same in any batch, another for each `number`.
+
+    Numbers 0 to classes - 2 go through all of them. Raises ValueError for a single class.
+    """
+    if classes < 2:
+        raise ValueError(f"a targeted attack needs at least 2 classes, got {classes}")
+    return (labels + 1 + (sample_ids + number) % (classes - 1)) % classes

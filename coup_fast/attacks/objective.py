@@ -42,7 +42,8 @@ WEAK_GRADIENTS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss [B]: mean over draws. fooled [B]: share of draws that were misclassified, in [0, 1].
+    """loss [B]: mean over draws. fooled [B]: share of draws that were misclassified (for an
+    attack that is targeted: as it wants), in [0, 1].
     gradient [B, C, H, W]: of the loss; zeros where none was asked for."""
 
     loss: Tensor
@@ -75,6 +76,7 @@ class Objective:
         memory_budget: int | None,
     ) -> None:
         self.labels, self.sample_ids, self.loss = labels, sample_ids, loss
+        self.targeted = False
         self.memory_budget = memory_budget
         self.draws = draws
         self._micro_batch: int | None = None
@@ -109,6 +111,25 @@ class Objective:
         if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences):
             with self._counted():
                 self.draws = model.probe(images, draw, self.draws, fixed=fixed)
+
+    def classes(self, images: Tensor, draw: int) -> int:
+        """How many classes the scores have. Costs one forward."""
+        with self._counted(), torch.no_grad():
+            return self._scores(images, draw).shape[1]
+
+    def aim(self, targets: Tensor) -> None:
+        """From now on the labels are these, int64 [B], and an image is fooled if it gets its own.
+
+        The loss has to be one of `TARGETED`.
+        """
+        self.labels, self.targeted = targets, True
+
+    def _scores(self, images: Tensor, first: int) -> Tensor:
+        if isinstance(self.model, PurifiedClassifier):
+            scores: Tensor = self.model(images, self.sample_ids, first)
+            return scores
+        with self.model.frozen():
+            return self.model.scores(images, first)
 
     @property
     def draws_used(self) -> int:
@@ -155,18 +176,13 @@ class Objective:
         with self._counted(), torch.no_grad():
             rows = []
             for repetition in range(self.draws):
-                first = draw + repetition * self._stride
-                if isinstance(self.model, PurifiedClassifier):
-                    rows.append(self.model(images, self.sample_ids, first))
-                else:
-                    with self.model.frozen():
-                        rows.append(self.model.scores(images, first))
+                rows.append(self._scores(images, draw + repetition * self._stride))
             losses = torch.stack([self.loss(scores, self.labels) for scores in rows])
         return self._evaluation(losses, torch.stack(rows), torch.zeros_like(images))
 
     def _evaluation(self, losses: Tensor, scores: Tensor, gradient: Tensor) -> Evaluation:
         """losses: [draws, B]. scores: [draws, B, K]."""
-        fooled = (scores.argmax(2) != self.labels).double()
+        fooled = ((scores.argmax(2) == self.labels) == self.targeted).double()
         draws = len(losses)
         return Evaluation(
             ordered_sum(losses.double().T) / draws, ordered_sum(fooled.T) / draws, gradient

@@ -6,6 +6,7 @@
 | pgd-l2 | PGD-200, normalised steps, EOT 20 | the same (a); step 2.5 · eps / steps is ours |
 | pgd40 | PGD-40, EOT 8: what one CPU can do | the demo's |
 | apgd-ce, apgd-dlr | APGD-100, EOT 20 | AutoAttack `rand`: Croce & Hein, ICML 2020 (b) |
+| apgd-t | APGD-100 towards each of 9 wrong classes, EOT 20 | AutoAttack's `apgd-t`, with EOT (d) |
 | fixed-noise | PGD-200 under draw 0 throughout | Liu et al., arXiv 2404.14309 |
 | stopped | pgd-linf with the guidance held constant; weak | released COUP attack |
 | bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 (c) |
@@ -14,7 +15,8 @@
 Where released code differs: (a) It starts at the image, `random_start=False`; its ℓ2 attack takes
 steps of 0.007 along signs. (b) It starts on the ball's surface, here anywhere in the ball, and
 calls an image broken by its last draw alone. (c) Its loss is that of the mean logits of the 15
-draws: `eot=1` on a `PurifiedClassifier(num_draws=15)`; it stops at the first success.
+draws: `eot=1` on a `PurifiedClassifier(num_draws=15)`; it stops at the first success. (d) It aims
+at the nine best wrong classes of its first forward, here at all nine of ten classes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PRESETS: dict[str, Attack] = {
     "pgd40": PGD(steps=40, eot=8),
     "apgd-ce": APGD(),
     "apgd-dlr": APGD(loss="dlr"),
+    "apgd-t": APGD(loss="dlr", targeted=True, restarts=9),
     "fixed-noise": PGD(noise="fixed", eot=1),
     "stopped": PGD(gradient="stopped"),
     "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),

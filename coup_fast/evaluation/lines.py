@@ -47,10 +47,7 @@ class Line:
             return f"each image under the worst of these {len(self.union)}, {ball}"
         if attack is None:
             return "none"
-        if self.row.defence.method == UNDEFENDED:
-            name = f"{type(attack).__name__}-{attack.steps} {attack.loss}"
-        else:
-            name = attack.name
+        name = attack.kind if self.row.defence.method == UNDEFENDED else attack.name
         weak = "WEAK " if self.weakness else ""
         return f"{weak}{name}, {radius(attack)}"
 
