@@ -8,6 +8,7 @@ for losses and network calls as well. Measure what they return under the defence
 
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import FIRST_ATTACK_DRAW, Attack, AttackResult, Progress
+from coup_fast.attacks.autoattack import AutoAttack
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import GRADIENTS, WEAK_GRADIENTS
 from coup_fast.attacks.pgd import PGD
@@ -23,6 +24,7 @@ __all__ = [
     "WEAK_GRADIENTS",
     "Attack",
     "AttackResult",
+    "AutoAttack",
     "Progress",
     "preset",
 ]

@@ -223,7 +223,7 @@ class Attack(ABC):
         Raises TypeError or ValueError for bad input, and FloatingPointError for a loss or gradient
         that is not finite, naming the image.
         """
-        ids = _check(images, labels, sample_ids)
+        ids = check_inputs(images, labels, sample_ids)
         if targets is not None:
             _check_targets(self, targets, labels)
         units.check_radius(self.eps, self.norm, images[:1].numel())
@@ -249,7 +249,7 @@ class Attack(ABC):
     __call__ = _images_of(run)
 
 
-def _check(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
+def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     """Raises for what `Attack.run` does not take; the sample ids."""
     validation.check_images(images)
     if images.dtype not in (torch.float32, torch.float64):

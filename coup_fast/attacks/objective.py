@@ -109,13 +109,13 @@ class Objective:
         """
         model = self.model
         if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences):
-            with self._counted():
+            with self.counted():
                 self.draws = model.probe(images, draw, self.draws, fixed=fixed)
 
     def classes(self, images: Tensor, draw: int) -> int:
         """How many classes the scores have. Costs one forward."""
-        with self._counted(), torch.no_grad():
-            return self._scores(images, draw).shape[1]
+        with self.counted(), torch.no_grad():
+            return self.scores(images, draw).shape[1]
 
     def aim(self, targets: Tensor) -> None:
         """From now on the labels are these, int64 [B], and an image is fooled if it gets its own.
@@ -124,7 +124,8 @@ class Objective:
         """
         self.labels, self.targeted = targets, True
 
-    def _scores(self, images: Tensor, first: int) -> Tensor:
+    def scores(self, images: Tensor, first: int) -> Tensor:
+        """Scores [B, K] of one forward, under the draws from `first` on."""
         if isinstance(self.model, PurifiedClassifier):
             scores: Tensor = self.model(images, self.sample_ids, first)
             return scores
@@ -134,10 +135,11 @@ class Objective:
     @property
     def draws_used(self) -> int:
         """Consecutive draws that one evaluation takes."""
-        return self.draws * self._stride
+        return self.draws * self.stride
 
     @property
-    def _stride(self) -> int:
+    def stride(self) -> int:
+        """Consecutive draws that one forward takes."""
         return self.model.stride if isinstance(self.model, Foreign) else self.model.num_draws
 
     def gradient(self, images: Tensor, draw: int) -> Evaluation:
@@ -145,7 +147,7 @@ class Objective:
 
         Raises FloatingPointError for a loss or gradient that is not finite, naming the image.
         """
-        with self._counted():
+        with self.counted():
             found = eot_gradient(
                 self.model,
                 images,
@@ -173,10 +175,10 @@ class Objective:
 
     def value(self, images: Tensor, draw: int) -> Evaluation:
         """`gradient` without the gradient."""
-        with self._counted(), torch.no_grad():
+        with self.counted(), torch.no_grad():
             rows = []
             for repetition in range(self.draws):
-                rows.append(self._scores(images, draw + repetition * self._stride))
+                rows.append(self.scores(images, draw + repetition * self.stride))
             losses = torch.stack([self.loss(scores, self.labels) for scores in rows])
         return self._evaluation(losses, torch.stack(rows), torch.zeros_like(images))
 
@@ -189,7 +191,7 @@ class Objective:
         )
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
         """Count the images that pass through the networks."""
 
         def count_score(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -7,6 +7,8 @@
 | pgd40 | PGD-40, EOT 8: what one CPU can do | the demo's |
 | apgd-ce, apgd-dlr | APGD-100, EOT 20 | AutoAttack `rand`: Croce & Hein, ICML 2020 (b) |
 | apgd-t | APGD-100 towards each of 9 wrong classes, EOT 20 | AutoAttack's `apgd-t`, with EOT (d) |
+| autoattack-rand | AutoAttack's `rand` by pyautoattack, EOT 20 | Croce & Hein, ICML 2020 |
+| autoattack-standard | its `standard`, on the defence under draw 0 | the same |
 | fixed-noise | PGD-200 under draw 0 throughout | Liu et al., arXiv 2404.14309 |
 | stopped | pgd-linf with the guidance held constant; weak | released COUP attack |
 | bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 (c) |
@@ -27,6 +29,7 @@ from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
+from coup_fast.attacks.autoattack import AutoAttack
 from coup_fast.attacks.pgd import PGD
 
 PRESETS: dict[str, Attack] = {
@@ -36,6 +39,8 @@ PRESETS: dict[str, Attack] = {
     "apgd-ce": APGD(),
     "apgd-dlr": APGD(loss="dlr"),
     "apgd-t": APGD(loss="dlr", targeted=True, restarts=9),
+    "autoattack-rand": AutoAttack(),
+    "autoattack-standard": AutoAttack(version="standard", noise="fixed", eot=1),
     "fixed-noise": PGD(noise="fixed", eot=1),
     "stopped": PGD(gradient="stopped"),
     "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),

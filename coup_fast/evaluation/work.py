@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import coup_fast
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of, module_of
-from coup_fast.attacks import Attack
+from coup_fast.attacks import Attack, AutoAttack
 from coup_fast.attacks.attack import AttackResult, Progress
+from coup_fast.attacks.autoattack import require_package
 from coup_fast.attacks.foreign import Foreign
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.fingerprints import fingerprint
@@ -65,6 +66,8 @@ class Worker:
         self._bare: tuple[int, dict[tuple[int, Attack], AttackResult]] = (-1, {})
         self.defences: dict[str, PurifiedClassifier | ClassifierFunction] = {}
         for row in config.rows:
+            if isinstance(row.attack, AutoAttack):
+                require_package()
             if row.defence.name not in self.defences:
                 self.defences[row.defence.name] = self._build(row.defence, load)
 
