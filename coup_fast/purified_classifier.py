@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coup_fast import checks
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.modules import in_dtype_of, modules_behind
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
@@ -69,7 +69,8 @@ class PurifiedClassifier(Drivable, nn.Module):
 
     It owns the parameters of its models, so attack libraries find its device through them; they are
     never differentiated, and train/eval mode and requires_grad flags are left as found. It works
-    under `no_grad`, and is differentiable with respect to images that require grad.
+    under `no_grad`, and is differentiable with respect to images that require grad, and to nothing
+    else: to train a classifier on purified images, take `classifier(purifier(images))`.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class PurifiedClassifier(Drivable, nn.Module):
         sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw.
         """
         refuse_training_mode(self.classifier)
+        self._notice_training()
         count, batch = self.num_draws, images.shape[0]
         draws = torch.arange(count, device=images.device)[:, None] + first
         copies = torch.cat([images] * count) if count > 1 else images
@@ -156,6 +158,19 @@ class PurifiedClassifier(Drivable, nn.Module):
             if self.purifier.check_values and len(images) > 0:
                 self._look_at(logits, parts[0])
         return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
+
+    def _notice_training(self) -> None:
+        """Warn, once, of what looks like training: no parameter gets a gradient here."""
+        if torch.is_grad_enabled() and any(
+            module.training and any(p.requires_grad for p in module.parameters())
+            for module in modules_behind(self.classifier)
+        ):
+            self.purifier._kept.looks.say(
+                "training",
+                "the classifier is in training mode and gradients are on, but a PurifiedClassifier "
+                "gives none to parameters: their .grad stays as it is. Call .eval(), or, to train "
+                "the classifier on purified images, take classifier(purifier(images))",
+            )
 
     def _classify(self, purified: Tensor) -> Tensor:
         return check_logits(self.classifier(in_dtype_of(self.classifier, purified)), purified)
