@@ -6,6 +6,7 @@ the argument's name, what it must be, what was given. Nothing here knows what th
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import reprlib
@@ -77,7 +78,15 @@ def choice(name: str, value: Any, choices: Collection[T]) -> T:
         for known in choices:
             if value == known:
                 return known
-    raise ValueError(_sentence(name, f"one of {', '.join(map(str, choices))}", value))
+    sentence = _sentence(name, f"one of {', '.join(map(str, choices))}", value)
+    raise ValueError(sentence + nearest(value, choices))
+
+
+def nearest(given: Any, names: Iterable[Any]) -> str:
+    """The end of a sentence about a name that is none of `names`: the one that is meant, if any."""
+    known = {name.lower(): name for name in names if isinstance(name, str)}
+    found = difflib.get_close_matches(given.lower(), known, 1) if isinstance(given, str) else []
+    return f"; did you mean {known[found[0]]!r}?" if found else ""
 
 
 def ids(

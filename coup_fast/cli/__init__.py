@@ -13,7 +13,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from coup_fast.checks import nearest
 from coup_fast.cli.common import CommandError
 from coup_fast.files import FileError
 from coup_fast.malloc import keep_freed_memory
@@ -21,9 +23,43 @@ from coup_fast.malloc import keep_freed_memory
 COMMANDS = ("info", "purify", "toy", "demo", "eval", "bench", "train")
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors about names name the nearest one that there is."""
+
+    def error(self, message: str) -> NoReturn:
+        given, names = "", list[str]()
+        if message.startswith("unrecognized arguments: "):
+            words = message.partition(": ")[2].split()
+            given = next((word for word in words if word.startswith("--")), "").partition("=")[0]
+            names = [name for part in self._parts() for name in part._option_string_actions]
+        elif "invalid choice: '" in message:
+            place, _, rest = message.partition(": invalid choice: '")
+            given = rest.partition("'")[0]
+            names = [
+                name
+                for action in self._actions
+                if place.endswith((str(action.metavar), *action.option_strings, action.dest))
+                for name in action.choices or ()
+            ]
+        super().error(message + nearest(given, names))
+
+    def _parts(self) -> list[argparse.ArgumentParser]:
+        """Itself, or the subcommand that was being parsed."""
+        chosen = [
+            part
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for name, part in action.choices.items()
+            if name in self.words
+        ]
+        return chosen or [self]
+
+    words: Sequence[str] = ()  # of the command line
+
+
+def build_parser() -> _Parser:
     """Parser of the whole command line, every subcommand included."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="coup-fast",
         description="Diffusion-based adversarial purification through fused kernels.",
     )
@@ -46,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: `sys.argv[1:]`) and return its exit code."""
     parser = build_parser()
     try:
+        parser.words = list(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has already written its message
         return stop.code if isinstance(stop.code, int) else 2

@@ -239,11 +239,11 @@ def say(message: str) -> None:
 
 
 def progress_bar(total: int, label: str, unit: str) -> Any:
-    """A tqdm bar on stderr: lively on a terminal, a line every ten seconds in a log."""
+    """A tqdm bar on stderr where that is a terminal; a log gets no half-drawn bars."""
     from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=interval)
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden)
 
 
 @contextmanager

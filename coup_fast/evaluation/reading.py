@@ -18,7 +18,10 @@ def known(section: str, given: Any, names: Iterable[str]) -> dict[str, Any]:
     result = table(section, given)
     unknown = [key for key in result if key not in names]
     if unknown:
-        raise ValueError(f"{section} has no {', '.join(map(repr, unknown))}; it takes {names}")
+        raise ValueError(
+            f"{section} has no {', '.join(map(repr, unknown))}; it takes {names}"
+            f"{checks.nearest(unknown[0], names)}"
+        )
     return result
 
 

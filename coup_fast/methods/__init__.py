@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .. import checks
 from ..plan import AnyPlan
 from ..schedules import Schedule
 from .adp import adp
@@ -73,7 +74,8 @@ __all__ = [
 def options(name: str) -> dict[str, Any]:
     """The options of a method and their defaults. Raises ValueError for an unknown name."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+        known = f"there are {', '.join(METHODS)}{checks.nearest(name, METHODS)}"
+        raise ValueError(f"unknown method {name!r}; {known}")
     parameters = inspect.signature(METHODS[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -89,7 +91,7 @@ def check_options(name: str, chosen: Iterable[str], others: Iterable[str] = ()) 
         beside = f", and every purifier {', '.join(others)}" if others else ""
         raise ValueError(
             f"method {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"it takes {', '.join(known)}{beside}"
+            f"it takes {', '.join(known)}{beside}{checks.nearest(unknown[0], [*known, *others])}"
         )
 
 

@@ -113,7 +113,8 @@ def describe_bundled(name: str = "mnist") -> dict[str, dict[str, Any]]:
 
 def _check_name(name: str) -> None:
     if name not in _SETTINGS:
-        raise ValueError(f"there is no bundled model {name!r}; there is {', '.join(BUNDLED)}.")
+        known = f"there is {', '.join(BUNDLED)}{checks.nearest(name, BUNDLED)}"
+        raise ValueError(f"there is no bundled model {name!r}; {known}")
 
 
 def _load(file: str) -> tuple[nn.Module, dict[str, Any]]:

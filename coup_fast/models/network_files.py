@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.files import FileError, reading, whole_file
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.conv_net import ConvNet
@@ -32,7 +33,8 @@ _CLASSES = {
 def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
     """The network class of that name with these arguments, randomly initialised."""
     if name not in _CLASSES:
-        raise ValueError(f"unknown network {name!r}; there are {', '.join(_CLASSES)}.")
+        known = f"there are {', '.join(_CLASSES)}{checks.nearest(name, _CLASSES)}"
+        raise ValueError(f"unknown network {name!r}; {known}")
     network: nn.Module = _CLASSES[name](**arguments)
     return network
 

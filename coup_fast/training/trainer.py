@@ -207,7 +207,7 @@ class Trainer:
         bar = tqdm(
             total=self.config.steps,
             initial=state.step,
-            disable=not self.progress,
+            disable=not (self.progress and sys.stderr.isatty()),
             file=sys.stderr,
             unit="step",
             mininterval=1.0,
@@ -231,6 +231,10 @@ class Trainer:
                 state.seconds += now - saved
                 self.save()
                 saved = now
+                if self.progress and not sys.stderr.isatty():
+                    reached = f", loss {state.history[-1][1]:.4f}" if state.history else ""
+                    line = f"step {state.step} of {self.config.steps}{reached}"
+                    print(line, file=sys.stderr, flush=True)
         bar.close()
 
     def save(self) -> None:
