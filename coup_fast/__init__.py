@@ -50,6 +50,7 @@ _SUBMODULES = (
     "cli",
     "data",
     "evaluation",
+    "files",
     "gradient_check",
     "integrations",
     "malloc",

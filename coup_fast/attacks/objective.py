@@ -20,6 +20,7 @@ from coup_fast.attacks.foreign import Defence, Foreign, name_of
 from coup_fast.attacks.losses import Loss
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
+from coup_fast.run.first_look import is_looking
 
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
@@ -195,10 +196,10 @@ class Objective:
         """Count the images that pass through the networks."""
 
         def count_score(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.score_evaluations += len(arguments[0])
+            self.score_evaluations += 0 if is_looking() else len(arguments[0])
 
         def count_classifier(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.classifier_evaluations += len(arguments[0])
+            self.classifier_evaluations += 0 if is_looking() else len(arguments[0])
 
         purifiers, classifiers = self._counted_parts()
         counted: dict[nn.Module, Any] = {p.score_model: count_score for p in purifiers}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from coup_fast.run.steps import Run
 Function = Callable[[Tensor], Tensor]
 
 _SEED = 20140820  # of the direction along which derivatives are compared
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
 _IMAGES = 2  # at most; enough to see that one depends on another
 
 
@@ -104,8 +106,17 @@ def look_at_classifier(
 def _aside() -> Iterator[None]:
     """Within a caller's modes, but not in them, and not seen by hooks on what autograd saves."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.no_grad(), hooks:
-        yield
+    token = _looking.set(True)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), hooks:
+            yield
+    finally:
+        _looking.reset(token)
+
+
+def is_looking() -> bool:
+    """Whether models are called for a look now: those calls are no part of any run."""
+    return _looking.get()
 
 
 def _look_at_weights(models: tuple[Any, ...], looks: Looks) -> None:

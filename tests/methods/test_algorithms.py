@@ -290,6 +290,6 @@ def test_imagenet_setting_for_guided_diffusion_networks() -> None:
             return super().forward(x, t)
 
     model = ScoreModel(Network(out=6), schedule=DiscreteSchedule(), time_scale=1000.0)
-    clean = Purifier(model, method="diffpure-imagenet")
+    clean = Purifier(model, method="diffpure-imagenet", check_values=False)
     assert clean(images(1)).shape == (1, 3, 8, 8)
     np.testing.assert_allclose(times, np.arange(150, 0, -1), atol=1e-9)
