@@ -114,12 +114,15 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> State:
 
 
 def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """That names and shapes of `state` are exactly those of `module.state_dict()`.
+    """That names, shapes and kinds of `state` are exactly those of `module.state_dict()`.
+
+    Real floating-point numbers belong where the module has them, whatever their precision, and no
+    NaN is among them.
 
     Args:
         module: on any device, meta included. what: names the state in the error.
     Raises:
-        ValueError: lists what is missing, what is left over, and which shapes differ.
+        ValueError: lists what is missing, what is left over, and which entries differ or are NaN.
     """
     expected = module.state_dict()
     missing = [name for name in expected if name not in state]
@@ -129,12 +132,25 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    floating = {name for name, tensor in expected.items() if tensor.is_floating_point()}
+    other_kinds = [
+        f"{name} is {tensor.dtype}, expected {'real' if name in floating else 'whole'} numbers"
+        for name, tensor in state.items()
+        if name in expected and tensor.is_floating_point() != (name in floating)
+    ]
+    unknown = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.isnan().any()
+    ]
     problems = [
         f"{len(names)} {about}: {_listed(names)}"
         for about, names in (
             ("missing", missing),
             ("unexpected", left_over),
             ("of another shape", differing),
+            ("of another kind", other_kinds),
+            ("with NaN", unknown),
         )
         if names
     ]
