@@ -95,10 +95,10 @@ class Row:
 class EvalConfig:
     """All of an evaluation.
 
-    models: "mnist" (bundled), or "module:function", called with "vp" or (for ADP) "ncsn" and
-    returning (ScoreModel, classifier). rows: the work, in order. draws: fresh draws that each image
-    is classified under. batch_size: images at once. seed: of the defences' noise. threads: of a
-    process. memory_budget: bytes that an attack's gradients may take at once.
+    models: "mnist" (bundled), or "module:function" or "./file.py:function", called with "vp" or
+    (for ADP) "ncsn" and returning (ScoreModel, classifier). rows: the work, in order. draws: fresh
+    draws that each image is classified under. batch_size: images at once. seed: of the defences'
+    noise. threads: of a process. memory_budget: bytes that an attack's gradients may take at once.
     """
 
     data: Data

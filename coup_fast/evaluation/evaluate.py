@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast.evaluation.arrays import checked_data
 from coup_fast.evaluation.config import EvalConfig
 from coup_fast.evaluation.distributed import World, local_device, world
 from coup_fast.evaluation.provenance import package_code
 from coup_fast.evaluation.report import Report
-from coup_fast.evaluation.sources import ModelLoader, load_images, model_loader
+from coup_fast.evaluation.sources import ModelLoader, given_loader, load_images, model_loader
 from coup_fast.evaluation.state import EvaluationError, State, Unit, digest
 from coup_fast.evaluation.work import Worker
 from coup_fast.malloc import give_back_freed_memory
+from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 Say = Callable[[str], None]
 
@@ -35,7 +37,7 @@ def evaluate(
     config: EvalConfig,
     out: Path | str,
     *,
-    models: ModelLoader | None = None,
+    models: ModelLoader | tuple[ScoreModel, ClassifierFunction] | None = None,
     data: tuple[Tensor, Tensor] | None = None,
     device: torch.device | str = "cpu",
     say: Say | None = None,
@@ -48,7 +50,8 @@ def evaluate(
     Args:
         config: see `coup_fast.evaluation.config.from_dict`.
         out: folder; its `state/` keeps every finished batch. Run again to go on after a stop.
-        models: "vp" or "ncsn" -> (ScoreModel, classifier), in place of what config.models names.
+        models: "vp" or "ncsn" -> (ScoreModel, classifier), or one such pair, in place of what
+            config.models names. They stay on their devices.
         data: images [N, C, H, W] float32 in [0, 1] and labels [N], in place of config.data.
         device: where to compute; with several processes "cuda" is one GPU for each.
         say: receives a line about each finished unit, on rank 0.
@@ -69,8 +72,10 @@ def evaluate(
     device = torch.device(device)
     with world(timeout, device) as ranks, _reproducible(config.threads):
         device = local_device(device)
-        images, labels = load_images(config.data) if data is None else data
-        load = model_loader(config.models, device) if models is None else models
+        images, labels = (
+            load_images(config.data) if data is None else checked_data(data, config.data.images)
+        )
+        load = model_loader(config.models, device) if models is None else given_loader(models)
         worker = Worker(config, images, labels, load, device, ticker.step)
         identity = worker.identity()
         state: State | None = None

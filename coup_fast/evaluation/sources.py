@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coup_fast.evaluation.arrays import check_shapes
 from coup_fast.evaluation.config import Data
 from coup_fast.files import FileError, read_arrays
 from coup_fast.score_model import ClassifierFunction, ScoreModel
@@ -65,9 +69,7 @@ def _load_npz(path: Path) -> tuple[Tensor, Tensor]:
     if not {"images", "labels"} <= set(found):
         raise ValueError(f"{path} needs the arrays images and labels; it has {list(found)}")
     images, labels = found["images"], found["labels"]
-    if images.ndim != 4 or labels.shape != images.shape[:1]:
-        shapes = f"{list(images.shape)} and {list(labels.shape)}"
-        raise ValueError(f"{path}: images must be [N, C, H, W] and labels [N], got {shapes}")
+    check_shapes(str(path), images, labels)
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise TypeError(f"{path}: images must be uint8 or floats in [0, 1], got {images.dtype}")
     if labels.dtype.kind not in "iu":
@@ -88,15 +90,10 @@ def model_loader(name: str, device: torch.device) -> ModelLoader:
 
         return lambda score: load_bundled(name, score=score, device=device)
     found = named_function("models", name)
-    function = name.partition(":")[2]
+    function = name.rpartition(":")[2]
 
     def load(score: str) -> tuple[ScoreModel, ClassifierFunction]:
-        pair = found(score)
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], ScoreModel)):
-            raise TypeError(
-                f"models {name!r}: {function}({score!r}) must return (ScoreModel, classifier), "
-                f"got {type(pair).__name__}"
-            )
+        pair = _pair(f"models {name!r}: {function}({score!r}) must return", found(score))
         score_model, classifier = pair
         if isinstance(classifier, nn.Module):
             classifier = classifier.to(device)
@@ -111,9 +108,9 @@ def named_function(what: str, name: str) -> Callable[..., Any]:
 
     Raises ImportError if the module cannot be imported, ValueError if it has no such function.
     """
-    module, _, function = name.partition(":")
+    module, _, function = name.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found = getattr(_module(module), function, None)
     except (ImportError, ValueError) as error:  # an empty module name is a ValueError
         raise ImportError(f"{what} {name!r}: {error}") from error
     if not callable(found):
@@ -138,6 +135,51 @@ def foreign_defence(
     if isinstance(defended, nn.Module):
         return defended.to(device)
     return defended  # type: ignore[no-any-return]
+
+
+def given_loader(models: Any) -> ModelLoader:
+    """The loader for `models` of `evaluate`: a function, or the pair that it would return.
+
+    Raises TypeError for anything else, and so does the loader for what a function returns.
+    """
+    if callable(models) and not isinstance(models, nn.Module):
+
+        def load(score: str) -> tuple[ScoreModel, ClassifierFunction]:
+            return _pair(f"models({score!r}) must return", models(score))
+
+        load.__wrapped__ = models  # type: ignore[attr-defined]
+        return load
+    pair = _pair("models must be a function that is called with 'vp' or 'ncsn', or", models)
+    return lambda score: pair
+
+
+def _pair(wanted: str, found: Any) -> tuple[ScoreModel, ClassifierFunction]:
+    """`found`, if it is (ScoreModel, classifier). wanted: begins the sentence of the error."""
+    parts = tuple(found) if isinstance(found, tuple | list) else ()
+    if len(parts) == 2 and isinstance(parts[0], ScoreModel) and callable(parts[1]):
+        return parts[0], parts[1]
+    given, cure = type(found).__name__, ""
+    if parts:
+        given = f"({', '.join(type(part).__name__ for part in parts)})"
+    if len(parts) == 2 and callable(parts[0]) and not isinstance(parts[0], ScoreModel):
+        cure = '; write (coup_fast.ScoreModel(network, kind="eps"), classifier)'
+    raise TypeError(f"{wanted} (ScoreModel, classifier), got {given}{cure}")
+
+
+def _module(name: str) -> ModuleType:
+    """The module of that name, or of that file where the name ends in .py. Raises ImportError."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name)
+    if not path.is_file():
+        raise ImportError(f"{name} is not a file")
+    spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tensor_digest(*tensors: Tensor) -> str:

@@ -171,10 +171,11 @@ class Worker:
         if row.defence.foreign:
             model = Foreign(model, sample_ids, self.config.seed)
         scores = self._scores(model, images, sample_ids)
-        if int(labels.max()) >= scores.shape[2] or int(labels.min()) < 0:
+        low, high = int(self.labels.min()), int(self.labels.max())  # all: the first unit tells
+        if high >= scores.shape[2] or low < 0:
             raise ValueError(
                 f"labels must be classes of the classifier, 0 to {scores.shape[2] - 1}, got "
-                f"{int(labels.min())} to {int(labels.max())}"
+                f"{low} to {high}"
             )
         result["predictions"] = scores.argmax(2).T.cpu().tolist()
         return result
