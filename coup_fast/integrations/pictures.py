@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from coup_fast import checks
 from coup_fast._torch.modules import first_parameter
 from coup_fast.files import FileError, reading
 from coup_fast.purifier import Purifier
@@ -153,7 +154,7 @@ def purify_image(
     image: Image.Image | str | Path,
     purifier: Purifier,
     *,
-    resize: Sequence[int] | None = None,
+    resize: int | Sequence[int] | None = None,
     convert_color: bool = False,
     sample_id: int = 0,
     draw: int = 0,
@@ -165,14 +166,22 @@ def purify_image(
     Args:
         image: a pillow image or a file. An alpha channel is copied unchanged.
         purifier: the `Purifier`; its device is used.
-        resize: (height, width) that the network is to see; the result is resized back. Default:
-            the network sees the picture's own size.
+        resize: (height, width) that the network is to see, one number for a square; the result is
+            resized back. Default: the network sees the picture's own size.
         convert_color: allow a grey picture for an RGB network, and the reverse, and back.
         sample_id, draw: of the noise.
 
-    Raises ValueError for a picture of a kind that cannot be read, or of channels that the network
-    does not take; and what `Purifier` raises.
+    Raises TypeError for what is no picture (a tensor), ValueError for a picture of a kind that
+    cannot be read, of channels that the network does not take, or of a size at which it fails; and
+    what `Purifier` raises.
     """
+    if not isinstance(image, Image.Image | str | Path):
+        raise TypeError(
+            f"image must be a pillow image or a file, got {type(image).__name__}; pixels "
+            "[B, C, H, W] in [0, 1] go to the purifier itself, purifier(pixels), and an array "
+            "[H, W, C] of bytes is a picture by PIL.Image.fromarray(array)"
+        )
+    size = None if resize is None else _size(resize)
     name = str(image) if isinstance(image, str | Path) else "the picture"
     with open_picture(image) if isinstance(image, str | Path) else image.copy() as opened:
         turned = opened.getexif().get(_ORIENTATION, 1) != 1
@@ -184,10 +193,30 @@ def purify_image(
             f"{name} has {channels} colour channels and the network takes {wanted}"
             + ("; convert_color=True converts there and back" if wanted in (1, 3) else "")
         )
-    pixels = with_size(with_channels(picture.pixels[None], wanted), *(resize or (height, width)))
+    pixels = with_size(with_channels(picture.pixels[None], wanted), *(size or (height, width)))
     parameter = first_parameter(purifier.score_model)
     device = "cpu" if parameter is None else parameter.device
-    with torch.no_grad():
-        clean = purifier(pixels.to(device), sample_ids=[sample_id], draw=draw).float().cpu()
+    try:
+        with torch.no_grad():
+            clean = purifier(pixels.to(device), sample_ids=[sample_id], draw=draw).float().cpu()
+    except (RuntimeError, AssertionError) as error:
+        if size is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name} could not be purified at its own size, {height} x {width} "
+            f"({' '.join(str(error).split())}); where the models take one size only, write "
+            "resize=32, or what theirs is"
+        ) from error
     clean = with_size(with_channels(clean, channels), height, width)
     return picture.image(clean[0])[0]
+
+
+def _size(resize: Any) -> tuple[int, int]:
+    """(height, width) of a number or a pair."""
+    if isinstance(resize, int | np.integer) and not isinstance(resize, bool):
+        resize = (resize, resize)
+    expected = "resize must be (height, width), or one number for a square"
+    if isinstance(resize, str) or not isinstance(resize, Sequence) or len(resize) != 2:
+        raise TypeError(f"{expected}, got {resize!r}")
+    height, width = (checks.integer("each of resize", side, 1) for side in resize)
+    return height, width
