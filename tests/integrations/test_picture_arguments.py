@@ -55,7 +55,7 @@ def test_sizes_of_no_pixel_are_refused_by_name(resize: Any) -> None:
 
 
 def test_models_of_one_size_ask_for_resize() -> None:
-    ours = purifier(classifier=Classifier(3, size=16, width=4, hidden=8))
+    ours = purifier(classifier=Classifier(3, size=16, width=4, hidden=8).eval())
     with pytest.raises(ValueError, match=r"its own size, 18 x 27 .* write resize=32") as error:
         purify_image(PICTURE, ours)
     assert isinstance(error.value.__cause__, RuntimeError)
