@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from coup_fast import _fakes
 from coup_fast._version import __version__
 
 _FOLDER = Path(__file__).resolve().parent
@@ -87,6 +88,7 @@ def load() -> None:
             stacklevel=2,
         )
         return
+    _fakes.register()
     if torch.version.cuda is None or _build_config()["cuda"] == "off":
         return
     _state[_CUDA_LIBRARY] = _load_library(_CUDA_LIBRARY)

@@ -220,77 +220,6 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     return out
 
 
-# --- shapes, for torch.compile and FakeTensor -----------------------------------------------------
-
-
-def _dense_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What csrc/calls/tensors.h new_dense makes: contiguous, or channels_last as `like` is."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.ndim)
-    if layout is None or like.is_contiguous() or not like.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
-    return torch.empty_like(like, dtype=dtype, memory_format=layout)
-
-
-def _like_or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if tensor is None else _dense_like(tensor)
-
-
-def _fake_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    return keys.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_perturb(images: Tensor, *_: Any) -> Tensor:
-    return _dense_like(images, torch.float32)
-
-
-def _fake_perturb_backward(grad: Tensor, images: Tensor, *_: Any) -> Tensor:
-    return _dense_like(images)
-
-
-def _fake_reverse_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _dense_like(x)
-
-
-def _fake_reverse_step_(x: Tensor, *_: Any, **__: Any) -> None:
-    return None
-
-
-def _fake_reverse_step_backward(
-    grad: Tensor,
-    x: Tensor,
-    model_out: Tensor | None,
-    coeffs: Tensor,
-    keys: Tensor | None,
-    guidance: Tensor | None,
-    reference: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    absent = (_like_or_empty(tensor, x) for tensor in (model_out, guidance, reference))
-    return (_dense_like(x), *absent)  # type: ignore[return-value]
-
-
-def _fake_adaptive_step(
-    x: Tensor, h: Tensor, h_ahead: Tensor, alive: Tensor, coeffs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(x), torch.empty_like(alive), x.new_empty(x.shape[0])
-
-
-def _fake_adaptive_step_backward(
-    grad: Tensor, x: Tensor, h: Tensor, h_ahead: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(x), _dense_like(h), _dense_like(h_ahead)
-
-
-def _fake_confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32), _dense_like(logits)
-
-
-def _fake_confidence_cotangent_backward(
-    grad_log_confidence: Tensor, grad_cotangent: Tensor, logits: Tensor
-) -> Tensor:
-    return _dense_like(logits)
-
-
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -342,18 +271,6 @@ def _grad_of_backward(ctx: Any, *_: Any) -> Any:
     )
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "normal": _fake_normal,
-    "perturb": _fake_perturb,
-    "perturb_backward": _fake_perturb_backward,
-    "reverse_step": _fake_reverse_step,
-    "reverse_step_": _fake_reverse_step_,
-    "reverse_step_backward": _fake_reverse_step_backward,
-    "adaptive_step": _fake_adaptive_step,
-    "adaptive_step_backward": _fake_adaptive_step_backward,
-    "confidence_cotangent": _fake_confidence_cotangent,
-    "confidence_cotangent_backward": _fake_confidence_cotangent_backward,
-}
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "perturb": (_grad_perturb, _save_perturb),
     "perturb_backward": (_grad_of_backward, None),
@@ -366,7 +283,5 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
 }
 
 if _extension.available():
-    for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"coup_fast::{_name}", _fake)
     for _name, (_backward, _save) in _GRADIENTS.items():
         torch.library.register_autograd(f"coup_fast::{_name}", _backward, setup_context=_save)
