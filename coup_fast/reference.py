@@ -102,7 +102,10 @@ def _guidance_scale(c: Tensor, g_max: Tensor, guidance: Tensor, guidance_norm: s
     inverse_norm = torch.where(square == 0, 0.0, torch.rsqrt(safe))
     if guidance_norm == "normalised":
         return c * inverse_norm
-    return torch.where(square == 0, 0.0, c * torch.clamp(g_max * inverse_norm, max=1.0))
+    # A norm within the bound has no part in the factor, nor in its gradient; inf bounds any number.
+    within = (g_max * inverse_norm >= 1) | ((g_max == math.inf) & (square <= math.inf))
+    outside = g_max * torch.rsqrt(torch.where(within, 1.0, safe))
+    return torch.where(square == 0, 0.0, c * torch.where(within, 1.0, outside))
 
 
 def reverse_step(
