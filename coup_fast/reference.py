@@ -32,6 +32,11 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"keys must be int64 [B, 2], got {keys.dtype} {list(keys.shape)}")
     if len(shape) == 0 or shape[0] != keys.shape[0]:
         raise ValueError(f"shape must start with the {keys.shape[0]} rows of keys, got {shape}")
+    if min(shape) < 0 or math.prod(max(size, 1) for size in shape) >= 2**60:
+        raise ValueError(
+            "sizes must not be negative, with a product below 2^60 (a size of 0 counted as 1), got "
+            f"shape {list(shape)}"
+        )
     numel = math.prod(shape[1:])
     words = _noise.words(keys, (numel + 3) // 4 * 4).reshape(len(keys), (numel + 3) // 4 * 2, 2)
     radius_uniform, angle_uniform = _noise.uniform(words).to(torch.float64).unbind(-1)
