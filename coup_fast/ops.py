@@ -1,4 +1,4 @@
-"""The compiled operators: typed calls of `torch.ops.coup_fast.*`, their shapes and their gradients.
+"""The compiled operators: typed calls of `torch.ops.coup_fast.*`.
 
 Same names, argument order and meaning as `coup_fast.reference`, which defines them. Tensors of a
 call live on one device, the CPU or CUDA. Unless a docstring says otherwise:
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import _extension
-from coup_fast._torch.transforms import FORWARD_MODE, refuse_tangents, wrapped
+from coup_fast._torch.transforms import FORWARD_MODE
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -50,53 +50,34 @@ def _missing(*_: Any, **__: Any) -> Any:
 
 _normal = _operator("normal")
 _perturb = _operator("perturb")
-_perturb_backward = _operator("perturb_backward")
 _reverse_step = _operator("reverse_step")
 _reverse_step_ = _operator("reverse_step_")
-_reverse_step_backward = _operator("reverse_step_backward")
 _adaptive_step = _operator("adaptive_step")
-_adaptive_step_backward = _operator("adaptive_step_backward")
 _confidence_cotangent = _operator("confidence_cotangent")
-_confidence_cotangent_backward = _operator("confidence_cotangent_backward")
 
 _below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
-    torch._C, "_AutoDispatchBelowAutograd", nullcontext
+    torch._C, "_AutoDispatchBelowADInplaceOrView", nullcontext
 )
 
 
-def _apply(
-    name: str, operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any
-) -> Any:
-    """The operator of args, past the autograd layer where it would record nothing.
+def _has_derivatives(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the autograd layer may have something to record or to refuse."""
+    return FORWARD_MODE._current_level >= 0 or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def _apply(operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+    """The operator of args, past the autograd layer (`coup_fast._autograd`) where it has no part.
 
     That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
     would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that
     may require grad.
     """
-    if torch.compiler.is_compiling():
-        return operator(*args)
-    if FORWARD_MODE._current_level >= 0:
-        refuse_tangents(f"coup_fast.ops.{name}", tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        _refuse_unrecorded(name, tensors)
+    if torch.compiler.is_compiling() or _has_derivatives(tensors):
         return operator(*args)
     with _below_autograd():
         return operator(*args)
-
-
-def _refuse_unrecorded(name: str, tensors: tuple[Tensor | None, ...]) -> None:
-    """Raises RuntimeError for derivatives that the autograd layer would not record."""
-    if any(tensor is not None and wrapped(tensor) for tensor in tensors):
-        raise RuntimeError(
-            f"coup_fast.ops.{name} cannot be differentiated inside a transform of torch.func; use "
-            "torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
-        )
-    for tensor in tensors:
-        if tensor is not None and tensor.ndim == 1 and tensor.requires_grad:  # only coeffs is 1-D
-            raise RuntimeError(
-                f"coup_fast.ops.{name} does not differentiate its coefficients; detach coeffs, or "
-                "use coup_fast.reference, which does"
-            )
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -120,7 +101,7 @@ def perturb(
     float32. Differentiable with respect to images.
     """
     tensors = (images, coeffs, noise)
-    out: Tensor = _apply("perturb", _perturb, tensors, images, coeffs, keys, noise)
+    out: Tensor = _apply(_perturb, tensors, images, coeffs, keys, noise)
     return out
 
 
@@ -152,7 +133,7 @@ def reverse_step(
     """
     tensors = (x, model_out, coeffs, guidance, reference, noise)
     rest = (keys, guidance, reference, noise, guidance_norm)
-    out: Tensor = _apply("reverse_step", _reverse_step, tensors, x, model_out, coeffs, *rest)
+    out: Tensor = _apply(_reverse_step, tensors, x, model_out, coeffs, *rest)
     return out
 
 
@@ -174,16 +155,13 @@ def reverse_step_(
     Raises RuntimeError if gradients are on and an input requires them.
     """
     tensors = (x, model_out, coeffs, guidance, reference)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "reverse_step_ is not differentiable, and one of its inputs requires grad: "
-            "use reverse_step, or call it under torch.no_grad()"
-        )
-    compiling = torch.compiler.is_compiling()
-    if not compiling and FORWARD_MODE._current_level >= 0:
-        refuse_tangents("coup_fast.ops.reverse_step_", (*tensors, noise))
-    _reverse_step_(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm)
-    if not compiling and not x.is_inference():
+    rest = (keys, guidance, reference, noise, guidance_norm)
+    if torch.compiler.is_compiling() or _has_derivatives(tensors):
+        _reverse_step_(x, model_out, coeffs, *rest)
+        return
+    with _below_autograd():
+        _reverse_step_(x, model_out, coeffs, *rest)
+    if not x.is_inference():
         torch.autograd.graph.increment_version(x)
 
 
@@ -203,7 +181,7 @@ def adaptive_step(
     """
     tensors = (x, h, h_ahead, coeffs)
     out: tuple[Tensor, Tensor, Tensor] = _apply(
-        "adaptive_step", _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
+        _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
     )
     return out
 
@@ -214,74 +192,5 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
     [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
     """
-    out: tuple[Tensor, Tensor] = _apply(
-        "confidence_cotangent", _confidence_cotangent, (logits,), logits
-    )
+    out: tuple[Tensor, Tensor] = _apply(_confidence_cotangent, (logits,), logits)
     return out
-
-
-# --- gradients ------------------------------------------------------------------------------------
-
-
-def _needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Those of the arguments that need one; arguments left at their default are not counted."""
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-
-
-def _save_perturb(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grad_perturb(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (_perturb_backward(grad, *ctx.saved_tensors), None, None, None))
-
-
-def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.guidance_norm = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _grad_reverse_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gx, gm, gg, gr = _reverse_step_backward(grad, *ctx.saved_tensors, ctx.guidance_norm)
-    return _needed(ctx, (gx, gm, None, None, gg, gr, None, None))
-
-
-def _save_adaptive_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _grad_adaptive_step(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, (*_adaptive_step_backward(grad, *ctx.saved_tensors), None, None))
-
-
-def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> Tensor:
-    out: Tensor = _confidence_cotangent_backward(*grads, *ctx.saved_tensors)
-    return out
-
-
-def _grad_of_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "the compiled operators of coup_fast are differentiable once; for gradients of gradients "
-        "use backend='reference' (coup_fast.reference)"
-    )
-
-
-_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
-    "perturb": (_grad_perturb, _save_perturb),
-    "perturb_backward": (_grad_of_backward, None),
-    "reverse_step": (_grad_reverse_step, _save_reverse_step),
-    "reverse_step_backward": (_grad_of_backward, None),
-    "adaptive_step": (_grad_adaptive_step, _save_adaptive_step),
-    "adaptive_step_backward": (_grad_of_backward, None),
-    "confidence_cotangent": (_grad_confidence_cotangent, _save_confidence_cotangent),
-    "confidence_cotangent_backward": (_grad_of_backward, None),
-}
-
-if _extension.available():
-    for _name, (_backward, _save) in _GRADIENTS.items():
-        torch.library.register_autograd(f"coup_fast::{_name}", _backward, setup_context=_save)

@@ -32,6 +32,11 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"keys must be int64 [B, 2], got {keys.dtype} {list(keys.shape)}")
     if len(shape) == 0 or shape[0] != keys.shape[0]:
         raise ValueError(f"shape must start with the {keys.shape[0]} rows of keys, got {shape}")
+    if min(shape) < 0 or math.prod(max(size, 1) for size in shape) >= 2**60:
+        raise ValueError(
+            "sizes must not be negative, with a product below 2^60 (a size of 0 counted as 1), got "
+            f"shape {list(shape)}"
+        )
     numel = math.prod(shape[1:])
     words = _noise.words(keys, (numel + 3) // 4 * 4).reshape(len(keys), (numel + 3) // 4 * 2, 2)
     radius_uniform, angle_uniform = _noise.uniform(words).to(torch.float64).unbind(-1)
@@ -102,7 +107,10 @@ def _guidance_scale(c: Tensor, g_max: Tensor, guidance: Tensor, guidance_norm: s
     inverse_norm = torch.where(square == 0, 0.0, torch.rsqrt(safe))
     if guidance_norm == "normalised":
         return c * inverse_norm
-    return torch.where(square == 0, 0.0, c * torch.clamp(g_max * inverse_norm, max=1.0))
+    # A norm within the bound has no part in the factor, nor in its gradient; inf bounds any number.
+    within = (g_max * inverse_norm >= 1) | ((g_max == math.inf) & (square <= math.inf))
+    outside = g_max * torch.rsqrt(torch.where(within, 1.0, safe))
+    return torch.where(square == 0, 0.0, c * torch.where(within, 1.0, outside))
 
 
 def reverse_step(

@@ -1,5 +1,5 @@
 // Schemas of all ops, and what this library is. Knows no kernel: csrc/cpu and csrc/cuda register
-// implementations, coup_fast/ops.py registers shapes (fake) and gradients.
+// implementations, coup_fast/_fakes.py shapes, coup_fast/_autograd.py gradients.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,6 +1,7 @@
 // The only validation of tensors: turns the arguments of an op into Views and pointers, or raises
 // an error that names the argument, what was given and what was expected. Knows devices, dtypes,
 // shapes and strides; no kernel, and not what an op computes.
+// coup_fast/_fakes.py says the same where there are no values; a test holds the two together.
 #pragma once
 
 #include <string>
@@ -21,6 +22,9 @@ class Arguments {
       : op_(op), name_(name), state_(state), sizes_(state.sizes()), on_cpu_(state.is_cpu()) {
     require(sizes_.size() >= 2, name, "must be [B, C, ...] with two dimensions or more, got ",
             state);
+    if (!sizes_fit(sizes_.data(), state.dim())) {
+      require(false, name, kSizesExpected + std::string(", got "), state);
+    }
     batch = sizes_[0];
     channels = sizes_[1];
     pixels = 1;

@@ -24,6 +24,8 @@ Tensor normal(const Tensor& keys, const std::vector<int64_t>& shape) {
     STD_TORCH_CHECK(size >= 0, "coup_fast::normal: sizes must not be negative, got shape ",
                     given());
   }
+  STD_TORCH_CHECK(sizes_fit(shape.data(), static_cast<int64_t>(shape.size())),
+                  "coup_fast::normal: shape ", kSizesExpected, ", got shape ", given());
   const Tensor out = new_empty(keys, shape, ScalarType::Float);
   Arguments arguments("normal", "keys", keys);
   Normal params{};

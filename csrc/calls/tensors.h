@@ -48,6 +48,16 @@ inline std::string sizes_text(const int64_t* sizes, int64_t ndim) {
   return text + "]";
 }
 
+// Whether products of the sizes, their bytes, and those of twice the channels stay far from the end
+// of int64: also where a size is 0, and nothing would be allocated.
+inline bool sizes_fit(const int64_t* sizes, int64_t ndim) {
+  int64_t left = (int64_t{1} << 60) - 1;
+  for (int64_t dim = 0; dim < ndim; ++dim) left /= sizes[dim] > 1 ? sizes[dim] : 1;
+  return left > 0;
+}
+constexpr const char* kSizesExpected =
+    "must have fewer than 2^60 elements (a size of 0 counted as 1)";
+
 inline std::string text_of(const Tensor& tensor) {
   return name_of(tensor.scalar_type()) + " " + sizes_text(tensor.sizes().data(), tensor.dim());
 }

@@ -127,3 +127,13 @@ def test_keys_may_be_a_strided_view() -> None:
 def test_errors_name_what_was_given(keys, shape, said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
         ops.normal(keys, shape)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2**62, 8), (1, 2**31, 2**31), (0, 2**60)])
+def test_sizes_are_bounded_before_anything_is_allocated(sizes: tuple[int, ...]) -> None:
+    keys = torch.zeros(sizes[0], 2, dtype=torch.int64)
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=r"fewer than 2\^60 elements.*got shape \["):
+            ops.normal(keys.to(device), sizes)
+    with pytest.raises(ValueError, match=r"below 2\^60"):
+        reference.normal(keys, sizes)

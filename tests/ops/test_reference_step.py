@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from helpers import interpreter
 from torch.autograd import gradcheck, gradgradcheck
 
-from coup_fast import noise, reference
+from coup_fast import noise, ops, reference
 from coup_fast.plan import (
     G_MAX,
     LOG_VAR_HI,
@@ -137,6 +139,25 @@ def test_zero_guidance_gives_zero_and_a_finite_gradient(norm: str) -> None:
     assert float(out[1].detach().norm()) == pytest.approx(1.0 if norm == "normalised" else 0.5)
     (grad,) = torch.autograd.grad(out.sum(), g)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("g_max", [math.inf, 1e38, 1.0])
+def test_guidance_within_its_bound_has_the_gradient_of_the_kernel(g_max: float) -> None:
+    """Such a norm has no part in the result, not as 0 * inf and not where its powers overflow."""
+    row = blank_row()
+    row[[C, G_MAX]] = 0.7, g_max
+    row = torch.tensor(row, dtype=torch.float32)
+    x, guidance = torch.zeros(3, 2, 3, 3), torch.randn(3, 2, 3, 3).mul_(0.1)
+    guidance[1] *= 1e-17
+    grads, values = [], []
+    for step in (reference.reverse_step, ops.reverse_step):
+        given = guidance.clone().requires_grad_()
+        out = step(x, None, row, None, given, None, None, "clipped")
+        grads.append(torch.autograd.grad(out.sum(), given)[0])
+        values.append(out.detach())
+    assert torch.equal(*grads)
+    assert torch.equal(*values)
+    assert torch.equal(grads[0], torch.full_like(guidance, 0.7))
 
 
 def test_unknown_guidance_norm() -> None:
