@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from coup_fast import _autograd, _fakes
+from coup_fast._torch import autograd, fakes
 from coup_fast._version import __version__
 
 _FOLDER = Path(__file__).resolve().parent
@@ -88,8 +88,8 @@ def load() -> None:
             stacklevel=2,
         )
         return
-    _fakes.register()
-    _autograd.register()
+    fakes.register()
+    autograd.register()
     if torch.version.cuda is None or _build_config()["cuda"] == "off":
         return
     _state[_CUDA_LIBRARY] = _load_library(_CUDA_LIBRARY)

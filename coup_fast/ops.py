@@ -68,7 +68,7 @@ def _has_derivatives(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _apply(operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
-    """The operator of args, past the autograd layer (`coup_fast._autograd`) where it has no part.
+    """The operator of args, past the autograd layer (`coup_fast._torch`) where it has no part.
 
     That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
     would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that

@@ -126,9 +126,17 @@ def eot_gradient(
     validation.check_labels(labels, images)
     if torch.is_inference_mode_enabled():  # whose tensors no graph can keep
         with torch.inference_mode(False):
-            options = {"draw": draw, "memory_budget": memory_budget, "micro_batch": micro_batch}
-            again = images.clone(), labels.clone(), loss, draws
-            return eot_gradient(defended, *again, sample_ids=ids.clone(), **options)
+            return eot_gradient(
+                defended,
+                images.clone(),
+                labels.clone(),
+                loss,
+                draws,
+                sample_ids=ids.clone(),
+                draw=draw,
+                memory_budget=memory_budget,
+                micro_batch=micro_batch,
+            )
     if not isinstance(defended, PurifiedClassifier):
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
         return _foreign_gradient(foreign, images, labels, loss, draws, draw)

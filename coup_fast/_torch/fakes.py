@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_check: Callable[..., None] = torch._check
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("none", "normalised", "clipped")
 STEP_COLUMNS = 19
@@ -50,7 +52,7 @@ class _Arguments:
 
     def require(self, condition: Any, name: str, expected: str, given: Tensor) -> None:
         """condition: a bool, or a SymBool, which becomes a guard of the compiled program."""
-        torch._check(condition, lambda: f"coup_fast::{self.op}: {name} {expected} {_text(given)}")
+        _check(condition, lambda: f"coup_fast::{self.op}: {name} {expected} {_text(given)}")
 
     def shape(self, name: str, given: Tensor, sizes: Sequence[Any], expected: str) -> None:
         self.require(given.ndim == len(sizes), name, expected, given)
@@ -58,7 +60,7 @@ class _Arguments:
             self.require(size == wanted, name, expected, given)
 
     def same_device(self, name: str, tensor: Tensor) -> None:
-        torch._check(
+        _check(
             tensor.device == self.state.device,
             lambda: (
                 f"coup_fast::{self.op}: {name} is on {tensor.device}, but {self.name} is on "
@@ -118,7 +120,7 @@ class _Arguments:
         self.row_of("alive", tensor, torch.bool, (batch,), expected)
 
     def guidance_norm(self, text: str) -> None:
-        torch._check(
+        _check(
             text in NORMS,
             lambda: (
                 f"coup_fast::{self.op}: guidance_norm must be none, normalised or clipped, "
@@ -155,13 +157,13 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
 
     right = keys.dtype == torch.int64 and keys.ndim == 2 and len(shape) > 0
     for condition in (right, right and keys.shape[1] == 2, right and shape[0] == keys.shape[0]):
-        torch._check(
+        _check(
             condition,
             lambda: f"coup_fast::normal: keys must be int64 [B, 2] and shape [B, ...], {given()}",
         )
     for size in shape:
-        torch._check(size >= 0, lambda: f"coup_fast::normal: sizes must not be negative, {given()}")
-    torch._check(_fit(shape), lambda: f"coup_fast::normal: shape {SIZES_EXPECTED}, {given()}")
+        _check(size >= 0, lambda: f"coup_fast::normal: sizes must not be negative, {given()}")
+    _check(_fit(shape), lambda: f"coup_fast::normal: shape {SIZES_EXPECTED}, {given()}")
     return keys.new_empty(shape, dtype=torch.float32)
 
 

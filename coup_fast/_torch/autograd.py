@@ -107,7 +107,7 @@ class _Library(torch.library.Library):
             _refuse(name, args)
             return fn(keyset, *args, **kwargs)
 
-        super().impl(op_name, refusing, dispatch_key, **options)
+        super().impl(op_name, refusing, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
 def _record_in_place(keyset: Any, *args: Any) -> None:
@@ -118,14 +118,14 @@ def _record_in_place(keyset: Any, *args: Any) -> None:
             "reverse_step_ is not differentiable, and one of its inputs requires grad: "
             "use reverse_step, or call it under torch.no_grad()"
         )
-    below: Any = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+    below: Any = torch._C._after_autograd_keyset
     _kernels.reverse_step_.default.redispatch(keyset & below, *args)
 
 
 def _count_in_place(keyset: Any, x: Tensor, *args: Any) -> None:
     """Tells autograd that x is written over, so that a graph that holds it says so."""
     torch.autograd.graph.increment_version(x)
-    below: Any = torch._C._after_ADInplaceOrView_keyset  # type: ignore[attr-defined]
+    below: Any = torch._C._after_ADInplaceOrView_keyset
     _kernels.reverse_step_.default.redispatch(keyset & below, x, *args)
 
 
@@ -134,12 +134,12 @@ _library: _Library | None = None  # what it registers ends with it
 
 def register() -> None:
     global _library
-    _library = _Library("coup_fast", "FRAGMENT")
+    _library = _Library("coup_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, (backward, save) in _GRADIENTS.items():
         torch.library.register_autograd(
             f"coup_fast::{name}", backward, setup_context=save, lib=_library
         )
     _library.impl("reverse_step_", _record_in_place, "Autograd", with_keyset=True)
-    torch.library.Library.impl(
+    torch.library.Library.impl(  # type: ignore[no-untyped-call]
         _library, "reverse_step_", _count_in_place, "ADInplaceOrView", with_keyset=True
     )
