@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import _extension
-from coup_fast._torch.transforms import FORWARD_MODE
+from coup_fast._torch.transforms import FORWARD_MODE, refuse_tangents
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -60,21 +60,26 @@ _below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
 )
 
 
-def _has_derivatives(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the autograd layer may have something to record or to refuse."""
-    return FORWARD_MODE._current_level >= 0 or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
+def _has_gradient(name: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the autograd layer has something to record or to refuse.
+
+    Tangents are refused here: in torch.func.jvp that layer cannot tell which inputs carry one.
+    """
+    if FORWARD_MODE._current_level >= 0:
+        refuse_tangents(f"coup_fast.ops.{name}", tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _apply(operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+def _apply(
+    name: str, operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *args: Any
+) -> Any:
     """The operator of args, past the autograd layer (`coup_fast._torch`) where it has no part.
 
     That layer is Python, and asking it costs 8 us a call, more than a small kernel takes. What it
     would do is the same: call the kernel with autograd's keys excluded. tensors: those of args that
     may require grad.
     """
-    if torch.compiler.is_compiling() or _has_derivatives(tensors):
+    if torch.compiler.is_compiling() or _has_gradient(name, tensors):
         return operator(*args)
     with _below_autograd():
         return operator(*args)
@@ -101,7 +106,7 @@ def perturb(
     float32. Differentiable with respect to images.
     """
     tensors = (images, coeffs, noise)
-    out: Tensor = _apply(_perturb, tensors, images, coeffs, keys, noise)
+    out: Tensor = _apply("perturb", _perturb, tensors, images, coeffs, keys, noise)
     return out
 
 
@@ -133,7 +138,7 @@ def reverse_step(
     """
     tensors = (x, model_out, coeffs, guidance, reference, noise)
     rest = (keys, guidance, reference, noise, guidance_norm)
-    out: Tensor = _apply(_reverse_step, tensors, x, model_out, coeffs, *rest)
+    out: Tensor = _apply("reverse_step", _reverse_step, tensors, x, model_out, coeffs, *rest)
     return out
 
 
@@ -156,7 +161,7 @@ def reverse_step_(
     """
     tensors = (x, model_out, coeffs, guidance, reference)
     rest = (keys, guidance, reference, noise, guidance_norm)
-    if torch.compiler.is_compiling() or _has_derivatives(tensors):
+    if torch.compiler.is_compiling() or _has_gradient("reverse_step_", tensors):
         _reverse_step_(x, model_out, coeffs, *rest)
         return
     with _below_autograd():
@@ -181,7 +186,7 @@ def adaptive_step(
     """
     tensors = (x, h, h_ahead, coeffs)
     out: tuple[Tensor, Tensor, Tensor] = _apply(
-        _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
+        "adaptive_step", _adaptive_step, tensors, x, h, h_ahead, alive, coeffs
     )
     return out
 
@@ -192,5 +197,7 @@ def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
     [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
     """
-    out: tuple[Tensor, Tensor] = _apply(_confidence_cotangent, (logits,), logits)
+    out: tuple[Tensor, Tensor] = _apply(
+        "confidence_cotangent", _confidence_cotangent, (logits,), logits
+    )
     return out

@@ -79,10 +79,12 @@ _COEFFS = {"perturb": 1, "reverse_step": 2, "adaptive_step": 4}
 
 def _refuse(name: str, args: tuple[Any, ...]) -> None:
     """Raises RuntimeError for derivatives that the autograd layer would not record."""
-    from coup_fast._torch.transforms import refuse_tangents, wrapped  # not at import: takes time
+    # not at import, which would take longer
+    from coup_fast._torch.transforms import carries_tangent, refuse_tangents, wrapped
 
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    refuse_tangents(f"coup_fast.ops.{name}", tensors)
+    # In torch.func.jvp every tensor comes wrapped here, and the tangent itself has to be asked for.
+    refuse_tangents(f"coup_fast.ops.{name}", filter(carries_tangent, tensors))
     if not torch.is_grad_enabled():
         return
     if any(tensor.requires_grad and wrapped(tensor) for tensor in tensors):

@@ -51,6 +51,13 @@ def has_tangent(tensor: Tensor) -> bool:
     return wrapped(tensor) or _unpack_dual(tensor).tangent is not None
 
 
+def carries_tangent(tensor: Tensor) -> bool:
+    """`has_tangent` for an autograd kernel, where PyTorch has wrapped what has none too."""
+    if FORWARD_MODE._current_level < 0 or not tensor.is_floating_point():
+        return False
+    return _unpack_dual(tensor).tangent is not None
+
+
 def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Raises RuntimeError if any of the tensors carries a tangent that `name` would drop."""
     if any(tensor is not None and has_tangent(tensor) for tensor in tensors):
