@@ -255,11 +255,7 @@ def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     if images.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"images must be float32 or float64 to be attacked, got {images.dtype}")
     ids = validation.sample_ids_of(images, sample_ids)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != ids.shape:
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-        raise ValueError(f"labels must be int64 [{len(images)}], got {got}")
-    if labels.device != images.device:
-        raise ValueError(f"labels are on {labels.device}, images are on {images.device}")
+    validation.check_labels(labels, images)
     validation.check_values(images)
     if images.numel() and bool(((images < 0) | (images > 1)).any()):
         raise ValueError("images leave [0, 1] by a rounding error; clamp them to [0, 1] first")

@@ -32,7 +32,8 @@ _measured: WeakKeyDictionary[PurifiedClassifier, dict[Any, MemoryModel]] = WeakK
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, [B]."""
+    """Cross-entropy of each row, [B]. ValueError for labels that are no class of the scores."""
+    validation.check_classes(labels, scores)  # PyTorch leaves rows of label -100 out
     return functional.cross_entropy(scores, labels, reduction="none")
 
 
@@ -122,8 +123,20 @@ def eot_gradient(
         checks.integer("micro_batch", micro_batch, 1)
     validation.check_images(images)
     ids = validation.sample_ids_of(images, sample_ids)
-    if labels.shape != ids.shape:
-        raise ValueError(f"labels must be [{len(ids)}], got {list(labels.shape)}")
+    validation.check_labels(labels, images)
+    if torch.is_inference_mode_enabled():  # whose tensors no graph can keep
+        with torch.inference_mode(False):
+            return eot_gradient(
+                defended,
+                images.clone(),
+                labels.clone(),
+                loss,
+                draws,
+                sample_ids=ids.clone(),
+                draw=draw,
+                memory_budget=memory_budget,
+                micro_batch=micro_batch,
+            )
     if not isinstance(defended, PurifiedClassifier):
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
         return _foreign_gradient(foreign, images, labels, loss, draws, draw)

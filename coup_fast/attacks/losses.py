@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.attacks.eot import cross_entropy
+from coup_fast.run.validation import check_classes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,6 +22,7 @@ def margin(scores: Tensor, labels: Tensor) -> Tensor:
     Carlini & Wagner, arXiv 1608.04644, f6 without its floor. Does not saturate where the classifier
     is sure of itself, as cross-entropy does.
     """
+    check_classes(labels, scores)
     right = scores.gather(1, labels[:, None])[:, 0]
     is_label = torch.arange(scores.shape[1], device=scores.device) == labels[:, None]
     return scores.masked_fill(is_label, -torch.inf).amax(1) - right

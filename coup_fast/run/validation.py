@@ -102,6 +102,26 @@ def sample_ids_of(images: Tensor, sample_ids: Any) -> Tensor:
     return checks.ids("sample_ids", sample_ids, len(images), images.device)
 
 
+def check_labels(labels: Any, images: Tensor) -> None:
+    """labels: int64 [B], on the images' device; TypeError or ValueError otherwise."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor [{len(images)}], got {labels!r}")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"labels must be int64 [{len(images)}], got {got}")
+    if labels.device != images.device:
+        raise ValueError(f"labels are on {labels.device}, images are on {images.device}")
+
+
+def check_classes(labels: Tensor, scores: Tensor) -> None:
+    """Every label is a class of the scores [B, K]; waits for the device once. ValueError."""
+    if bool(((labels < 0) | (labels >= scores.shape[1])).any()):
+        raise ValueError(
+            f"labels must be in [0, {scores.shape[1] - 1}] for scores of {scores.shape[1]} "
+            f"classes, got {labels.tolist()}"
+        )
+
+
 def check_noise(noise: Any, needed: int, images: Tensor, method: str) -> None:
     """noise: [>= needed, B, C, H, W] on the images' device, no wider than the state."""
     if not isinstance(noise, Tensor):

@@ -8,6 +8,7 @@ from helpers.tiny import images, short_purifier
 from torch import Tensor
 
 from coup_fast import PurifiedClassifier, eot_gradient
+from coup_fast.attacks import PGD
 from coup_fast.attacks.eot import cross_entropy, memory_model
 from coup_fast.attacks.peak_memory import peak_bytes
 
@@ -125,3 +126,28 @@ def test_mistakes_are_refused() -> None:
         eot_gradient(model(), u, LABELS, micro_batch=2.0)
     with pytest.raises(ValueError, match='gradient="none"'):
         eot_gradient(model(gradient="none"), u, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([0, 1], TypeError, r"labels must be an int64 tensor \[2\]"),
+        (torch.zeros(2), ValueError, r"labels must be int64 \[2\], got torch.float32"),
+        (torch.tensor([0, 99]), ValueError, r"labels must be in \[0, 3\] .* got \[0, 99\]"),
+        (torch.tensor([0, -100]), ValueError, r"labels must be in \[0, 3\] .* got \[0, -100\]"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        eot_gradient(model("diffpure"), images(2), labels, micro_batch=2)
+    for loss in ("ce", "margin"):
+        with pytest.raises((TypeError, ValueError), match="labels must be"):
+            PGD(steps=1, eot=1, loss=loss)(model("diffpure"), images(2), labels)
+
+
+def test_inference_mode_changes_no_gradient() -> None:
+    defence = model()
+    want = eot_gradient(defence, images(5), LABELS, micro_batch=5).gradient
+    with torch.inference_mode():
+        got = eot_gradient(defence, images(5), LABELS.clone(), micro_batch=5).gradient
+    assert torch.equal(got, want)
