@@ -84,7 +84,7 @@ def _refuse(name: str, args: tuple[Any, ...]) -> None:
 
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     # In torch.func.jvp every tensor comes wrapped here, and the tangent itself has to be asked for.
-    refuse_tangents(f"coup_fast.ops.{name}", filter(carries_tangent, tensors))
+    refuse_tangents(f"coup_fast.ops.{name}", [t for t in tensors if carries_tangent(t)])
     if not torch.is_grad_enabled():
         return
     if any(tensor.requires_grad and wrapped(tensor) for tensor in tensors):
