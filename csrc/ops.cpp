@@ -1,5 +1,5 @@
 // Schemas of all ops, and what this library is. Knows no kernel: csrc/cpu and csrc/cuda register
-// implementations, coup_fast/_fakes.py shapes, coup_fast/_autograd.py gradients.
+// implementations, coup_fast/_torch/fakes.py shapes, coup_fast/_torch/autograd.py gradients.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,7 +1,7 @@
 // The only validation of tensors: turns the arguments of an op into Views and pointers, or raises
 // an error that names the argument, what was given and what was expected. Knows devices, dtypes,
 // shapes and strides; no kernel, and not what an op computes.
-// coup_fast/_fakes.py says the same where there are no values; a test holds the two together.
+// coup_fast/_torch/fakes.py says the same where there are no values; a test holds the two together.
 #pragma once
 
 #include <string>
