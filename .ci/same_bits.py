@@ -199,11 +199,17 @@ def gradient_cases() -> Iterator[Case]:
             yield f"{method} {guidance}, gradient {way}", partial(run, method, options)
 
 
+def name_of(schedule: Any) -> str:
+    """A name that does not depend on how a tree shows its schedules."""
+    betas = getattr(schedule, "betas", None)
+    return type(schedule).__name__ + ("" if betas is None else f" {len(betas)}, {betas[0]:.4g}")
+
+
 def method_cases() -> Iterator[Case]:
     """The options of the methods, the kinds of networks and their schedules; plans as published."""
 
     def case(method: str, **options: Any) -> Case:
-        said = {k: v if k != "schedule" else f"{v!r:.40}" for k, v in options.items()}
+        said = {k: v if k != "schedule" else name_of(v) for k, v in options.items()}
         return f"{method} {said}", partial(run, method, options)
 
     flags, guidances, product = (False, True), GUIDANCE.values(), itertools.product
