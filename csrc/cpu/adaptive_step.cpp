@@ -27,7 +27,7 @@ std::vector<AdaptiveSample> samples_of(const AdaptiveStep& params) {
   const auto kernel = COUP_FAST_PICK(adaptive_step_sums);
   parallel(params.batch * segments, kSegment,
            [&](int64_t begin, int64_t end) { kernel(params, sums.data(), begin, end); });
-  const AdaptiveRow row = adaptive_row(params.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(params.coeffs);
   std::vector<AdaptiveSample> samples(static_cast<size_t>(params.batch));
   for (int64_t i = 0; i < params.batch; ++i) {
     samples[static_cast<size_t>(i)] = adaptive_sample(

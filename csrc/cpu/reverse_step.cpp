@@ -12,7 +12,7 @@ namespace {
 
 bool needs_norm(const ReverseStep& params) {
   return params.guidance_norm != GuidanceNorm::kNone && params.g.data != nullptr &&
-         step_row(params.coeffs).c != 0.0f;
+         row_at<StepRow>(params.coeffs).c != 0.0f;
 }
 
 // One sum for each sample: fill(sums, begin, end) gives those of its segments, added here in order.
@@ -42,7 +42,7 @@ void run(const ReverseStep& params, const Tensor&) {
   std::vector<float> scales;
   if (needs_norm(params)) {
     scales = guidance_squares(params);
-    const StepRow row = step_row(params.coeffs);
+    const StepRow row = row_at<StepRow>(params.coeffs);
     for (float& scale : scales) scale = guidance_scale(row, params.guidance_norm, scale);
   }
   const float* scale_of = scales.empty() ? nullptr : scales.data();
@@ -53,7 +53,7 @@ void run(const ReverseStep& params, const Tensor&) {
 // c_i and <G, a> / <G, G> of each sample, in two rounds: a may need c_i.
 std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) {
   const ReverseStep& forward = params.forward;
-  const StepRow row = step_row(forward.coeffs);
+  const StepRow row = row_at<StepRow>(forward.coeffs);
   const std::vector<float> squares = guidance_squares(forward);
   std::vector<GuidanceSample> samples(squares.size());
   for (size_t i = 0; i < samples.size(); ++i) {

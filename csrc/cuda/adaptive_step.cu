@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(threads_of<Changes>(kKeeping), blocks_of(kKeep
     if (phase.updates()) in.x = io.load_raw(params.x);
     return in;
   };
-  const AdaptiveRow row = adaptive_row(params.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(params.coeffs);
   const auto sample = open_sample<Changes, kKeeping>(job, params.h, load);
   const bool alive = params.alive[sample.number()];
 
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(threads_of<ChangesAndDots>(kKeeping), blocks_o
     if (phase.sums(1) || phase.updates()) in.grad = io.load_raw(params.grad);
     return in;
   };
-  const AdaptiveRow row = adaptive_row(forward.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(forward.coeffs);
   const auto sample = open_sample<ChangesAndDots, kKeeping>(job, forward.h, load);
   const bool alive = forward.alive[sample.number()];
 

@@ -14,7 +14,7 @@ __device__ __forceinline__ bool is_noisy(const Perturb& params, const PerturbRow
 template <Access kAccess>
 __global__ void __launch_bounds__(kThreads, 2)
     perturb_kernel(const Perturb params, const QuadGrid grid) {
-  const PerturbRow row = perturb_row(params.coeffs);
+  const PerturbRow row = row_at<PerturbRow>(params.coeffs);
   const bool noisy = is_noisy(params, row);
   each_quads<kAccess>(grid, [&](const auto& io) {
     const auto raw = io.load_raw(params.images);
@@ -32,7 +32,7 @@ template <Access kAccess>
 __global__ void __launch_bounds__(kThreads, 2)
     perturb_backward_kernel(const PerturbBackward params, const QuadGrid grid) {
   const Perturb& forward = params.forward;
-  const PerturbRow row = perturb_row(forward.coeffs);
+  const PerturbRow row = row_at<PerturbRow>(forward.coeffs);
   const bool noisy = is_noisy(forward, row);
   const bool masked = bounded(row.lo, row.hi);
   each_quads<kAccess>(grid, [&](const auto& io) {

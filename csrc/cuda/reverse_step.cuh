@@ -27,7 +27,7 @@ struct StepConstants {
 // kPlain: see is_plain().
 template <bool kPlain>
 __device__ __forceinline__ StepConstants step_constants(const ReverseStep& params) {
-  const StepRow row = step_row(params.coeffs);
+  const StepRow row = row_at<StepRow>(params.coeffs);
   StepInputs inputs = inputs_of(params);
   if (kPlain) inputs.s = inputs.r = false;
   return StepConstants{row, step_terms(row, inputs)};

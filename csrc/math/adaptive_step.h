@@ -7,6 +7,7 @@
 #pragma once
 
 #include "math/clamp.h"
+#include "math/rows.h"
 
 namespace coup_fast {
 
@@ -14,11 +15,7 @@ struct AdaptiveRow {
   float numerator, alpha_min, alpha_max, tau, scale, bias, lo, hi;
 };
 constexpr int kAdaptiveColumns = 8;
-
-COUP_FAST_FN AdaptiveRow adaptive_row(const float* coeffs) {
-  return AdaptiveRow{coeffs[0], coeffs[1], coeffs[2], coeffs[3],
-                     coeffs[4], coeffs[5], coeffs[6], coeffs[7]};
-}
+static_assert(sizeof(AdaptiveRow) == kAdaptiveColumns * sizeof(float), "a row is its columns");
 
 // What the elements of a sample need to know about it.
 struct AdaptiveSample {

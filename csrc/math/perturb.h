@@ -4,6 +4,7 @@
 #pragma once
 
 #include "math/clamp.h"
+#include "math/rows.h"
 
 namespace coup_fast {
 
@@ -11,12 +12,7 @@ struct PerturbRow {
   float scale, bias, std, sign_std, lo, hi, out_scale, out_bias;
 };
 constexpr int kPerturbColumns = 8;
-
-COUP_FAST_FN PerturbRow perturb_row(const float* coeffs) {
-  PerturbRow row;
-  memcpy(&row, coeffs, sizeof(row));
-  return row;
-}
+static_assert(sizeof(PerturbRow) == kPerturbColumns * sizeof(float), "a row is its columns");
 
 COUP_FAST_FN bool perturb_is_noisy(const PerturbRow& row) {
   return row.std != 0.0f || row.sign_std != 0.0f;

@@ -13,6 +13,7 @@
 
 #include "math/clamp.h"
 #include "math/elementary.h"
+#include "math/rows.h"
 
 namespace coup_fast {
 
@@ -27,12 +28,6 @@ struct StepRow {
 };
 constexpr int kStepColumns = 19;
 static_assert(sizeof(StepRow) == kStepColumns * sizeof(float), "a row is its columns");
-
-COUP_FAST_FN StepRow step_row(const float* coeffs) {
-  StepRow row;
-  memcpy(&row, coeffs, sizeof(row));
-  return row;
-}
 
 enum class GuidanceNorm : int32_t { kNone = 0, kNormalised = 1, kClipped = 2 };
 

@@ -121,6 +121,40 @@ def test_torch_cuda_arch_list(requested: str, expected: str | None, tmp_path: Pa
     assert (expected or "cannot read 'Hopper'") in done.stderr
 
 
+@needs_cmake
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("12.6, V12.6.85", "80-real;90-real;90-virtual"),  # does not know 10.0
+        ("12.8, V12.8.61", "80-real;90-real;100-real;100-virtual"),
+        ("13.0, V13.0.88", "80-real;90-real;100-real;100-virtual"),
+    ],
+)
+def test_the_default_architectures_are_those_the_compiler_knows(
+    release: str, expected: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "print.cmake"
+    script.write_text(
+        f'set(nvcc_version "Cuda compilation tools, release {release}")\n'
+        f'include("{ROOT}/cmake/cuda_archs.cmake")\nmessage("${{CMAKE_CUDA_ARCHITECTURES}}")\n'
+    )
+    done = run("cmake", "-P", script, TORCH_CUDA_ARCH_LIST="")
+    assert done.stderr.strip() == expected
+
+
+def test_the_cuda_check_finds_loads_of_single_bytes() -> None:
+    cuda_check = load_script(".ci/cuda_check.py")
+    ptx = """.visible .entry _Z12step_kernelv(
+	ld.global.u8 	%rs2, [%rd43];
+	ld.global.nc.u8 	%rs3, [%rd43+1];
+	ld.global.u32 	%r2, [%rd44];
+.visible .entry _Z20adaptive_step_kernelv(
+	ld.global.u8 	%rs2, [%rd43];
+	ld.shared.u8 	%rs2, [%rd43];
+"""
+    assert cuda_check.byte_loads(ptx) == {"_Z12step_kernelv": 2, "_Z20adaptive_step_kernelv": 1}
+
+
 def test_the_cuda_check_reads_registers_and_spills() -> None:
     cuda_check = load_script(".ci/cuda_check.py")
     report = """ptxas info    : 0 bytes gmem

@@ -127,7 +127,7 @@ void update_tile(const AdaptiveStep& params, const Tiling& tiling, const Tile& t
 }  // namespace
 
 void adaptive_step_samples(const AdaptiveStep& params, int64_t begin, int64_t end) {
-  const AdaptiveRow row = adaptive_row(params.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(params.coeffs);
   const Tiling logical(params.channels, params.pixels, View{});
   const Tiling tiling(params.channels, params.pixels, params.x);
   const bool streamed = streams(params);
@@ -156,7 +156,7 @@ void adaptive_step_sums(const AdaptiveStep& params, float* sums, int64_t begin, 
 
 void adaptive_step_tiles(const AdaptiveStep& params, const AdaptiveSample* samples, int64_t begin,
                          int64_t end) {
-  const AdaptiveRow row = adaptive_row(params.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(params.coeffs);
   const Tiling tiling(params.channels, params.pixels, params.x);
   const bool streamed = streams(params);
   Buffers buffers;
@@ -170,7 +170,7 @@ void adaptive_step_tiles(const AdaptiveStep& params, const AdaptiveSample* sampl
 void adaptive_step_dots(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
                         float* sums, int64_t begin, int64_t end) {
   const AdaptiveStep& forward = params.forward;
-  const AdaptiveRow row = adaptive_row(forward.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(forward.coeffs);
   const Tiling tiling(forward.channels, forward.pixels, View{});
   Buffer grad_buffer, x_buffer, h_buffer, lanes;
   for (int64_t item = begin; item < end; ++item) {
@@ -192,7 +192,7 @@ void adaptive_step_dots(const AdaptiveStepBackward& params, const AdaptiveSample
 void adaptive_step_backward_tiles(const AdaptiveStepBackward& params, const AdaptiveSample* samples,
                                   const float* slopes, int64_t begin, int64_t end) {
   const AdaptiveStep& forward = params.forward;
-  const AdaptiveRow row = adaptive_row(forward.coeffs);
+  const AdaptiveRow row = row_at<AdaptiveRow>(forward.coeffs);
   const Tiling tiling(forward.channels, forward.pixels, forward.x);
   Buffer grad_buffer, x_buffer, h_buffer, ahead_buffer, outs[3];
   const View* views[] = {&params.grad_x, &params.grad_h, &params.grad_h_ahead};

@@ -13,7 +13,7 @@ static const float* perturb_noise(const Perturb& params, const PerturbRow& row,
 }
 
 void perturb_tiles(const Perturb& params, int64_t begin, int64_t end) {
-  const PerturbRow row = perturb_row(params.coeffs);
+  const PerturbRow row = row_at<PerturbRow>(params.coeffs);
   const Tiling tiling(params.channels, params.pixels, params.images);
   Buffer image_buffer, noise_buffer, out_buffer;
   for (int64_t item = begin; item < end; ++item) {
@@ -32,7 +32,7 @@ void perturb_tiles(const Perturb& params, int64_t begin, int64_t end) {
 
 void perturb_backward_tiles(const PerturbBackward& params, int64_t begin, int64_t end) {
   const Perturb& forward = params.forward;
-  const PerturbRow row = perturb_row(forward.coeffs);
+  const PerturbRow row = row_at<PerturbRow>(forward.coeffs);
   const bool masked = bounded(row.lo, row.hi);
   const Tiling tiling(forward.channels, forward.pixels, forward.images);
   Buffer grad_buffer, image_buffer, noise_buffer, out_buffer;

@@ -146,7 +146,7 @@ Pass pass_for(const StepTerms& terms) {
 
 void reverse_step_tiles(const ReverseStep& params, const float* scales, int64_t begin,
                         int64_t end) {
-  const StepRow row = step_row(params.coeffs);
+  const StepRow row = row_at<StepRow>(params.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(params));
   const StepReads reads = reads_of_sum(terms);
   const Pass pass = pass_for(terms);
@@ -187,7 +187,7 @@ void reverse_step_squares(const ReverseStep& params, float* sums, int64_t begin,
 void reverse_step_dots(const ReverseStepBackward& params, const GuidanceSample* samples,
                        float* sums, int64_t begin, int64_t end) {
   const ReverseStep& forward = params.forward;
-  const StepRow row = step_row(forward.coeffs);
+  const StepRow row = row_at<StepRow>(forward.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(forward));
   const Tiling tiling(forward.channels, forward.pixels, View{});
   const StepReads reads = reads_of_dot(terms);
@@ -216,7 +216,7 @@ void reverse_step_dots(const ReverseStepBackward& params, const GuidanceSample* 
 void reverse_step_backward_tiles(const ReverseStepBackward& params, const GuidanceSample* samples,
                                  int64_t begin, int64_t end) {
   const ReverseStep& forward = params.forward;
-  const StepRow row = step_row(forward.coeffs);
+  const StepRow row = row_at<StepRow>(forward.coeffs);
   const StepTerms terms = step_terms(row, inputs_of(forward));
   const StepReads reads = reads_of_gradient(terms, samples != nullptr);
   const Tiling tiling(forward.channels, forward.pixels, forward.x);
