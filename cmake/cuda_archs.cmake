@@ -1,5 +1,6 @@
 # Sets CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, in torch's notation: "8.0;9.0+PTX".
-# Without it: the data-centre architectures that the CUDA check compiles, and PTX of the newest.
+# Without it: the data-centre architectures that the CUDA check compiles and that the compiler knows,
+# and PTX of the newest. `nvcc_version` is what nvcc --version prints.
 if(DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
   string(REGEX REPLACE "[ ,;]+" ";" requested "$ENV{TORCH_CUDA_ARCH_LIST}")
   set(CMAKE_CUDA_ARCHITECTURES "")
@@ -14,5 +15,10 @@ if(DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQU
     endif()
   endforeach()
 elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)
+  string(REGEX MATCH "release ([0-9.]+)" found "${nvcc_version}")
+  if(found AND CMAKE_MATCH_1 VERSION_LESS 12.8)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)
+  endif()
 endif()
