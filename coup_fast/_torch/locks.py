@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import Any
 
 
 class ForkLock:
-    """Its `current` is a `threading.Lock`, and a new one in a child forked meanwhile."""
+    """Its `current` is a lock of `threading`, and a new one in a child forked meanwhile."""
 
-    def __init__(self) -> None:
-        self.current = threading.Lock()
+    def __init__(self, *, reentrant: bool = False) -> None:
+        self._new = threading.RLock if reentrant else threading.Lock
+        self.renew()
         _all.add(self)
+
+    def renew(self) -> None:
+        self.current: Any = self._new()
 
 
 _all: weakref.WeakSet[ForkLock] = weakref.WeakSet()
@@ -24,7 +29,7 @@ _all: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 
 def _renew() -> None:
     for lock in _all:
-        lock.current = threading.Lock()
+        lock.renew()
 
 
 if hasattr(os, "register_at_fork"):

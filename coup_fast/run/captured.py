@@ -27,6 +27,14 @@ from coup_fast.run.tables import Noise, RowTable
 
 _KEPT = 8  # captured loops of one purifier
 
+# A capture waits for the whole device, which another thread's capture forbids: one at a time. A
+# model that purifies may capture within a warm-up, so the locks are reentrant.
+_CAPTURES: dict[torch.device, ForkLock] = {}
+
+
+def _capturing(device: torch.device) -> Any:
+    return _CAPTURES.setdefault(device, ForkLock(reentrant=True)).current
+
 
 class _Lookup:
     """A table of which any item is the row that the device's step number says."""
@@ -231,7 +239,8 @@ class Graphs:
         recorder = self.recorder(images.device)
         assert recorder is not None
         try:
-            return CapturedLoop(run, images, recorder)
+            with _capturing(images.device):
+                return CapturedLoop(run, images, recorder)
         except CaptureError as error:
             reason = f"the step cannot be captured ({error})"
             self._recorders.pop(images.device, None)  # its pool may still be in use

@@ -66,6 +66,8 @@ class Joined(InOrder):
 class TapeRecorder:
     """A `Recorder` of tapes."""
 
+    tape = Tape
+
     def __init__(self) -> None:
         self.warm_ups = self.captures = 0
         self.side = Joined()
@@ -75,12 +77,12 @@ class TapeRecorder:
         body()
 
     def waits(self, body: Callable[[], None]) -> bool:
-        with Tape() as tape:
+        with self.tape() as tape:
             self.warm_up(body)
         return tape.waits > 0
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
-        tape = Tape()
+        tape = self.tape()
         with tape:
             body()
         self.captures += 1

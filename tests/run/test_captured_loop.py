@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from helpers.tiny import SHORT, Asking, TinyClassifier, TinyNetwork, images, sho
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from coup_fast import Purifier, ScoreModel
+from coup_fast.run.captured import _capturing
 
 METHODS = sorted(SHORT)
 
@@ -256,3 +259,35 @@ def test_copies_capture_for_themselves() -> None:
         assert len(other._kept.graphs._loops) == 0
         assert torch.equal(other(images()), want)
         assert len(other._kept.graphs._loops) == 1
+
+
+def test_two_threads_capture_one_after_the_other() -> None:
+    """A capture waits for the device, and that would end another thread's."""
+    inside, most = [], []
+
+    class Watched(Tape):
+        def __enter__(self):
+            inside.append(self)
+            most.append(len(inside))
+            time.sleep(0.01)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            inside.remove(self)
+            return super().__exit__(*error)
+
+    purifiers = [taped() for _ in range(4)]
+    for clean in purifiers:
+        clean._kept.graphs.tapes.tape = Watched
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda clean: clean(images()), purifiers))
+    assert max(most) == 1
+    assert all(torch.equal(result, short_purifier()(images())) for result in results)
+
+
+def test_a_model_that_purifies_may_capture_within_a_warm_up() -> None:
+    lock = _capturing(torch.device("cpu"))
+    with lock:
+        assert _capturing(torch.device("cpu")) is lock
+        assert lock.acquire(blocking=False)
+        lock.release()
