@@ -11,6 +11,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #if !defined(USE_CUDA)
 #error "compile csrc/cuda with -DUSE_CUDA: torch's stable headers declare the stream call under it"
@@ -47,9 +50,13 @@ class Device {
   // newer than all that the library was built for.
   template <typename... Params>
   int compiled_for(void (*kernel)(Params...)) const {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    return error == cudaSuccess ? attributes.ptxVersion : 0;  // the launch will report the error
+    return prepared(kernel).compiled_for;
+  }
+
+  // Lets a kernel have as much shared memory as a block of the device may ask for.
+  template <typename... Params>
+  cudaError_t allow_shared_memory(void (*kernel)(Params...)) const {
+    return prepared(kernel).error;
   }
 
   // Blocks of a grid-stride loop over `items`: enough to fill the device, no more than needed.
@@ -62,6 +69,36 @@ class Device {
   }
 
  private:
+  struct Prepared {
+    cudaError_t error = cudaSuccess;
+    int compiled_for = 0;
+  };
+
+  // What is settled once for a kernel on a device, at the first launch that needs it. The bound of
+  // its shared memory is the device's: one that followed each call's sample would let a thread
+  // lower it between another thread's setting and its launch.
+  template <typename... Params>
+  Prepared prepared(void (*kernel)(Params...)) const {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, Prepared> known;
+    int device = index_;
+    (void)cudaGetDevice(&device);
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto place = std::make_pair(device, reinterpret_cast<const void*>(kernel));
+    const auto found = known.find(place);
+    if (found != known.end()) return found->second;
+    Prepared result;
+    cudaFuncAttributes attributes{};
+    result.error = cudaFuncGetAttributes(&attributes, kernel);
+    if (result.error != cudaSuccess)
+      return result;  // to be asked again, and reported by the launch
+    result.compiled_for = attributes.ptxVersion;
+    result.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    if (result.error == cudaSuccess) known.emplace(place, result);
+    return result;
+  }
+
   int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
@@ -79,10 +116,7 @@ void launch(const Device& device, const char* op, const Shape& shape, void (*ker
             const Args&... args) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  if (shape.shared_bytes > kSharedWithoutAsking) error = device.allow_shared_memory(kernel);
   cudaLaunchAttribute cluster[1];
   cluster[0].id = cudaLaunchAttributeClusterDimension;
   cluster[0].val.clusterDim.x = shape.cluster;

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -59,9 +60,11 @@ Barrier cluster;
 unsigned blocks_in_cluster = 1;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
-std::map<const void*, int> shared_limits;
+std::map<std::pair<int, const void*>, int> shared_limits;  // of a kernel on a device
 cudaError_t last_error = cudaSuccess;
 uint64_t loaded_bytes = 0;  // by vectors
+uint64_t settings = 0;
+std::set<const void*> kernels_run;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %u,%u thread %u)\n", message, blockIdx.x, blockIdx.y,
@@ -149,7 +152,9 @@ void prepare(Block& block, unsigned threads, size_t shared_bytes) {
 
 bool refused(const Launch& launch) {
   const unsigned threads = launch.block.x;
-  const auto limit = shared_limits.find(launch.kernel);
+  int device = 0;
+  cudaGetDevice(&device);
+  const auto limit = shared_limits.find({device, launch.kernel});
   const size_t shared_limit = limit == shared_limits.end() ? kDefaultSharedBytes : limit->second;
   return std::getenv("COUP_FAST_EMULATOR_REFUSE") != nullptr || launch.grid.x == 0 ||
          launch.grid.x > 0x7fffffffu || launch.grid.y == 0 || launch.grid.y > 65535 ||
@@ -169,6 +174,7 @@ int run(const Launch& launch, const std::function<void()>& thread_body) {
   if (refused(launch)) return last_error = cudaErrorInvalidValue;
   const char* seed = std::getenv("COUP_FAST_EMULATOR_SEED");
   std::mt19937 random(seed != nullptr ? std::atoi(seed) : 0);
+  kernels_run.insert(launch.kernel);
   const unsigned threads = launch.block.x;
   body = &thread_body;
   blocks_in_cluster = launch.cluster;
@@ -231,15 +237,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument (emulated device)";
 }
 cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
 // The first digits of the compute capability: 9, unless the environment says otherwise.
 static int major_capability() {
   const char* capability = std::getenv("COUP_FAST_EMULATOR_CAPABILITY");
   return capability != nullptr ? std::atoi(capability) : 9;
+}
+
+// A device of each kind that the environment can ask for: launchers keep what they know of one.
+cudaError_t cudaGetDevice(int* device) {
+  *device = 1000 * major_capability() + emulator::max_shared_bytes() / 1024;
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -267,14 +274,27 @@ cudaError_t emulated_attributes(cudaFuncAttributes* attributes) {
 
 cudaError_t emulated_set_shared_bytes(const void* kernel, int bytes) {
   if (bytes < 0 || bytes > emulator::max_shared_bytes()) return cudaErrorInvalidValue;
-  emulator::shared_limits[kernel] =
+  ++emulator::settings;
+  int device = 0;
+  cudaGetDevice(&device);
+  emulator::shared_limits[{device, kernel}] =
       std::max(bytes, static_cast<int>(emulator::kDefaultSharedBytes));
   return cudaSuccess;
+}
+
+// For tests: calls of cudaFuncSetAttribute since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t emulated_settings() {
+  return std::exchange(emulator::settings, uint64_t{0});
 }
 
 // For tests: bytes that vector loads have read since the last call.
 extern "C" __attribute__((visibility("default"))) uint64_t emulated_loaded_bytes() {
   return std::exchange(emulator::loaded_bytes, uint64_t{0});
+}
+
+// For tests: whether the kernel at this address has run.
+extern "C" __attribute__((visibility("default"))) bool emulated_has_run(const void* kernel) {
+  return emulator::kernels_run.count(kernel) != 0;
 }
 
 // --- what torch_cuda would export (prelude.h renames the calls to these) ------------------------
