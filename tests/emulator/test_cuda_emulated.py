@@ -6,12 +6,22 @@ What this can't see, only a device can: code generation, real concurrency, memor
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.cuda_cases import CASES, Case, adaptive_arguments, outputs, same_bits
+from helpers.cuda_cases import (
+    CASES,
+    Case,
+    adaptive_arguments,
+    every_kernel,
+    outputs,
+    same_bits,
+)
 from helpers.sampling import perturb_row, step
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +50,26 @@ def test_same_bits(emulated, case: Case) -> None:
     assert_same(emulated, case)
 
 
+def test_every_kernel_is_run(emulated) -> None:
+    """By the cases that compute-sanitizer watches on a device: the others then compare bits."""
+    from emulator.build import library
+
+    built = ctypes.CDLL(str(library()))
+    table = subprocess.run(["nm", "-C", library()], capture_output=True, text=True, check=True)
+    address = {name: int(at, 16) for at, name in re.findall(r"^(\w+) \w (.+)$", table.stdout, re.M)}
+    named = re.compile(r"::(\w+_kernel)(<.*>)?\([^:]*coup_fast::[^{]*\)$")
+    kernels = {name: match[1] for name in address if (match := named.search(name))}
+    sources = "".join(path.read_text() for path in sorted(Path("csrc/cuda").glob("*.cu")))
+    written = re.findall(r"__global__ void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", sources)
+    assert set(kernels.values()) == set(written)
+    for case in every_kernel():
+        getattr(emulated, case.op)(*case.make())
+    base = ctypes.cast(built.emulated_has_run, ctypes.c_void_p).value - address["emulated_has_run"]
+    built.emulated_has_run.argtypes = [ctypes.c_void_p]
+    built.emulated_has_run.restype = ctypes.c_bool
+    assert {name for name in kernels if not built.emulated_has_run(base + address[name])} == set()
+
+
 SUMMED = [case for case in CASES if "large" in case.name or case.op.startswith("adaptive")]
 
 
@@ -65,6 +95,20 @@ def test_same_bits_with_little_shared_memory(emulated, shape, monkeypatch) -> No
     args = adaptive_arguments(shape)
     assert_same(emulated, Case("adaptive_step", "small", lambda: args))
     assert_same(emulated, Case("adaptive_step_backward", "small", lambda: (args[1], *args)))
+
+
+def test_shared_memory_is_allowed_once_for_all_samples(emulated) -> None:
+    """Not as much as each call needs: a thread would lower it under another thread's launch."""
+    from emulator.build import library
+
+    settings = ctypes.CDLL(str(library())).emulated_settings
+    settings.restype = ctypes.c_uint64
+    for shape in [(1, 3, 160, 160), (1, 3, 96, 96), (1, 3, 160, 160)]:
+        emulated.adaptive_step(*adaptive_arguments(shape))
+    settings()
+    for shape in [(1, 3, 96, 96), (1, 3, 160, 160)]:
+        emulated.adaptive_step(*adaptive_arguments(shape))
+    assert settings() == 0
 
 
 def loaded_bytes(emulated, op: str, args) -> int:

@@ -9,28 +9,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from helpers.cuda_cases import CASES, Case, adaptive_arguments
+from helpers.cuda_cases import adaptive_arguments, every_kernel
 from helpers.sampling import step
 from test_cuda_ops import to_device
 
 SEVERAL_LAUNCHES = (1, 3, 592, 592)  # above 2^20 elements
 
-# Samples in registers, in shared memory and in clusters; both layouts; whole vectors and elements.
-ALWAYS = ("large", "last", "2x3x32x32", "wrapping")
-
-
-def choose() -> list[Case]:
-    """Every way of every kernel, and of the rest every ninth case."""
-    return [
-        case
-        for number, case in enumerate(CASES)
-        if number % 9 == 0 or any(word in case.name for word in ALWAYS)
-    ]
-
 
 def main() -> None:
     kernels = torch.ops.coup_fast
-    chosen = choose()
+    chosen = every_kernel()
     for case in chosen:
         getattr(kernels, case.op)(*to_device(case.make()))
     call = step(SEVERAL_LAUNCHES, guidance_norm="clipped")

@@ -30,11 +30,18 @@ Arguments = tuple[Any, ...]
 # A single element, tails of a quad, odd pixels, whole vectors, and samples of 2, 5 and 13 segments:
 # a cluster of 2, of 8 with one turn, of 8 with two.
 SHAPES = [(1, 1), (33, 1, 7), (2, 5), (1, 1003), (5, 3, 13, 17), (2, 3, 32, 32)]
+# More quads, or groups of four pixels, than the emulator's grids have threads: several turns.
+TURNS = [(601, 3, 7, 9), (300, 3, 16, 16)]
 LARGE = [(2, 1, 141, 141), (1, 3, 160, 160), (2, 4, 225, 226)]
 
 
 def _last(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _plain(call: Any) -> Any:
+    """The commonest call: neither the attacked image nor a learned variance."""
+    return replace(call, reference=None)
 
 
 # Three channels, where vectors fit any mix of layouts: all channels_last, the network's output or
@@ -43,7 +50,7 @@ MIXED: dict[str, Callable[[Any], Any]] = {
     "all_last": lambda call: call.map(_last),
     "model_last": lambda call: replace(call, model_out=_last(call.model_out)),
     "state_last": lambda call: replace(call, x=_last(call.x)),
-    "all_last_plain": lambda call: replace(call, reference=None).map(_last),
+    "all_last_plain": lambda call: _plain(call).map(_last),
     "model_last_plain": lambda call: replace(call, model_out=_last(call.model_out), reference=None),
     "noise_last": lambda call: replace(
         call, keys=None, noise=_last(torch.randn_like(call.x)), reference=None
@@ -130,10 +137,17 @@ def _reverse_step() -> Iterator[Case]:
         for norm in NORMS:
             options = {"shape": shape, "learned": True, "guidance_norm": norm}
             yield from _steps(_name("learned", norm, shape), _step(**options))
+            options = {"shape": shape, "guidance_norm": norm}
+            yield from _steps(_name("plain", norm, shape), _step(_plain, **options))
+    for shape in TURNS:
+        yield from _steps(_name("turns", shape), _step(_plain, shape=shape))
+        last = lambda call: _plain(call).map(_last)  # noqa: E731
+        yield from _steps(_name("turns", "last", shape), _step(last, shape=shape))
     for shape in LARGE:
         for norm in NORMS[1:]:
             options = {"shape": shape, "guidance_norm": norm, "dtype": torch.float16}
             yield from _steps(_name("large", norm, shape), _step(**options))
+            yield from _steps(_name("large", "plain", norm, shape), _step(_plain, **options))
     for dtype in [(LOW[0], torch.float32, LOW[1]), (LOW[1], LOW[0], torch.float32)]:
         for norm in NORMS[:2]:
             options = {"shape": (5, 3, 16, 12), "dtype": dtype, "guidance_norm": norm}
@@ -234,6 +248,19 @@ CASES = [
     for family in (_normal, _perturb, _reverse_step, _adaptive_step, _confidence)
     for case in family()
 ]
+
+
+# Samples in registers, in shared memory and in clusters; both layouts; whole vectors and elements.
+_EVERY_WAY = ("large", "160x160", "last", "2x3x32x32", "wrapping")
+
+
+def every_kernel() -> list[Case]:
+    """Cases that run every kernel, in every way it is launched, and every ninth of the others."""
+    return [
+        case
+        for number, case in enumerate(CASES)
+        if number % 9 == 0 or any(word in case.name for word in _EVERY_WAY)
+    ]
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
