@@ -187,9 +187,9 @@ coup_short = preset(
     coup,
     """COUP (Zhang et al. 2024) in ten steps of the exponential solver; not a published setting.
 
-    The fewest steps that, image by image, nowhere lost significantly against the published 100
-    Euler steps on the bundled models (README, "Fewer steps"). For a table that others compare
-    with, use `coup`.""",
+    Ten is the smallest number of steps that lost nowhere significantly, image by image, against
+    the published 100 Euler steps on the bundled models (docs/results.md). For a table that others
+    compare with, use `coup`.""",
     num_steps=10,
     solver="exponential",
 )
