@@ -8,8 +8,8 @@
 #   make build COUP_FAST_CUDA=on        build options, see CONTRIBUTING.md
 #
 # The index's ordinary torch for Linux is a CUDA build of several GB, which works as well. For the
-# small CPU build set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder
-# of wheels: pip then prefers the +cpu build of the same version.
+# small CPU build set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or PIP_FIND_LINKS to a
+# folder of wheels: pip then prefers the +cpu build of the same version.
 
 PYTHON ?= python3
 VENV ?= .venv

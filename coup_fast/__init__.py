@@ -1,12 +1,12 @@
-"""Fused diffusion purification for PyTorch.
+"""Fast and exact adversarial purification for PyTorch.
 
     clean = coup_fast.purify(images, score_model, classifier, method="coup")
 
-images: [B, C, H, W] floats in [0, 1]. `load_bundled()` returns a score model and a classifier to
-try it on, `ScoreModel` takes a network of yours, `Purifier` and `PurifiedClassifier` keep the
-models and options of such calls, `methods` names the methods. The public surface is listed in
-`_EXPORTS` and `_SUBMODULES`; a module is imported when its name is first used, so that importing
-coup_fast costs next to nothing beyond torch itself.
+images are floats [B, C, H, W] in [0, 1]. `load_bundled()` returns a score model and a classifier to
+try it on, and `ScoreModel` takes a network of yours. `Purifier` and `PurifiedClassifier` keep the
+models and options of such calls, and `methods` names the methods. `_EXPORTS` and `_SUBMODULES` list
+the public surface. A module is imported when its name is first used, so importing coup_fast costs
+next to nothing beyond torch itself.
 """
 
 from __future__ import annotations

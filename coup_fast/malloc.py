@@ -1,10 +1,10 @@
 """The C library's heap, where it is glibc's: freed memory is kept, and given back now and then.
 
 A network on a CPU allocates and frees its activations in every layer. glibc returns the end of its
-heap to the system each time, which then has to clear and map the same pages again: a sixth of the
-time of a run on the bundled digits (docs/design.md). What it does not return are the holes between
-blocks in use, and before version 2.38 an aligned request does not reuse a hole of its own size
-(sourceware bug 14581): the heap of an evaluation grew with every batch until there was none left.
+heap to the system each time, which then has to clear and map the same pages again. That is a sixth
+of the time of a run on the bundled digits (docs/design.md). glibc does not return the holes between
+blocks in use, and before version 2.38 an aligned request does not reuse a hole of the same size
+(sourceware bug 14581). So the heap of an evaluation grew with every batch until none was left.
 
 So this package's commands keep what they free, and give it all back between batches. A library does
 not decide that for its callers: nothing here runs on import.
@@ -33,9 +33,9 @@ def _glibc() -> Any:
 
 
 def keep_freed_memory() -> bool:
-    """From now on, free blocks below 32 MB stay with this process; whether that was done.
+    """Keep freed blocks below 32 MB in this process from now on; returns whether that was done.
 
-    Not where the environment has settings of its own for glibc's malloc.
+    It is not done where the environment holds settings for glibc's malloc.
     """
     library = _glibc()
     chosen = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)

@@ -1,10 +1,11 @@
 """Counter-based noise: Philox4x32-10 words, uniforms, and the keys of samples and steps.
 
 Noise is a pure function of (seed, sample id, draw, position in the run, element), so an image gets
-the same noise in any batch, at any position, on any device. Everything here is integer arithmetic
-in plain PyTorch and exact; the kernels compute the same words.
+the same noise in any batch, at any position, on any device. Everything here is exact integer
+arithmetic in plain PyTorch, and the kernels compute the same words.
 
-Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+The source of Philox is Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+(SC 2011).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def philox(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[An
     The counter's words are int64 tensors, int64 NumPy arrays, or ints, holding values in [0, 2^32),
     low word first; the key's words are the same or ints. All broadcast together.
 
-    int64 products of 32-bit words wrap and so have all of their 64 bits. Words 1 and 3 are lower
-    halves of products, whose upper bits are cut off where the words are next used.
+    int64 products of 32-bit words wrap, and so keep all of their 64 bits. Words 1 and 3 are lower
+    halves of products, and their upper bits are cut off where the words are next used.
     """
     key0, key1 = key
     word0, word1, word2, word3 = counter
@@ -71,15 +72,16 @@ def words(keys: Tensor, numel: int) -> Tensor:
 def uniform(word: Tensor) -> Tensor:
     """float32 uniforms in (0, 1] of int64 words: float32(word) * 2^-32 + 2^-33.
 
-    The product is exact, so one rounding after the conversion: the bits of a fused multiply-add.
+    The product is exact, so only the sum rounds after the conversion. The bits are those of a fused
+    multiply-add.
     """
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
 def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Tensor:
-    """64-bit key of each sample as int64 bit patterns [B], on the device of sample_ids.
+    """The 64-bit key of each sample, as int64 bit patterns [B] on the device of sample_ids.
 
-    The key is words 0 (low) and 1 (high) of Philox under key `seed` at the counter whose low half
+    The key is words 0 (low) and 1 (high) of Philox under key `seed`, at the counter whose low half
     is the sample id and whose high half is the draw.
 
     seed: int in [0, 2^64). sample_ids: int64 [B] or a sequence of ints. draw: int in [0, 2^63), or
@@ -120,11 +122,11 @@ def step_keys(
 ) -> Tensor:
     """Keys of a run's noise tensors: int64 [num_steps, B, 2], rows [sample key, offset].
 
-    Noise tensors are numbered in order of need (forward diffusion first, where a method has one).
-    Number k of a sample with `numel` elements starts at counter k * ceil(numel / 4), so no two of
-    them share a block. `ops.normal(keys[k], shape)` is noise tensor k.
+    Noise tensors are numbered in order of need; forward diffusion comes first, where a method has
+    it. Number k of a sample with `numel` elements starts at counter k * ceil(numel / 4), so no two
+    of them share a block. `ops.normal(keys[k], shape)` is noise tensor k.
 
-    num_steps >= 0, numel >= 0; the rest as for `sample_keys`.
+    num_steps >= 0 and numel >= 0; the other arguments are those of `sample_keys`.
     """
     num_steps = checks.integer("num_steps", num_steps, 0, 2**31 - 1)
     numel = checks.integer("numel", numel, 0, 2**31 - 1)

@@ -1,23 +1,25 @@
 """The compiled operators: typed calls of `torch.ops.coup_fast.*`.
 
-Same names, argument order and meaning as `coup_fast.reference`, which defines them. Tensors of a
-call live on one device, the CPU or CUDA. Unless a docstring says otherwise:
+They have the names, argument order and meaning of `coup_fast.reference`, which defines them. All
+tensors of a call are on one device, the CPU or CUDA. Unless a docstring says otherwise:
 
-- a state is [B, C, ...] with two dimensions or more; images, model outputs, guidance, references
-  and noise are float32, float16 or bfloat16 in any mix, contiguous, channels_last, or a view that
-  steps evenly through the pixels of a channel (`out[:, :C]`), and are read in place; any other
-  view is copied once. Arithmetic is float32, rounded once to the type of the result;
-- outputs have the shape of the state and are contiguous, or channels_last where it is that;
+- A state is [B, C, ...] with two dimensions or more. Images, model outputs, guidance, references
+  and noise may be float32, float16 or bfloat16 in any mix. Tensors that are contiguous,
+  channels_last, or a view that steps evenly through the pixels of a channel (`out[:, :C]`) are read
+  in place; any other view is copied once. Arithmetic is float32, rounded once to the type of the
+  result.
+- Outputs have the shape of the state. They are channels_last where the state is, else contiguous.
 - coeffs is one row of coefficients, a float32 tensor on the device (columns: `coup_fast.plan`), so
-  that a new step is neither a recompilation nor a host synchronisation. A term whose coefficient
-  is exactly 0 contributes nothing, whatever its input. Coefficients that require grad are refused;
-- keys are int64 [B, 2] rows of `coup_fast.noise.step_keys`. A sample's noise depends on its key and
-  the logical index alone: not on device, layout, batch or threads, bit for bit;
-- wrong dtypes, shapes and devices raise RuntimeError with argument, given and expected.
+  that a new step needs neither a recompilation nor a host synchronisation. A term whose coefficient
+  is exactly 0 contributes nothing, whatever its input. Coefficients that require grad are refused.
+- keys are int64 [B, 2] rows of `coup_fast.noise.step_keys`. A sample's noise depends only on its
+  key and the logical index: device, layout, batch and threads change no bit of it.
+- Wrong dtypes, shapes and devices raise RuntimeError with the argument, what was given and what was
+  expected.
 
-Gradients are first order and by reverse mode: differentiating a gradient again, tangents of forward
-mode and gradients inside torch.func raise RuntimeError; use `coup_fast.reference`. `torch.vmap`
-works, one sample after another, except in place.
+Gradients are first order and by reverse mode. Differentiating a gradient again, tangents of forward
+mode, and gradients inside torch.func raise RuntimeError; use `coup_fast.reference` for them.
+`torch.vmap` works, one sample after another, except in place.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ def _apply(
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
 
-    keys: int64 [B, 2]. shape: sizes, shape[0] == B. Philox4x32-10 and Box-Muller, within 2 ulp of
-    the exact value for the same words. Not differentiable.
+    keys: int64 [B, 2]. shape: sizes, with shape[0] == B. The normals come from Philox4x32-10 and
+    Box-Muller, and are within 2 ulp of the exact value for the same words. Not differentiable.
     """
     out: Tensor = _normal(keys, shape)
     return out
@@ -102,8 +104,8 @@ def perturb(
     out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias.
 
     images: u, [B, C, ...]. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale, out_bias.
-    z is noise if given, else drawn under keys, else absent with its terms; sign(0) = 1. Returns
-    float32. Differentiable with respect to images.
+    z is noise if that is given; else it is drawn under keys; without both its terms are left out.
+    sign(0) = 1. Returns float32. Differentiable with respect to images.
     """
     tensors = (images, coeffs, noise)
     out: Tensor = _apply("perturb", _perturb, tensors, images, coeffs, keys, noise)
@@ -154,8 +156,8 @@ def reverse_step_(
 ) -> None:
     """`reverse_step` written over x, a dense float32 tensor. Not differentiable.
 
-    Other inputs may be x itself, but may not share its memory otherwise: they would be read after
-    it is written.
+    Another input may be x itself, but it may not share x's memory in any other way, because it
+    would be read after x is written.
 
     Raises RuntimeError if gradients are on and an input requires them.
     """

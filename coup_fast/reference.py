@@ -1,12 +1,12 @@
-"""The operators in plain PyTorch: the definition the kernels are tested against, and the fallback.
+"""The operators in plain PyTorch: what the kernels are tested against, and the fallback.
 
-Same names, argument order and rows of coefficients as `coup_fast.ops`. Runs on any device, in
-float32 or float64 (the state's dtype decides), and is differentiable by autograd, twice. Noise
-words and uniforms are exact; everything else agrees with the kernels to rounding, because plain
-PyTorch has no fused multiply-add.
+They have the names, argument order and rows of coefficients of `coup_fast.ops`. They run on any
+device, in float32 or float64 as the state's dtype says, and autograd differentiates them twice.
+Noise words and uniforms are exact. Everything else agrees with the kernels to rounding, because
+plain PyTorch has no fused multiply-add.
 
 A term whose coefficient is exactly 0 contributes nothing, whatever its input (inf and NaN too).
-Coefficients stay on the device: nothing here waits for it.
+Coefficients stay on the device, and nothing here waits for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noise schedules: pure functions of time in float64.
 
-A schedule says what a network was trained on. Signal and noise are `√ᾱ x + σ z` with
+A schedule says on which noise a network was trained. Signal and noise are `√ᾱ x + σ z` with
 σ² = 1 - ᾱ (variance preserving), or `x + σ z` (variance exploding, EDM). Time runs from 0 (clean)
-to 1; index i of a discrete schedule of N steps is the noise level at time (i + 1) / N.
+to 1. Index i of a discrete schedule of N steps is the noise level at time (i + 1) / N.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def sigma(alpha_bar: ArrayLike) -> Array:
 class VPSchedule:
     """Continuous variance-preserving SDE, β(t) = beta_min + (beta_max - beta_min) t, t in [0, 1].
 
-    Song et al., "Score-based generative modeling through SDEs" (ICLR 2021), appendix B. The
-    published networks are called with 999 t (`ScoreModel(time_scale=999)`).
+    The source is appendix B of Song et al., "Score-based generative modeling through SDEs" (ICLR
+    2021). The published networks are called with 999 t (`ScoreModel(time_scale=999)`).
     """
 
     beta_min: float = 0.1
@@ -66,7 +66,8 @@ class VPSchedule:
     def discrete(self, num_steps: int = 1000) -> DiscreteSchedule:
         """The same process in num_steps steps, β_i linear from beta_min/N to beta_max/N.
 
-        As in the score-SDE code. With the default β it is DDPM's (docs/methods.md, Notation).
+        The score-SDE code does the same. With the default β the result is DDPM's schedule
+        (docs/methods.md, Notation).
         """
         return DiscreteSchedule.linear(
             self.beta_min / num_steps, self.beta_max / num_steps, num_steps
@@ -79,8 +80,8 @@ class VPSchedule:
     def index_time(self, index: ArrayLike) -> Array:
         """The time a network is told at index i of `discrete()`: (i + 1) / 1000.
 
-        That is the time of the same noise level. Released code that feeds a continuous network
-        the bare index is reproduced by describing the network with a DiscreteSchedule.
+        That is the time of the same noise level. Some released code feeds a continuous network
+        the bare index; describe the network with a DiscreteSchedule to do the same.
         """
         return (np.asarray(index, dtype=np.float64) + 1) / 1000
 
@@ -89,9 +90,9 @@ class VPSchedule:
 class DiscreteSchedule:
     """Discrete variance-preserving chain, q(x_i | x_{i-1}) = N(√(1-β_i) x_{i-1}, β_i).
 
-    betas: β_0 … β_{N-1}, each in (0, 1). Ho et al., "Denoising diffusion probabilistic models"
-    (NeurIPS 2020). A network trained on it is told the index: use `ScoreModel(time_scale=N)`, so
-    that the times i / N given by `index_time` become i.
+    betas: β_0 … β_{N-1}, each in (0, 1). The source is Ho et al., "Denoising diffusion
+    probabilistic models" (NeurIPS 2020). A network trained on it is told the index: use
+    `ScoreModel(time_scale=N)`, so that the times i / N given by `index_time` become i.
     """
 
     betas: tuple[float, ...] = tuple(np.linspace(1e-4, 0.02, 1000).tolist())
@@ -161,8 +162,8 @@ class DiscreteSchedule:
     def network_time(self, t: ArrayLike) -> Array:
         """The time a network is told at continuous time t: floor(N t) / N.
 
-        DiffPure's convention for guided-diffusion networks. The grid's own rounding errors must
-        not change the floor, hence the small allowance.
+        This is DiffPure's convention for guided-diffusion networks. Rounding errors of the grid
+        must not change the floor, hence the small allowance.
         """
         index = np.floor(self.num_steps * np.asarray(t, dtype=np.float64) + 1e-6)
         return np.minimum(index, self.num_steps - 1) / self.num_steps
@@ -176,8 +177,8 @@ class DiscreteSchedule:
 class EDMSchedule:
     """Variance-exploding noise x + σ z with σ up to sigma_max, for denoisers D(x, σ).
 
-    Karras et al., "Elucidating the design space of diffusion models" (NeurIPS 2022). Time is
-    σ / sigma_max, so `ScoreModel(kind="x0", time_scale=sigma_max)` tells the network σ.
+    The source is Karras et al., "Elucidating the design space of diffusion models" (NeurIPS 2022).
+    Time is σ / sigma_max, so `ScoreModel(kind="x0", time_scale=sigma_max)` tells the network σ.
     """
 
     sigma_max: float = 80.0

@@ -1,7 +1,7 @@
 """Networks as the purifier calls them: `ScoreModel`, and `EnergyModel` for scalar networks.
 
-What a network predicts (`kind`) and its noise schedule are facts about the network; turning them
-into steps is what a plan does, so nothing here converts ε to a score or back.
+What a network predicts (`kind`) and its noise schedule are facts about the network. A plan turns
+them into steps, so nothing here converts ε to a score or back.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class ScoreModel(nn.Module):
     """A score network with what the purifier must know about it.
 
     Args:
-        network: module or plain callable f(x, t): x [B, C, H, W] in the network's own dtype, t [B]
-            in network units, returning [B, C, H, W], or [B, 2C, H, W] with the variance channels
-            last. A returned object with a tensor `.sample` (diffusers) is unwrapped.
+        network: module or plain callable f(x, t) with x [B, C, H, W] in the network's dtype and t
+            [B] in network units. It returns [B, C, H, W], or [B, 2C, H, W] with the variance
+            channels last. A returned object with a tensor `.sample` (diffusers) is unwrapped.
         kind: what the network predicts: "eps" (the noise), "score" (∇ log p_t), "x0" (the
             denoised image) or "ncsn" (the unscaled output of a noise-conditional score network or
             an energy's -∇E, as ADP uses it, in pixel space).
-        schedule: the forward process it was trained for; default `VPSchedule()`.
-        time_scale: t in [0, 1] times this is what the network is called with. The published
+        schedule: the forward process that the network was trained for; default `VPSchedule()`.
+        time_scale: the network is called with t times this, for t in [0, 1]. The published
             continuous-time VP networks take 999 t.
-        t_max: the largest t the network was trained for, in (0, 1]; a plan that calls it at a later
-            one is refused. None: all of [0, 1].
+        t_max: the largest t that the network was trained for, in (0, 1]. A plan that calls it at a
+            later time is refused. None means all of [0, 1].
 
-    A module network is a submodule (its parameters move and save with this one); it is never
-    modified. Its input is cast to the dtype of its parameters, which concerns the network alone:
-    the state stays float32 (float64 for float64 images). The time is multiplied in float64, so that
-    the times i/N of a discrete schedule reach a network as the whole numbers i, and is handed over
-    as float32 (float64 with a float64 x).
+    A module network becomes a submodule, so its parameters move and save with this one. It is never
+    modified. Its input is cast to the dtype of its parameters, and only its input: the state stays
+    float32 (float64 for float64 images). The time is multiplied in float64, so that the times i/N
+    of a discrete schedule reach the network as the whole numbers i. The network gets it as float32
+    (float64 with a float64 x).
     """
 
     network: Callable[[Tensor, Tensor], Any]
@@ -102,7 +102,7 @@ class ScoreModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, converted: bool = False) -> Tensor:
         """The network's raw output at x [B, C, ...] and times t [B] in [0, 1].
 
-        converted: x is in the network's dtype and t in its units already, as in a run's loop.
+        converted: whether x has the network's dtype and t its units already, as in a run's loop.
 
         Raises TypeError if the network returns anything but a tensor (or an object with a tensor
         `.sample`).
@@ -123,10 +123,10 @@ class EnergyModel(nn.Module):
         network: module or plain callable E(x, t) -> [B] (or [B, 1]); sample i's energy must depend
             on sample i alone.
 
-    Use it as the network of a `ScoreModel` (kind "ncsn" for ADP, "score" for the diffusion
-    methods). It works under `no_grad` and `inference_mode`. Where a graph is wanted, because grad
-    is on and x or a parameter requires it, the score is differentiable: training by score matching
-    and gradients through purification both use the second derivative of E.
+    Use it as the network of a `ScoreModel`: kind "ncsn" for ADP, "score" for the diffusion methods.
+    It works under `no_grad` and `inference_mode`. If grad is on and x or a parameter requires it,
+    the score is differentiable: training by score matching and gradients through purification both
+    use the second derivative of E.
     """
 
     network: Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Numbers about a defence and the ways to get and print them; `evaluate` does all of it.
+"""Measuring a defence: `evaluate` runs attacks, and what is needed to read and print the numbers.
 
 tabulate and matplotlib (the `cli` extra) are imported by the functions that need them.
 """

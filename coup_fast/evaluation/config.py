@@ -93,12 +93,13 @@ class Row:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """All of an evaluation.
+    """The whole configuration of an evaluation.
 
-    models: "mnist" (bundled), or "module:function" or "./file.py:function", called with "vp" or
-    (for ADP) "ncsn" and returning (ScoreModel, classifier). rows: the work, in order. draws: fresh
-    draws that each image is classified under. batch_size: images at once. seed: of the defences'
-    noise. threads: of a process. memory_budget: bytes that an attack's gradients may take at once.
+    models: "mnist" or "cifar10" (bundled), or "module:function" or "./file.py:function", a function
+    that is called with "vp" or (for ADP) "ncsn" and returns (ScoreModel, classifier). rows: the
+    work, in order. draws: how many fresh draws each image is classified under. batch_size: images
+    at once. seed: of the defences' noise. threads: of each process. memory_budget: bytes that an
+    attack's gradients may take at once.
     """
 
     data: Data
@@ -123,7 +124,7 @@ class EvalConfig:
         return {**plain, "data": asdict(self.data), "rows": rows}
 
     def batches(self) -> list[range]:
-        """Sample ids of each batch. The number of processes has no say in it."""
+        """Sample ids of each batch. They do not depend on the number of processes."""
         step, total = self.batch_size, self.data.images
         return [range(i, min(i + step, total)) for i in range(0, total, step)]
 
@@ -254,7 +255,7 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
 
 
 def from_dict(given: Mapping[str, Any]) -> EvalConfig:
-    """The configuration of a dictionary as a TOML file gives it.
+    """The configuration that a dictionary describes, with the keys of a TOML file.
 
     Raises ValueError or TypeError, naming the key, what was given and what is possible.
     """
@@ -290,7 +291,7 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. Raises FileError, a ValueError, FileNotFoundError."""
+    """The tables of a TOML file. Raises FileNotFoundError, or FileError (a ValueError)."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -45,26 +45,27 @@ def evaluate(
     report_only: bool = False,
     interval: float = 30.0,
 ) -> Report | None:
-    """Run what is missing of an evaluation, and report all of it.
+    """Run the missing part of an evaluation, and report the whole.
 
     Args:
         config: see `coup_fast.evaluation.config.from_dict`.
-        out: folder; its `state/` keeps every finished batch. Run again to go on after a stop.
-        models: "vp" or "ncsn" -> (ScoreModel, classifier), or one such pair, in place of what
-            config.models names. They stay on their devices.
+        out: the output folder. Its `state/` keeps every finished batch, so that the same call
+            continues after a stop.
+        models: a function of "vp" or "ncsn" that returns (ScoreModel, classifier), or one such
+            pair, in place of what config.models names. Models stay on their devices.
         data: images [N, C, H, W] float32 in [0, 1] and labels [N], in place of config.data.
-        device: where to compute; with several processes "cuda" is one GPU for each.
+        device: where to compute. With several processes, "cuda" gives each of them a GPU.
         say: receives a line about each finished unit, on rank 0.
         timeout: seconds to wait for other ranks.
         report_only: compute nothing; report the batches that all rows have finished.
         interval: seconds after which `say` also hears how far an unfinished unit is.
 
-    Started by torchrun (or with a process group), the ranks share the work, and only rank 0
-    returns the report; the others return None.
+    Under torchrun (or with a process group) the ranks share the work. Only rank 0 returns the
+    report, and the others return None.
 
     Raises ValueError or TypeError for a wrong configuration, StateError for a state that does not
     belong to it, and EvaluationError for what stops it on the way (a full disk, NaN from a network,
-    a rank that died); what was finished before stays.
+    a rank that died). What was finished before an error stays.
     """
     say = say or (lambda _: None)
     ticker = _Ticker(say, interval)

@@ -26,8 +26,8 @@ from coup_fast.files import write_text
 class Report:
     """The finished part of an evaluation.
 
-    units: what the state holds of each unit. Only images for which every row is finished count, so
-    that all rows are about the same images.
+    units: what the state holds of each unit, a batch of a row. Only images for which every row is
+    finished count, so that all rows are about the same images.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ def render_table(
     style: Literal["terminal", "markdown"] = "terminal",
     align: Sequence[Literal["left", "right", "center"]] | None = None,
 ) -> str:
-    """Text of a table. Cells are printed as given (no reformatting of numbers); None is empty.
+    """A table as text. Cells are printed as given, numbers included, and None is empty.
 
     `align` holds one word per column; by default the first column is left and the others right.
     """

@@ -1,8 +1,8 @@
-"""The published methods: each a function from constants to a plan, with the published defaults.
+"""The published methods. Each is a function from constants to a plan, with the published defaults.
 
     coup_fast.methods.diffpure(VPSchedule(), "eps", t_star=0.125).table()
 
-`METHODS` names them as `Purifier(method=...)` does; `plan` builds one by name.
+`METHODS` has them under the names that `Purifier(method=...)` takes, and `plan` builds one by name.
 """
 
 from __future__ import annotations

@@ -29,21 +29,27 @@ def adp(
 ) -> AdaptivePlan:
     """ADP: noise injection, then score steps whose length adapts to the score's change.
 
-    Yoon, Hwang, Lee, "Adversarial purification with score-based generative models" (ICML 2021,
-    arXiv 2106.06041), algorithm 1, with the released constants: σ = 0.25 noise on pixels, clamped;
-    10 steps, λ = 0.05, δ = 1e-3, α clipped to [1e-5, 0.1], a sample stops for good once α <= 1e-3.
-    One run; the paper averages the logits of ten (`PurifiedClassifier(num_draws=10)`).
+    The source is algorithm 1 of Yoon, Hwang, Lee, "Adversarial purification with score-based
+    generative models" (ICML 2021, arXiv 2106.06041), with the released constants: noise of σ = 0.25
+    on pixels, clamped; 10 steps, λ = 0.05, δ = 1e-3, α clipped to [1e-5, 0.1]. A sample stops for
+    good once α <= 1e-3. This is one run; the paper averages the logits of ten
+    (`PurifiedClassifier(num_draws=10)`).
 
-    The network is called with t = 0. Pixels are mapped by T(u) = (255/256) u + 1/512 for it.
+    The network is called with t = 0, and pixels are mapped by T(u) = (255/256) u + 1/512 for it.
 
     Args:
-        schedule: not used. kind: "ncsn", the unscaled output of an NCSN or an energy's -∇E.
-        sigma: noise level in pixels, >= 0. noise_variant: "gaussian", or "binary" ±σ√(2/π).
-        num_steps: steps of a run. step_lambda: λ > 0. delta: δ > 0. tau: τ >= 0.
+        schedule: not used.
+        kind: "ncsn", the unscaled output of an NCSN or an energy's -∇E.
+        sigma: the noise level in pixels, >= 0.
+        noise_variant: "gaussian", or "binary" for ±σ√(2/π).
+        num_steps: the steps of a run.
+        step_lambda: λ > 0.
+        delta: δ > 0.
+        tau: τ >= 0.
         alpha_min, alpha_max: bounds of the step size, 0 <= alpha_min <= alpha_max.
-        pixel_map_every_step: True, as released: T⁻¹ is applied at every step although the state is
-            in pixel space after the first, which stretches contrast a little each time.
-            False: once, at the first step.
+        pixel_map_every_step: True applies T⁻¹ at every step, as the released code does, although
+            the state is in pixel space after the first; this stretches contrast a little each
+            time. False applies T⁻¹ once, at the first step.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """

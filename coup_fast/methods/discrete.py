@@ -37,23 +37,25 @@ def ddpm(
     clip_denoised: bool = False,
     clamp_output: bool = False,
 ) -> Plan:
-    """Forward diffusion, then DDPM ancestral sampling: DiffPure as run on CelebA-HQ.
+    """Forward diffusion, then DDPM ancestral sampling: DiffPure as it runs on CelebA-HQ.
 
-    Ho et al. (NeurIPS 2020), algorithm 2; Nie et al. (ICML 2022): 500 of 1000 steps (t* = 0.5),
-    fixed small variance, x̂0 not clipped, no noise at i = 0.
+    The source is algorithm 2 of Ho et al. (NeurIPS 2020) with the constants of Nie et al. (ICML
+    2022): 500 of 1000 steps (t* = 0.5), fixed small variance, x̂0 not clipped, no noise at i = 0.
 
     Args:
-        schedule: of the network. A `DiscreteSchedule` network is told i / N (the index, under
-            `ScoreModel(time_scale=N)`); a `VPSchedule` network the time (i + 1)/1000.
+        schedule: of the network. A network of a `DiscreteSchedule` is told i / N, which is the
+            index under `ScoreModel(time_scale=N)`. A network of a `VPSchedule` is told the time
+            (i + 1)/1000.
         kind: what the network predicts: "eps", "score" or "x0".
-        t_star: start, in [1/N, 1]; indices t_star N - 1 … 0.
-        num_steps: in [1, t_star N], for a respaced chain; default: every index.
+        t_star: where to start, in [1/N, 1]; the indices are t_star N - 1 … 0.
+        num_steps: in [1, t_star N], for a respaced chain; by default every index is used.
         variance: "fixed-small" (posterior), "fixed-large" (β), or "learned" (a 2C-channel network).
         guidance_scale: λ >= 0, shifts the mean by λ Var g (Dhariwal and Nichol 2021, algorithm 1).
         guidance_norm, guidance_max_norm: as for `coup`.
-        forward_noise: diffuse the image to t_star first.
-        clip_denoised: clamp x̂0 to [-1, 1]; the posterior mean is then of x and the clamped x̂0.
-        clamp_output: clamp the result to valid pixels.
+        forward_noise: whether to diffuse the image to t_star first.
+        clip_denoised: whether to clamp x̂0 to [-1, 1]. The posterior mean then takes x and the
+            clamped x̂0.
+        clamp_output: whether to clamp the result to valid pixels.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
@@ -107,17 +109,17 @@ def ddim(
 ) -> Plan:
     """Forward diffusion, then DDIM-η.
 
-    Song et al., "Denoising diffusion implicit models" (ICLR 2021), eq. 12, as Lee and Kim (ICCV
-    2023) and ADBM purify with it: t* = 0.1, η = 0; ADBM clips x̂0.
+    The source is eq. 12 of Song et al., "Denoising diffusion implicit models" (ICLR 2021). Lee and
+    Kim (ICCV 2023) and ADBM purify with t* = 0.1 and η = 0, and ADBM clips x̂0.
 
     With `clip_denoised=True` ε is left as predicted, as in ADBM and diffusers. The exponential
     solver of `coup` and its relatives, the same step without clipping, and `ddpm` use the ε that
     belongs to the clamped x̂0. Where nothing is clamped the two agree.
 
     Args:
-        eta: in [0, 1]; 0 is deterministic, 1 has DDPM's small variance.
-        The others are those of `ddpm`; guidance adds λ g to the score (Dhariwal and Nichol 2021,
-        algorithm 2).
+        eta: in [0, 1]; 0 is deterministic, and 1 has DDPM's small variance.
+        The other options are those of `ddpm`. Guidance adds λ g to the score (Dhariwal and Nichol
+        2021, algorithm 2).
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
@@ -153,16 +155,16 @@ def gradual(
 ) -> Plan:
     """Eight rounds of forward diffusion and sampling, with growing noise.
 
-    Lee and Kim, "Robust evaluation of diffusion-based adversarial purification" (ICCV 2023):
-    T = 30 (four rounds), 50 (two), 125 (two), every index, η = 1 (DDPM), x̂0 not clipped;
-    ten runs vote by majority (`PurifiedClassifier(num_draws=10, vote="majority")`).
+    The source is Lee and Kim, "Robust evaluation of diffusion-based adversarial purification" (ICCV
+    2023): T = 30 (four rounds), 50 (two), 125 (two), every index, η = 1 (DDPM), x̂0 not clipped. Ten
+    runs vote by majority (`PurifiedClassifier(num_draws=10, vote="majority")`).
 
     Args:
         rounds: T of each round, indices in [1, N]; round T diffuses to index T - 1.
-        stride: use every stride-th index (about, where it does not divide T); T/stride steps a
-            round, rounded down. The released attack's surrogate is none of these: rounds (30, 50,
-            125) in 1, 1 and 5 steps.
-        The others are those of `ddim`.
+        stride: use every stride-th index (about, where it does not divide T). A round has
+            T/stride steps, rounded down. The released attack differentiates another setting as
+            its surrogate: rounds (30, 50, 125) in 1, 1 and 5 steps.
+        The other options are those of `ddim`.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """

@@ -42,22 +42,25 @@ def gdmp(
 ) -> Plan:
     """GDMP: DDPM steps drawn towards the attacked image by the gradient of an MSE.
 
-    Wang et al., "Guided diffusion model for adversarial purification" (arXiv 2205.14969), algorithm
-    1, with the released CIFAR-10 constants: 4 rounds of forward diffusion to index 36 and steps
-    35 … 0; x̂0 clipped; fixed large variance; output clamped. The mean moves by -Var_i S_i ∇MSE(x,
-    x_ref), where x_ref = √ᾱ_i x_adv + √(1-ᾱ_i) z₂ and
+    The source is algorithm 1 of Wang et al., "Guided diffusion model for adversarial purification"
+    (arXiv 2205.14969), with the released CIFAR-10 constants: 4 rounds of forward diffusion to index
+    36 and steps 35 … 0, x̂0 clipped, fixed large variance, output clamped.
+
+    The mean moves by -Var_i S_i ∇MSE(x, x_ref), where x_ref = √ᾱ_i x_adv + √(1-ᾱ_i) z₂ and
     S_i = 3 · 60000 · 255/(2 · 8) · √(1-ᾱ_i)/√ᾱ_i. In closed form, with
-    κ = 2 Var_i S_i/(B·C·H·W): v = c₂ - κ, e = κ√ᾱ_i on x_adv, d = √(Var_i + κ²(1-ᾱ_i)), one z for
-    both noises. The loss is a mean over a batch, so its strength depends on the batch; B = 100, the
-    authors', is built in so that results do not depend on how the caller batches.
+    κ = 2 Var_i S_i/(B·C·H·W): v = c₂ - κ, e = κ√ᾱ_i on x_adv, d = √(Var_i + κ²(1-ᾱ_i)), and one z
+    stands for both noises. The released loss is a mean over the batch, so its strength depends on
+    the batch. Here the authors' B = 100 is built in, so that results do not depend on how the
+    caller batches.
 
     Args:
-        t_star: 1000 t_star is the index diffused to and the steps of a round.
-        rounds: how many times. mse_scale: the released guide scale, >= 0. ptb: the attack's ε in
-            units of 1/255, > 0.
-        image_shape: C, H, W of the loss's mean. Published: (3, 32, 32). Other images under the
+        t_star: 1000 t_star is the index that a round diffuses to, and the steps of a round.
+        rounds: how many rounds.
+        mse_scale: the released guide scale, >= 0.
+        ptb: the attack's ε in units of 1/255, > 0.
+        image_shape: C, H, W of the loss's mean; published: (3, 32, 32). Other images under the
             default keep the strength per pixel that CIFAR-10 images had.
-        variance, guidance_scale (a classifier's, besides the MSE's), guidance_norm,
+        variance, guidance_scale (of a classifier, beside the MSE), guidance_norm,
         guidance_max_norm, clip_denoised, clamp_output: as for `ddpm`.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.

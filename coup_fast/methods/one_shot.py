@@ -39,17 +39,18 @@ def one_shot(
 ) -> Plan:
     """Noise of a given level, then one call of the denoiser, x̂0.
 
-    Carlini et al., "(Certified!!) adversarial robustness for free!" (ICLR 2023), algorithm 1, with
-    σ = 0.25 on pixels: the noise level at which √((1-ᾱ)/ᾱ) = 2σ; x̂0 clipped. For EDM networks it
-    is the Euler step to t' = 0 (Karras et al. 2022).
+    The source is algorithm 1 of Carlini et al., "(Certified!!) adversarial robustness for free!"
+    (ICLR 2023), with σ = 0.25 on pixels: the noise level at which √((1-ᾱ)/ᾱ) = 2σ. x̂0 is clipped.
+    For EDM networks this is the Euler step to t' = 0 (Karras et al. 2022).
 
     Args:
         schedule: `VPSchedule`, `DiscreteSchedule` (the first index with at least that much noise)
             or `EDMSchedule` (kind "x0").
-        sigma: noise on pixels, > 0; default 0.25. t_star: the time to noise to instead, in (0, 1]
-            (of an EDMSchedule: σ in diffusion space over sigma_max).
+        sigma: the noise on pixels, > 0; default 0.25.
+        t_star: the time to noise to, in (0, 1], in place of sigma. For an EDMSchedule it is σ in
+            diffusion space over sigma_max.
         guidance_scale, guidance_norm, guidance_max_norm: as for `coup`; guidance adds to the score.
-        clip_denoised: clamp x̂0 to [-1, 1].
+        clip_denoised: whether to clamp x̂0 to [-1, 1].
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """

@@ -137,27 +137,28 @@ def coup(
     clip_denoised: bool = False,
     clamp_output: bool = True,
 ) -> Plan:
-    """COUP: the reverse VP-SDE with classifier confidence, from the unnoised attacked image.
+    """COUP: the reverse VP-SDE, guided by the classifier's confidence, from the attacked image.
 
-    Zhang et al., "Classifier guidance enhances diffusion-based adversarial purification by
-    preserving predictive information" (arXiv 2408.05900, ECAI 2024), with the constants of
-    the released code: t* = 0.1 (ℓ∞ 8/255), h = 1e-3 (100 steps, the last 0.99e-3, to
-    t = 1e-5), λ = 1, no forward noise, input and output clamped, noise on the last step too.
+    The source is Zhang et al., "Classifier guidance enhances diffusion-based adversarial
+    purification by preserving predictive information" (arXiv 2408.05900, ECAI 2024). The constants
+    are those of the released code: t* = 0.1 (ℓ∞ 8/255), h = 1e-3 (100 steps to t = 1e-5, the last
+    of 0.99e-3), λ = 1, no forward noise, input and output clamped, noise on the last step too.
 
     Args:
-        schedule: of the network; `VPSchedule`, or a `DiscreteSchedule` linear in β.
+        schedule: of the network: a `VPSchedule`, or a `DiscreteSchedule` that is linear in β.
         kind: what the network predicts: "eps", "score" or "x0".
         t_star: time to start from, in (1e-5, 1].
-        num_steps: steps of length t_star / num_steps, instead of
+        num_steps: how many steps, each of length t_star / num_steps; give this or step_size.
         step_size: the step length h, in [1e-5, 1]; default 1e-3.
-        guidance_scale: λ >= 0; 0 needs no classifier.
-        guidance_norm: "none"; "normalised": each sample's gradient divided by its norm; "clipped":
-            scaled down to guidance_max_norm where its norm is larger.
-        forward_noise: diffuse the image to t_star first (DiffPure's discrete ᾱ).
+        guidance_scale: λ >= 0. With 0 no classifier is needed.
+        guidance_norm: "none" leaves each sample's gradient as it is, "normalised" divides it by
+            its norm, and "clipped" scales it down to guidance_max_norm where its norm is larger.
+        guidance_max_norm: the bound of "clipped".
+        forward_noise: whether to diffuse the image to t_star first (with DiffPure's discrete ᾱ).
         solver: "euler" as published, or "exponential" for 10 to 20 steps (see the module).
-        clip_denoised: clamp the predicted clean image to [-1, 1] at each step, and take ε from the
-            clamped one, (x - √ᾱ x̂0)/σ. `ddim` leaves ε as predicted.
-        clamp_output: clamp the result (and an unnoised start) to valid pixels.
+        clip_denoised: whether to clamp the predicted clean image to [-1, 1] at each step. ε is
+            then that of the clamped image, (x - √ᾱ x̂0)/σ; `ddim` leaves ε as predicted.
+        clamp_output: whether to clamp the result, and an unnoised start, to valid pixels.
 
     Raises TypeError or ValueError, naming the option, what was given and what is possible.
     """
@@ -187,9 +188,9 @@ coup_short = preset(
     coup,
     """COUP (Zhang et al. 2024) in ten steps of the exponential solver; not a published setting.
 
-    The fewest steps that, image by image, nowhere lost significantly against the published 100
-    Euler steps on the bundled models (README, "Fewer steps"). For a table that others compare
-    with, use `coup`.""",
+    Ten is the smallest number of steps that lost nowhere significantly, image by image, against
+    the published 100 Euler steps on the bundled models (docs/results.md). For a table that others
+    compare with, use `coup`.""",
     num_steps=10,
     solver="exponential",
 )
@@ -199,10 +200,10 @@ diffpure = preset(
     coup,
     """DiffPure: forward diffusion to t*, then the reverse VP-SDE.
 
-    Nie et al., "Diffusion models for adversarial purification" (ICML 2022), section 3.2, CIFAR-10
-    ℓ∞: t* = 0.1, h = 1e-3 (100 steps to t = 1e-5); forward with the discrete ᾱ of index
-    1000 t* - 1; nothing clamped, no guidance (guidance_scale adds it). The paper uses t* = 0.125
-    for unseen threats.""",
+    The source is Nie et al., "Diffusion models for adversarial purification" (ICML 2022), section
+    3.2, with the setting for CIFAR-10 and ℓ∞: t* = 0.1 and h = 1e-3 (100 steps to t = 1e-5). The
+    forward noise has the discrete ᾱ of index 1000 t* - 1. Nothing is clamped. There is no
+    guidance, and guidance_scale adds it. The paper uses t* = 0.125 for unseen threats.""",
     guidance_scale=0.0,
     forward_noise=True,
     clamp_output=False,
@@ -220,7 +221,7 @@ diffpure_short = preset(
     diffpure,
     """DiffPure (Nie et al. 2022) in ten steps of the exponential solver; not a published setting.
 
-    Why ten: see `coup_short`.""",
+    `coup_short` says why there are ten.""",
     num_steps=10,
     solver="exponential",
 )
@@ -230,9 +231,9 @@ diffpure_imagenet = preset(
     diffpure,
     """DiffPure with its ImageNet setting: t* = 0.15, 150 steps (Nie et al. 2022, section 5.2).
 
-    For the 256x256 guided-diffusion network: `ScoreModel(network, schedule=DiscreteSchedule(),
-    time_scale=1000)` tells it floor(1000 t), and its variance channels are cut off. Resizing
-    (224 to 256 and back, bilinear) is the caller's.""",
+    It is meant for the 256x256 guided-diffusion network. `ScoreModel(network,
+    schedule=DiscreteSchedule(), time_scale=1000)` tells it floor(1000 t), and its variance channels
+    are cut off. The caller has to resize (bilinear, from 224 to 256 and back).""",
     t_star=0.15,
 )
 
@@ -254,8 +255,9 @@ def vp_ode(
 ) -> Plan:
     """Forward diffusion, then the probability-flow ODE: DiffPure's VP-ODE ablation.
 
-    Nie et al. 2022, ablations; ODE of Song et al. 2021, eq. 13. t* = 0.1, h = 1e-3 (100 Euler steps
-    to t = 1e-5), forward noise as DiffPure's, nothing clamped. "exponential" is DDIM with η = 0.
+    The sources are the ablations of Nie et al. 2022 and the ODE of Song et al. 2021, eq. 13. The
+    constants are t* = 0.1 and h = 1e-3 (100 Euler steps to t = 1e-5). The forward noise is
+    DiffPure's, and nothing is clamped. The solver "exponential" is DDIM with η = 0.
 
     Options and errors are those of `coup`.
     """
@@ -290,9 +292,9 @@ def ldsde(
 ) -> Plan:
     """Langevin dynamics about the attacked image, with the score at t = 0.01: DiffPure's LDSDE.
 
-    dx = -½λ [(x - x_adv)/σ² - s_0.01(x)] dt + η√λ dw (Nie et al. 2022, ablations). Constants of the
-    released code: σ² = 1e-3, λ = 1e-2, η = 5, dt = 1e-2 over t* = 0.1 (10 steps, the last
-    0.999e-2), no forward noise, nothing clamped.
+    dx = -½λ [(x - x_adv)/σ² - s_0.01(x)] dt + η√λ dw (Nie et al. 2022, ablations). The constants
+    are those of the released code: σ² = 1e-3, λ = 1e-2, η = 5, dt = 1e-2 over t* = 0.1 (10 steps,
+    the last of 0.999e-2). There is no forward noise, and nothing is clamped.
 
     Args:
         sigma2: σ² > 0, variance of the tie to the attacked image. lambda_ld: λ > 0, the rate.

@@ -1,4 +1,4 @@
-"""Networks: our own and their files, the bundled weights, and loaders of published networks."""
+"""Networks of this package and their files, the bundled weights, and loaders of published ones."""
 
 from coup_fast.models.bundled import BUNDLED, bundled_settings, describe_bundled, load_bundled
 from coup_fast.models.classifier import Classifier

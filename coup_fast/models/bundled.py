@@ -69,13 +69,13 @@ BUNDLED = tuple(_SETTINGS)
 def load_bundled(
     name: str = "mnist", *, score: str = "vp", device: torch.device | str = "cpu"
 ) -> tuple[ScoreModel, nn.Module]:
-    """The bundled score model and the classifier it defends, in eval mode, float32.
+    """Load the bundled score model and the classifier it defends, in eval mode and float32.
 
     Args:
         name: "mnist" or "cifar10".
-        score: "vp" predicts the noise of the VP-SDE (every method but ADP); "ncsn" is the
-            unconditional NCSNv2 network of ADP.
-        device: where to put both.
+        score: which score network: "vp" predicts the noise of the VP-SDE, for every method but
+            ADP; "ncsn" is the unconditional NCSNv2 network for ADP.
+        device: where both models go.
     Returns:
         (score_model, classifier). The classifier maps pixels in [0, 1], [B, 1, 28, 28] or
         [B, 3, 32, 32], to logits [B, 10].
@@ -97,16 +97,22 @@ def score_for(method: str) -> str:
 
 
 def bundled_settings(name: str = "mnist") -> dict[str, Any]:
-    """What suits a bundled set: `epsilon` and `attack_steps` of the weak attack, and `methods`.
+    """The settings that suit a bundled set, chosen on validation images.
 
-    `methods` maps a method's name to the options chosen for it. Raises ValueError: unknown name.
+    `epsilon` and `attack_steps` are those of the weak attack. `methods` maps a method's name to
+    the options chosen for it.
+
+    Raises ValueError for an unknown name.
     """
     _check_name(name)
     return copy.deepcopy(_SETTINGS[name])
 
 
 def describe_bundled(name: str = "mnist") -> dict[str, dict[str, Any]]:
-    """How each file was trained: network, command's settings, seconds, losses or accuracy."""
+    """How each file was trained: the network, the settings, seconds, and losses or accuracy.
+
+    Raises ValueError for an unknown name.
+    """
     _check_name(name)
     return {file: _load(file)[1] for file in CHECKSUMS if file.startswith(f"{name}_")}
 

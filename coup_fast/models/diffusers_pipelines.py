@@ -85,7 +85,7 @@ def load_diffusers(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ScoreModel:
-    """A pipeline of diffusers as a score model, in eval mode.
+    """Load a pipeline of diffusers as a score model, in eval mode.
 
     Args:
         source: a folder of `save_pretrained`, a hub id ("google/ddpm-cifar10-32"), or a pipeline.
@@ -95,13 +95,13 @@ def load_diffusers(
         **options: of `DiffusionPipeline.from_pretrained` (revision, cache_dir,
             local_files_only, ...).
     Returns:
-        Of a discrete scheduler: ScoreModel on its `DiscreteSchedule`, told the index; kind "eps"
-        ("x0" for prediction_type "sample"; v-prediction is turned into ε). Every method but
-        `adp` takes it; those that integrate an SDE (`coup`, `diffpure`, ...) need betas that are
-        linear. A learned variance is used by `variance="learned"`.
-        Of `ScoreSdeVeScheduler`: the same network as a noise network, kind "eps", of
-        `VPSchedule()` (`AtVPTimes`), which every method but `adp` takes. Its noise levels
-        sigma_min … sigma_max, on pixels, are asked at √((1-ᾱ)/ᾱ)/2.
+        For a discrete scheduler, a ScoreModel on its `DiscreteSchedule` that is told the index.
+        Its kind is "eps", or "x0" for prediction_type "sample"; v-prediction is turned into ε.
+        Every method but `adp` takes it; those that integrate an SDE (`coup`, `diffpure`, ...)
+        need linear betas. `variance="learned"` uses a learned variance.
+        For `ScoreSdeVeScheduler`, the same network as a noise network (kind "eps") of
+        `VPSchedule()` (`AtVPTimes`), which every method but `adp` takes. Its noise levels on
+        pixels, sigma_min … sigma_max, are asked at √((1-ᾱ)/ᾱ)/2.
     Raises:
         ImportError: diffusers is missing. FileNotFoundError: no pipeline there. ValueError: a
         pipeline, or a field of its configuration, that is not supported; it is named.

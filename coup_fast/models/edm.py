@@ -115,10 +115,10 @@ def load_edm(
     schedule: VPSchedule | EDMSchedule | None = None,
     device: torch.device | str = "cpu",
 ) -> ScoreModel:
-    """A denoiser of EDM from its state dict, in eval mode, float32.
+    """Load a denoiser of EDM from its state dict, in eval mode and float32.
 
-    The released `.pkl` files run code when they are opened, so none is opened here. In a checkout
-    of NVlabs/edm, and if you trust the file, this line makes a file for this function:
+    The released `.pkl` files run code when they are opened, so this function opens none. In a
+    checkout of NVlabs/edm, and if you trust the file, this line makes a file for this function:
 
         python -c "import pickle, torch; torch.save(
             pickle.load(open('NAME.pkl', 'rb'))['ema'].state_dict(), 'NAME.pt')"
@@ -128,14 +128,14 @@ def load_edm(
             `model.`
         config: name of the released file (`CONFIGS`), or an `EDMConfig` for any other. Whether the
             network is conditional, and on how many labels, is read from the file.
-        schedule: a VPSchedule (the default one if None): the denoiser is a network of that VP
-            process, asked at its own noise level (`AtVPTimes`), and every diffusion method takes
-            it. An EDMSchedule: it is asked at σ = t sigma_max; `one-shot` takes it.
+        schedule: with a VPSchedule (the default one if None) the denoiser becomes a network of
+            that VP process, asked at its noise level (`AtVPTimes`), and every diffusion method
+            takes it. With an EDMSchedule it is asked at σ = t sigma_max, and `one-shot` takes it.
         device: where the network goes.
 
     Returns:
-        ScoreModel of kind "x0". Of a class-conditional network the class is left out, which its
-        training never did: prefer an unconditional one.
+        ScoreModel of kind "x0". A class-conditional network runs without its class, which its
+        training never did, so prefer an unconditional one.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: the configuration is unknown, or the

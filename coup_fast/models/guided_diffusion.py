@@ -143,22 +143,22 @@ def load_guided_diffusion(
     device: torch.device | str = "cpu",
     **flags: Any,
 ) -> ScoreModel:
-    """A guided-diffusion or improved-diffusion checkpoint as a score model, in eval mode.
+    """Load a guided-diffusion or improved-diffusion checkpoint as a score model, in eval mode.
 
     Args:
         path: a state dict file of the released code, e.g. `256x256_diffusion_uncond.pt`.
         config: "imagenet256" (Dhariwal & Nichol 2021, unconditional ImageNet 256), "cifar10" or
             "imagenet64" (Nichol & Dhariwal 2021, unconditional, L_hybrid and L_vlb), a mapping of
-            the released scripts' flags (DiffPure's `model:` section), or None for flags alone.
-        torso: dtype of the convolutions inside; the rest is float32. Default: float16 if the flags
-            say `use_fp16`, else float32. The presets stay in float32; give `torch.float16` on a GPU
-            for the released setting.
+            the released scripts' flags (DiffPure's `model:` section), or None if **flags says all.
+        torso: dtype of the inner convolutions; the rest is float32. The default is float16 if the
+            flags say `use_fp16`, else float32. The presets stay in float32; give `torch.float16`
+            on a GPU for the released setting.
         device: where the network goes.
-        **flags: more flags, or others than the configuration's.
+        **flags: flags beyond the configuration, or in place of its flags.
     Returns:
         ScoreModel of kind "eps" ("x0" for `predict_xstart`) on a `DiscreteSchedule`. The network
-        takes [B, 3, H, W] in [-1, 1] and returns [B, 6, H, W] where the variance is learned: ask
-        methods for `variance="learned"` to use it; otherwise the variance channels are cut off.
+        takes [B, 3, H, W] in [-1, 1] and returns [B, 6, H, W] where the variance is learned.
+        Methods use it with `variance="learned"` and otherwise cut the variance channels off.
     Raises:
         ValueError: the flags contradict each other or the file; its keys and shapes are listed.
         FileNotFoundError: no such file.

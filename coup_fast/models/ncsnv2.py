@@ -45,23 +45,23 @@ def load_ncsnv2(
     centre: bool = True,
     device: torch.device | str = "cpu",
 ) -> ScoreModel:
-    """An NCSNv2 checkpoint as a score model, in eval mode, float32.
+    """Load an NCSNv2 checkpoint as a score model, in eval mode and float32.
 
     Width, image channels, number of noise levels and depth are read from the file.
 
     Args:
         path: `checkpoint.pth` of ermongroup/ncsnv2 or ADP, a list [state dict, optimizer, epoch,
-            step, EMA parameters], names with or without `module.`; or a state dict alone.
-        kind: "ncsn": the output not divided by σ, in pixel space, as ADP uses it (method "adp").
-            "eps": the same network as a noise network of `VPSchedule()`, for every other method
+            step, EMA parameters] with or without `module.` in the names, or a bare state dict.
+        kind: "ncsn" takes the output that is not divided by σ, in pixel space, as ADP uses it.
+            "eps" makes the same network a noise network of `VPSchedule()` for every other method
             (exact where its noise levels reach; see `AtVPTimes`).
-        ema: take the EMA parameters. ADP's released code takes the others, hence the default;
+        ema: whether to take the EMA parameters. ADP's released code does not, hence the default;
             Song & Ermon sample with the EMA.
         activation: elu (all released configurations), relu, lrelu or swish; not in the file.
         centre: False for networks trained with `rescaled` or `logit_transform` data.
         device: where the network goes.
     Returns:
-        ScoreModel; its network has the noise levels, pixels, in `.sigmas` [L].
+        ScoreModel, whose network has the noise levels on pixels in `.sigmas` [L].
     Raises:
         ValueError: an unknown option, or a file that does not fit, with what was found and
         expected. FileNotFoundError: no such file.

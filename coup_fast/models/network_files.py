@@ -42,7 +42,10 @@ def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
 def save_network(
     path: Path, network: nn.Module, facts: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `network` (one of ours) and `facts` about it; floating weights are stored as dtype."""
+    """Write a network of this package and `facts` about it to a .safetensors file.
+
+    Floating weights are stored as dtype.
+    """
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {
@@ -56,9 +59,9 @@ def save_network(
 
 
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a file (float32, eval mode) and the description stored with it.
+    """Load the network of a file, in float32 and eval mode, and the description stored with it.
 
-    Weights are in channels_last, in which convolutions are faster (docs/design.md, The loop).
+    The weights are in channels_last, in which convolutions are faster (docs/design.md, The loop).
 
     Raises:
         FileError, a ValueError: if the file was not written by `save_network`, or is damaged.

@@ -56,16 +56,16 @@ def load_classifier(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> nn.Module:
-    """A classifier of pixels in eval mode: [B, C, H, W] in [0, 1] -> logits [B, K].
+    """Load a classifier of pixels in eval mode: [B, C, H, W] in [0, 1] -> logits [B, K].
 
     Args:
-        source: "robustbench:NAME", with `load_model`'s options (dataset="cifar10",
-            threat_model="Linf", model_dir="./models"); it normalises inside.
-            "timm:NAME", with `create_model`'s options (pretrained=True is ours); its mean and std
-            are taken from its pretrained_cfg. Images are not resized to what it was trained on.
-            A file: a `.safetensors` file of `save_network`, or a state dict for `architecture`.
+        source: "robustbench:NAME" takes the options of its `load_model` (dataset="cifar10",
+            threat_model="Linf", model_dir="./models"); the model normalises inside.
+            "timm:NAME" takes the options of `create_model` (pretrained=True by default); mean and
+            std come from the model's pretrained_cfg, and images are not resized.
+            A path is a `.safetensors` file of `save_network`, or a state dict for `architecture`.
         architecture: for a file, the module to fill, or a function that builds it.
-        key: for a file that holds more than a state dict, the entry that is it ("a.b": nested).
+        key: for a file that holds more than a state dict, the entry to take ("a.b" is nested).
         mean, std: for a file or timm, one number per channel: the network takes
             (pixels - mean)/std.
         device: where it goes.

@@ -95,24 +95,26 @@ def load_score_sde(
     ema: bool = True,
     device: torch.device | str = "cpu",
 ) -> ScoreModel:
-    """A network of score_sde from its `checkpoint_N.pth`, in eval mode, float32.
+    """Load a network of score_sde from its `checkpoint_N.pth`, in eval mode and float32.
 
     Args:
-        path: a training checkpoint (a dict with `model`, `ema`, `optimizer`, `step`) or a state
-            dict alone (.pth or .safetensors; no EMA, so ema=False). Names may begin with `module.`
+        path: a training checkpoint (a dict with `model`, `ema`, `optimizer`, `step`), or a bare
+            state dict (.pth or .safetensors; it has no EMA, so ema=False). Names may begin with
+            `module.`
         config: name of the configuration in the release (`CONFIGS`); the default is the network
             that DiffPure and COUP use on CIFAR-10. A `ScoreSDEConfig` describes any other.
-        ema: take the parameters' moving average, as the published results do, or the parameters.
+        ema: True takes the parameters' moving average, as the published results do; False takes
+            the parameters.
         device: where the network goes.
 
     Returns:
-        ScoreModel of kind "eps". "vp": with `VPSchedule(0.1, 20)` and time_scale 999, or, for a
-        network trained on 1000 times, DDPM's `DiscreteSchedule` and time_scale 1000. "ve" and
-        "subvp": with `VPSchedule(0.1, 20)` and time_scale 1; the network is asked at its own noise
+        ScoreModel of kind "eps". A "vp" network gets `VPSchedule(0.1, 20)` and time_scale 999, or
+        DDPM's `DiscreteSchedule` and time_scale 1000 if it was trained on 1000 times. A "ve" or
+        "subvp" network gets `VPSchedule(0.1, 20)` and time_scale 1, and is asked at its noise
         level of the same signal-to-noise ratio (`AtVPTimes`). All diffusion methods take all of
-        them; ADP takes none, for it wants a network of kind "ncsn".
+        them. ADP takes none of them, because it needs a network of kind "ncsn".
 
-    The EMA holds the trainable parameters in the network's order, without names: their number and
+    The EMA holds the trainable parameters in the network's order, without names. Its length and
     every shape are checked.
 
     Raises:

@@ -176,11 +176,11 @@ class UNet(nn.Module):
 
 
 class EnergyUNet(nn.Module):
-    """A scalar energy E(x, t) = g(t) <x, f(x, t)> with f a `UNet`; the arguments are the UNet's.
+    """A scalar energy E(x, t) = g(t) <x, f(x, t)>, where f is a `UNet` with these arguments.
 
-    -dE/dx has the U-Net's resolution, and g(t) = exp(a learned function of t), absent without
-    time conditioning, carries the growth of a score as the noise level falls. `EnergyModel` turns
-    it into a score network.
+    -dE/dx has the U-Net's resolution. g(t) is exp of a learned function of t and follows the
+    growth of a score as the noise level falls; without time conditioning it is left out.
+    `EnergyModel` turns the energy into a score network.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int] = (32, 64, 64), **arguments: Any):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,11 +19,14 @@ def environment(*folders: Path, **more: str) -> dict[str, str]:
 
 
 def load_script(path: str) -> ModuleType:
-    """The module of a file, named from the top of the repository."""
+    """The module of a file, named from the top of the repository; it may import its neighbours."""
     file = ROOT / path
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

@@ -1,8 +1,7 @@
-"""What a user meets on the first day: names, their listing, README's installation line."""
+"""What a user meets on the first day: names, their listing, what they print as."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,6 @@ from helpers.scripts import ROOT, environment
 
 import coup_fast
 from coup_fast import DiscreteSchedule, ScoreModel
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PACKAGES = sorted(
     path.parent.name
@@ -49,34 +43,6 @@ def test_dir_shows_public_names_and_no_imports() -> None:
         origin = getattr(value, "__module__", None) or getattr(value, "__name__", "coup_fast")
         assert origin.startswith("coup_fast"), name
     assert not {"importlib", "Any", "TYPE_CHECKING", "annotations"} & set(names)
-
-
-def extras(name: str) -> set[str]:
-    """The packages of an extra, those of the extras that it names among them."""
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = set()
-    for line in table["optional-dependencies"][name]:
-        nested = re.match(r"coup-fast\[(.*)\]", line)
-        if nested:
-            found |= {package for one in nested[1].split(",") for package in extras(one)}
-        else:
-            match = re.match(r"[\w-]+", line)
-            assert match is not None
-            found.add(match[0])
-    return found
-
-
-def test_readmes_installation_is_enough_for_readmes_examples() -> None:
-    readme = (ROOT / "README.md").read_text()
-    line = re.search(r"--no-build-isolation '\.\[(\w+)\]'", readme)
-    assert line is not None
-    installed = extras(line[1])
-    for command, needs in {
-        "coup-fast purify": {"safetensors", "pillow"},
-        "coup-fast eval": {"safetensors", "tabulate", "matplotlib", "mlxtend"},
-    }.items():
-        assert command in readme
-        assert needs <= installed
 
 
 def test_a_score_model_is_shown_in_a_few_words() -> None:

@@ -1,0 +1,143 @@
+"""Tables of accuracy, from reports that `coup-fast eval` stored. Run benchmarks/tables.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from table_cells import FOLDER, file_of, percent, table
+
+from coup_fast.cli.demo_run import NAMES
+
+IMAGES = {"mnist": "digits", "cifar10": "CIFAR-10 images"}
+EULER, PUBLISHED_STEPS = "euler", 100
+
+
+def steps() -> str:
+    """Accuracy against the number of steps, where benchmarks/steps*.toml measured it."""
+    tables, sources = [], []
+    for path in sorted(FOLDER.glob("steps*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        models = report["identity"]["config"]["models"]
+        images = f"{report['images']} {IMAGES[models]}"
+        attacked = [row for row in report["rows"] if row["attacked"] is not None]
+        for label in ("clean", attacked[0]["attack_label"]):
+            known: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+            for row in attacked:
+                method, settings = row["defence"]["method"], row["defence"]["options"]
+                number = (
+                    row["clean"]["one_draw"] if label == "clean" else row["attacked"]["average"]
+                )
+                by_count = known.setdefault((method, settings["solver"]), {})
+                by_count[settings["num_steps"]] = number
+            tables.append(f"**{images}, {label}**\n\n{_by_steps(known)}")
+        sources.append(file_of(path))
+    return "\n\n".join([*tables, f"Every number and setting: {', '.join(sources)}."])
+
+
+def _by_steps(known: dict[tuple[str, str], dict[int, dict[str, float]]]) -> str:
+    """One table: a line for each method and solver, a column for each number of steps."""
+    counts = sorted({count for by_count in known.values() for count in by_count})
+    body = []
+    for (method, solver), by_count in known.items():
+        published = known[method, EULER][PUBLISHED_STEPS]
+        cells = []
+        for count in counts:
+            number = by_count.get(count)
+            inside = number and published["low"] <= number["rate"] <= published["high"]
+            cells.append(f"**{percent(number)}**" if inside else percent(number))
+        body.append([f"`{method}`, {solver}", *cells])
+    return table(["method, solver", *map(str, counts)], body)
+
+
+ADAPTIVE = {  # README's rows: names of the same defence in mnist.json and cifar10_adaptive.json
+    "none": ("undefended", "undefended"),
+    "DiffPure": ("DiffPure", "DiffPure"),
+    "COUP": ("COUP", "COUP λ=1"),
+    "COUP without guidance": ("COUP without guidance (λ=0)", "COUP λ=0"),
+    "ADP": ("ADP", "ADP, 3 steps"),
+}
+
+
+def adaptive() -> str:
+    """README's few rows: each defence under the worst of its attacks on each image."""
+    digits, natural, bare = (
+        json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("mnist", "cifar10_adaptive", "cifar10")
+    )
+    body = []
+    for name, names in ADAPTIVE.items():
+        cells = []
+        for report, its_name in zip((digits, natural), names, strict=True):
+            cells += _clean_and_worst(report, its_name) or _clean_and_worst(bare, its_name) or []
+        body.append([name, *cells])
+    headers = ["defence", "digits, clean", "digits, attacked"]
+    lines = table([*headers, "CIFAR-10, clean", "CIFAR-10, attacked"], body)
+    return (
+        f"{lines}\n\nPercent, with 95 % Wilson intervals; {digits['images']} digits (ℓ∞ 0.15) and "
+        f"{natural['images']} CIFAR-10 images (ℓ∞ 8/255; undefended: {bare['images']})."
+    )
+
+
+def _clean_and_worst(report: dict[str, Any], name: str) -> list[str] | None:
+    """Accuracy of a defence on clean images and under the worst of its attacks, fresh draws."""
+    rows = [row for row in report["rows"] if row["defence"]["name"] == name and row["attacked"]]
+    if not rows:
+        return None
+    worst = next((row for row in rows if row["worst_of"]), rows[0])
+    return [percent(worst["clean"]["one_draw"]), percent(worst["attacked"]["average"])]
+
+
+def demo() -> str:
+    """What `coup-fast demo` found."""
+    path = FOLDER / "demo_mnist.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    body = []
+    for row in [{"name": "none", **report["undefended"]}, *report["defences"]]:
+        clean, attacked = (percent(row[key]["accuracy"]) for key in ("clean", "attacked"))
+        body.append(
+            [NAMES.get(row["name"], row["name"]), str(row.get("num_draws", "")), clean, attacked]
+        )
+    lines = table(["defence", "draws", "clean", "under attack (weak)"], body)
+    return (
+        f"{lines}\n\n{report['data']['images']} digits, in percent, with 95 % Wilson intervals; "
+        f"commit {report['environment']['commit']}. Every number and setting: {file_of(path)}."
+    )
+
+
+def toy() -> str:
+    """What `coup-fast toy` found."""
+    path = FOLDER / "toy.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shifts = report["label_shift"]
+    body = [
+        [s["starts"], percent(s["score_flow_alone"]), percent(s["guided_flow"])] for s in shifts
+    ]
+    lines = table(["points", "score flow", "guided flow"], body)
+    return (
+        f"{lines}\n\nPercent of {shifts[0]['guided_flow']['total']:,} points whose label shifts. "
+        f"Every number and setting: {file_of(path)}."
+    )
+
+
+def evaluation(path: Path) -> str:
+    """The rows of a stored report under attack, in percent, with 95 % Wilson intervals."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    attacked = [row for row in report["rows"] if row["attacked"] is not None]
+    draws = max(row["draws"] for row in attacked)
+    clean = {row["defence"]["name"]: row["clean"]["one_draw"] for row in attacked}
+    body = []
+    for row in attacked:
+        under, name = row["attacked"], row["defence"]["name"]
+        label = row["attack_label"]
+        worst = [] if draws == 1 else [percent(under["worst"])]
+        body.append([name, label, percent(clean[name]), percent(under["average"]), *worst])
+    several = [] if draws == 1 else [f"worst of {draws}"]
+    average = "attacked" if draws == 1 else f"average of {draws}"
+    lines = table(["defence", "attack", "clean", average, *several], body)
+    return (
+        f"{lines}\n\n{report['images']} images, in percent, with 95 % Wilson intervals; commit "
+        f"{report['run']['environment']['commit']}. Every number and setting: "
+        f"{file_of(path)}."
+    )
