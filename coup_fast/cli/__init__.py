@@ -61,7 +61,7 @@ def build_parser() -> _Parser:
     """Parser of the whole command line, every subcommand included."""
     parser = _Parser(
         prog="coup-fast",
-        description="Diffusion-based adversarial purification through fused kernels.",
+        description="Purify adversarial images with diffusion and score models, fast and exactly.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -1,11 +1,11 @@
 """Time the fused operators and whole purification loops against their rivals in one run.
 
-Operators: the same formula written in eager PyTorch with torch's own normals, torch.compile of it,
-and the exact Philox noise in plain PyTorch (slow; it shows what exactness costs without a kernel).
-Loops (`--loop`): a plain PyTorch loop, torchsde's solver as DiffPure and COUP call it, diffusers'
-DDPMScheduler, with the same models and weights. Correctness is checked first: a case whose variants
-disagree is not timed, and the exit code is 1. Times are medians of samples taken in turns; beside
-each stands what no variant can beat.
+An operator's rivals are the same formula in eager PyTorch with torch's normals, torch.compile of
+it, and the exact Philox noise in plain PyTorch, which shows what exactness costs without a kernel.
+A loop's rivals (`--loop`) are a plain PyTorch loop, torchsde's solver as DiffPure and COUP call it,
+and diffusers' DDPMScheduler, with the same models and weights. Correctness is checked first: a case
+whose variants disagree is not timed, and the exit code is 1. Times are medians of samples taken in
+turns, and beside each stands a limit that no variant can beat.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ HELP = "time the operators and whole loops against their rivals"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast bench`."""
-    parser.add_argument("--loop", action="store_true", help="whole loops instead of operators")
+    parser.add_argument("--loop", action="store_true", help="time whole loops instead of operators")
     parser.add_argument(
-        "--cases", nargs="+", metavar="NAME", help="these cases; `--cases list` names them"
+        "--cases", nargs="+", metavar="NAME", help="time these cases; `--cases list` names all"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer samples, two sizes at most")
+    parser.add_argument(
+        "--quick", action="store_true", help="take fewer samples and at most two sizes"
+    )
     parser.add_argument(
         "--batches",
         type=common.positive_int,
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.thread_count,
         nargs="+",
         metavar="N",
-        help="CPU threads; several are measured one after the other (default: torch's)",
+        help="CPU threads; several numbers are measured in turn (default: torch's)",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     common.add_json_argument(parser)
@@ -57,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="write a plot (.png or .svg); where a loop's time goes beside it, FILE-components",
+        help="write a plot (.png or .svg), and FILE-components with the shares of a loop's time",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     parser.add_argument(
         "--results",
         type=Path,

@@ -76,7 +76,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
         "--device",
         metavar="DEVICE",
         default="auto",
-        help="cpu, cuda, cuda:1, ... (default: cuda where the CUDA kernels are loaded, else cpu)",
+        help="cpu, cuda, cuda:1, ... (default: cuda if its kernels are loaded, else cpu)",
     )
 
 
@@ -165,7 +165,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write every number as JSON to FILE; without FILE, print JSON instead of text",
+        help="write all numbers as JSON to FILE; without FILE, print JSON instead of text",
     )
 
 

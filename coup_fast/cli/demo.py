@@ -1,11 +1,11 @@
 """Attack real images, purify them with each method, and count what is right.
 
-Takes held-out MNIST digits, or CIFAR-10 test images from --data, attacks the bundled classifier
-with PGD, and classifies clean and attacked images without a defence and behind each purifier. The
-attack knows the classifier alone, not the purifier: it is weak, and its numbers say nothing about
-an adaptive attack. Writes report.json, report.md, images.png (clean, attacked, purified) and
-trajectory.png (from the attacked image to the purified one) into the output folder, over what an
-earlier demo wrote there.
+The demo takes held-out MNIST digits, or CIFAR-10 test images from --data, and attacks the bundled
+classifier with PGD. Then it classifies clean and attacked images without a defence and behind each
+purifier. The attack knows only the classifier, not the purifier, so it is weak, and its numbers say
+nothing about an adaptive attack. The demo writes report.json, report.md, images.png (clean,
+attacked, purified) and trajectory.png (from the attacked image to the purified one) into the output
+folder, and replaces what an earlier demo wrote there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coup_fast.files import write_text
 if TYPE_CHECKING:
     from coup_fast.cli.demo_run import Demo
 
-HELP = "attack real images, purify them with each method, print accuracies and pictures"
+HELP = "attack real images, purify them with each method, and count what is right"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="CIFAR-10: folder of its standard files, or a .npz of images and labels",
+        help="for CIFAR-10: the folder of its standard files, or a .npz of images and labels",
     )
-    add("--images", type=common.positive_int, default=200, help="how many images (default: 200)")
+    add("--images", type=common.positive_int, default=200, help="number of images (default: 200)")
     add(
         "--out",
         type=Path,
@@ -48,8 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="output folder (default: ./coup_fast_demo)",
     )
-    add("--seed", type=common.non_negative_int, default=0, help="of images, attack and noise")
-    add("--methods", nargs="+", metavar="METHOD", help="default: coup diffpure adp")
+    add("--seed", type=common.non_negative_int, default=0, help="seed of images, attack and noise")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="methods to show (default: coup diffpure adp)",
+    )
     add("--batch-size", type=common.positive_int, default=50, help="images at once (default: 50)")
     common.add_device_argument(parser)
 

@@ -1,9 +1,10 @@
 """Evaluate defences under adaptive attacks: all of them on the same images, in one table.
 
-What to evaluate is said by CONFIG, a TOML file (docs/evaluation.md has all its keys), or by
-options. Every finished batch is kept in DIR/state, so the same command goes on after a stop of any
-kind. Writes report.json, report.md, report.csv and plots into DIR. Several processes share the work
-and give the same numbers: torchrun --nproc-per-node=4 -m coup_fast eval CONFIG --out DIR
+A TOML file, CONFIG, says what to evaluate (docs/evaluation.md has all its keys); without CONFIG,
+options say it. The command writes report.json, report.md, report.csv and plots into DIR. Every
+finished batch is kept in DIR/state, so the same command continues after a stop of any kind. Several
+processes share the work and give the same numbers:
+torchrun --nproc-per-node=4 -m coup_fast eval CONFIG --out DIR
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from coup_fast.evaluation.config import EvalConfig
     from coup_fast.evaluation.report import Report
 
-HELP = "evaluate defences under adaptive attacks, resumable, on one or more processes"
+HELP = "evaluate defences under adaptive attacks; it resumes after a stop"
 OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")
 WITHOUT_CONFIG = ("methods", "set", "attacks", "eps", "step_size", "steps", "eot", "no_controls")
 _METHODS = ["coup", "diffpure", "adp"]
@@ -32,19 +33,25 @@ _METHODS = ["coup", "diffpure", "adp"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast eval`."""
     add = parser.add_argument
-    add("config", nargs="?", type=common.file_path, metavar="CONFIG", help="a TOML file")
+    add(
+        "config",
+        nargs="?",
+        type=common.file_path,
+        metavar="CONFIG",
+        help="TOML file that says what",
+    )
     add(
         "--out",
         type=common.file_path,
         default=Path("coup_fast_eval"),
         metavar="DIR",
-        help="output folder",
+        help="output folder (default: ./coup_fast_eval)",
     )
-    add("--images", type=common.positive_int, help="how many images (default: 64)")
-    add("--draws", type=common.positive_int, help="fresh draws of each image (default: 10)")
+    add("--images", type=common.positive_int, help="number of images (default: 64)")
+    add("--draws", type=common.positive_int, help="draws to judge each image (default: 10)")
     add("--batch-size", type=common.positive_int, help="images at once (default: 16)")
-    add("--seed", type=common.non_negative_int, help="of the defences' noise (default: 0)")
-    add("--threads", type=common.thread_count, help="of a process (default: 1)")
+    add("--seed", type=common.non_negative_int, help="seed of the noise (default: 0)")
+    add("--threads", type=common.thread_count, help="threads of each process (default: 1)")
     add("--models", help="mnist or cifar10 (bundled), or MODULE:FUNCTION (default: mnist)")
     add(
         "--data",
@@ -55,26 +62,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=common.positive_number,
         default=1800.0,
-        help="seconds to wait for a rank (default: 1800)",
+        help="seconds to wait for another rank (default: 1800)",
     )
-    add("--report-only", action="store_true", help="report what is finished, compute nothing")
+    add("--report-only", action="store_true", help="only report what is finished")
     common.add_device_argument(parser)
     group = parser.add_argument_group("without CONFIG")
     add = group.add_argument
-    add("--methods", nargs="+", metavar="METHOD", help=f"default: {' '.join(_METHODS)}")
+    add("--methods", nargs="+", metavar="METHOD", help=f"defences (default: {' '.join(_METHODS)})")
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of all these methods, as in --set num_steps=10; repeatable",
+        help="an option of all these methods, such as num_steps=10; may be repeated",
     )
-    add("--attacks", nargs="+", metavar="PRESET", help="default: pgd40")
-    add("--eps", type=common.pixels, nargs="+", help="radius of the attacks in pixels, as 8/255")
-    add("--step-size", type=common.pixels, help="of the PGD attacks, in pixels, as 2/255")
+    add("--attacks", nargs="+", metavar="PRESET", help="attacks (default: pgd40)")
+    add("--eps", type=common.pixels, nargs="+", help="radius in pixels, such as 8/255")
+    add("--step-size", type=common.pixels, help="step of PGD in pixels, such as 2/255")
     add("--steps", type=common.positive_int, help="steps of the attacks")
-    add("--eot", type=common.positive_int, nargs="+", help="draws of each of their gradients")
-    add("--no-controls", action="store_true", help="without the undefended and λ=0 rows")
+    add("--eot", type=common.positive_int, nargs="+", help="draws behind each gradient")
+    add("--no-controls", action="store_true", help="leave out the undefended and λ=0 rows")
 
 
 def run(args: argparse.Namespace) -> int:

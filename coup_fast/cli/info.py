@@ -1,6 +1,7 @@
 """Say what is installed and in use: versions, kernels, instruction set, CUDA, extras.
 
-Works on a core install. Include the output of `coup-fast info --json` in a bug report.
+The command works on a core install. Please put the output of `coup-fast info --json` into a bug
+report.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _EXTRAS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast info`."""
     common.add_json_argument(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite a FILE that exists")
 
 
 def collect() -> dict[str, Any]:

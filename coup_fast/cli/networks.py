@@ -48,26 +48,31 @@ class Networks:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name the networks."""
     add = parser.add_argument
-    add("--bundled", default="mnist", metavar="NAME", help="bundled models (default: mnist)")
-    add("--score", type=Path, metavar="PATH", help="your own score network, instead of a bundled")
+    add(
+        "--bundled",
+        default="mnist",
+        metavar="NAME",
+        help="bundled models: mnist (default) or cifar10",
+    )
+    add("--score", type=Path, metavar="PATH", help="your score network, in place of a bundled one")
     add(
         "--score-format",
         choices=list(FORMATS),
-        help="of --score: a file of coup-fast train (the default for .safetensors), a folder of "
-        "diffusers (the default for folders), or a checkpoint of score_sde (DiffPure's and COUP's "
-        "for CIFAR-10), guided-diffusion, EDM or NCSNv2",
+        help="what --score is: a file of coup-fast train (the default for .safetensors), a folder "
+        "of diffusers (the default for folders), or a checkpoint of score_sde (DiffPure's and "
+        "COUP's for CIFAR-10), guided-diffusion, EDM or NCSNv2",
     )
-    add("--score-config", metavar="NAME", help="configuration of such a checkpoint (its loader's)")
+    add("--score-config", metavar="NAME", help="configuration that its loader takes")
     add(
         "--classifier",
         metavar="FILE|NAME",
-        help="your own classifier: a file of coup-fast train, robustbench:NAME or timm:NAME",
+        help="your classifier: a file of coup-fast train, robustbench:NAME or timm:NAME",
     )
     add(
         "--size",
         type=image_size,
         metavar="HxW",
-        help="image size of the networks, where their files do not say (32 or 32x32)",
+        help="image size of the networks, such as 32 or 28x32, where their files do not say it",
     )
 
 

@@ -1,13 +1,16 @@
 """Purify image files, folders of them, or .npy / .npz batches.
 
 IN is a picture, a folder of pictures, or a batch of four dimensions ([B,C,H,W] or [B,H,W,C]; uint8,
-or floats in [0,1]) in a .npy or .npz file. OUT gets the same format, shape and dtype. The axis of
-length C, the number of channels the network takes, decides a batch's layout; --layout settles
-what the shape leaves open. Noise is chosen by --seed, --draw and the position in the batch or, in
-a folder, the picture's name in it, so results depend neither on --batch-size nor on the other
-pictures. Results are clipped to [0,1] only where the format holds whole numbers, and the count is
-said. A folder's pictures that cannot be read are named at the end (exit code 1); the others are
-done. What a folder was made with is kept in OUT/coup-fast-purify.jsonl, for --resume.
+or floats in [0,1]) in a .npy or .npz file. OUT gets the same format, shape and dtype.
+
+A batch's layout follows from the axis whose length is the number of channels that the network
+takes; give --layout if both axes fit. The noise is chosen by --seed, --draw and the position in the
+batch or, in a folder, the picture's name. So results depend neither on --batch-size nor on the
+other pictures. Results are clipped to [0,1] only if the format holds whole numbers, and a message
+counts the clipped values.
+
+Pictures of a folder that cannot be read are named at the end (exit code 1), and the others are
+purified. OUT/coup-fast-purify.jsonl keeps the settings of a folder, for --resume.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
     from coup_fast.purifier import Purifier
 
-HELP = "purify image files or .npy / .npz batches"
+HELP = "purify image files, folders of them, or .npy / .npz batches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=common.file_path,
         metavar="IN",
-        help="image, folder of images, .npy or .npz file",
+        help="a picture, a folder of pictures, a .npy or .npz file",
     )
-    add("target", type=common.file_path, metavar="OUT", help="where the result goes, same format")
+    add(
+        "target",
+        type=common.file_path,
+        metavar="OUT",
+        help="where the result goes, in the same format",
+    )
     add("--method", default="coup", help="purification method (default: coup)")
     add("--seed", type=common.non_negative_int, default=0, help="seed of the noise (default: 0)")
     add("--draw", type=common.non_negative_int, default=0, help="which noise draw (default: 0)")
@@ -62,36 +70,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the method, as in --set t_star=0.1; repeatable",
+        help="an option of the method, such as t_star=0.1; may be repeated",
     )
     add(
         "--bundled-settings",
         action="store_true",
         help="start from the settings chosen for the bundled models, as the demo does, instead of "
-        "the published defaults (CIFAR-10); --set goes on top",
+        "the published defaults for CIFAR-10; --set changes them further",
     )
-    add("--layout", choices=["auto", "nchw", "nhwc"], default="auto", help="of a batch's axes")
-    add("--key", help="which array of a .npz file holds the images (the others are copied)")
+    add(
+        "--layout", choices=["auto", "nchw", "nhwc"], default="auto", help="order of a batch's axes"
+    )
+    add("--key", help="array of a .npz file that holds the images; the others are copied")
     add("--resize", action="store_true", help="resize to the network's size and back (bilinear)")
     add(
         "--convert-color",
         action="store_true",
-        help="convert between RGB and grey for the network and back",
+        help="convert between RGB and grey, for the network and back",
     )
-    add("--alpha", choices=["keep", "drop"], help="copy or leave out an alpha channel")
-    add("--force", action="store_true", help="overwrite what is there")
+    add("--alpha", choices=["keep", "drop"], help="copy an alpha channel, or leave it out")
+    add("--force", action="store_true", help="overwrite files that exist")
     add(
         "--resume",
         action="store_true",
-        help="go on with a folder after a stop: leave out the pictures whose results are there; "
-        "other settings than those it was begun with are refused",
+        help="continue a folder after a stop: leave out the pictures whose results are there, and "
+        "refuse other settings than those it was begun with",
     )
     add(
         "--recursive",
         action=argparse.BooleanOptionalAction,
-        help="purify the pictures in a folder's sub-folders too, or leave them out",
+        help="purify the pictures in sub-folders too, or leave them out",
     )
-    add("--skip-broken", action="store_true", help="exit with 0 if pictures could not be read")
+    add("--skip-broken", action="store_true", help="exit with 0 even if pictures could not be read")
     networks.add_arguments(parser)
     common.add_device_argument(parser)
 

@@ -1,9 +1,10 @@
-"""The two-Gaussian picture of COUP, with exact score and classifier: numbers and a plot.
+"""Show on two Gaussians why COUP guides: numbers and a plot, with exact score and classifier.
 
-One-dimensional data, one Gaussian per class. Purification by the score flow alone pulls points near
-the class boundary across it: their label shifts. The classifier's confidence gradient pushes away
-from the boundary; the guided flow shifts fewer labels and keeps both modes. Both flows start from
-the same points and use the same noise. (Zhang et al., arXiv 2408.05900.)
+The data has one dimension and one Gaussian for each class. Purification without guidance pulls
+points near the class boundary across it, so their label shifts. The classifier's confidence
+gradient pushes points away from the boundary, so the guided flow shifts fewer labels and keeps both
+modes. Both flows start from the same points and use the same noise. (Zhang et al., arXiv
+2408.05900.)
 """
 
 from __future__ import annotations
@@ -13,29 +14,36 @@ from pathlib import Path
 
 from coup_fast.cli import common
 
-HELP = "label shift of the score flow alone and of the guided flow, on two Gaussians"
+HELP = "show on two Gaussians that guidance shifts fewer labels"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast toy`."""
     add = parser.add_argument
-    add("--samples", type=common.positive_int, default=20000, help="start points (default: 20000)")
+    add(
+        "--samples",
+        type=common.positive_int,
+        default=20000,
+        help="number of start points (default: 20000)",
+    )
     add(
         "--guidance-scale",
         type=common.number,
         default=1.0,
         help="lambda of the guided flow (default: 1)",
     )
-    add("--t-star", type=common.number, default=0.1, help="purification time (default: 0.1)")
-    add("--seed", type=common.non_negative_int, default=0, help="of start points and noise")
+    add(
+        "--t-star", type=common.number, default=0.1, help="where purification starts (default: 0.1)"
+    )
+    add("--seed", type=common.non_negative_int, default=0, help="seed of start points and noise")
     add(
         "--plot",
         type=common.file_path,
         default=Path("coup_fast_toy.png"),
         metavar="FILE",
-        help="where the plot goes, .png or .svg (default: coup_fast_toy.png)",
+        help="file of the plot, .png or .svg (default: coup_fast_toy.png)",
     )
-    add("--force", action="store_true", help="overwrite FILE")
+    add("--force", action="store_true", help="overwrite files that exist")
     common.add_json_argument(parser)
 
 

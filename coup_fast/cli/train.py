@@ -2,8 +2,8 @@
 
     coup-fast train score --dataset mnist --data DIR --out score.safetensors
 
-DIR holds the data set's standard files; they are checked. A run that was stopped, however it was
-stopped, resumes from OUT.checkpoint and ends with the same weights.
+DIR holds the data set's standard files, which are checked. A run that was stopped in any way
+resumes from OUT.checkpoint and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -42,35 +42,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         choices=("score", "ncsn", "classifier"),
-        help="score: noise prediction on VP noise (COUP, DiffPure); ncsn: NCSNv2 levels (ADP)",
+        help="score: predicts VP noise (COUP, DiffPure); ncsn: NCSNv2 levels (ADP); or classifier",
     )
     parser.add_argument("--dataset", choices=("mnist", "cifar10"), default="mnist")
     parser.add_argument(
-        "--data", type=file_path, required=True, metavar="DIR", help="standard files"
+        "--data", type=file_path, required=True, metavar="DIR", help="folder of the data"
     )
-    parser.add_argument("--out", type=file_path, required=True, metavar="FILE", help=".safetensors")
+    parser.add_argument(
+        "--out", type=file_path, required=True, metavar="FILE", help="a .safetensors file"
+    )
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--steps", type=positive_int, help="default: the data set's recipe")
+    parser.add_argument("--steps", type=positive_int, help="training steps (default: the recipe's)")
     parser.add_argument("--batch-size", type=positive_int)
     parser.add_argument("--learning-rate", type=positive_number)
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 where the hardware multiplies it (default)",
+        help="auto (default) takes bfloat16 where the hardware multiplies it",
     )
     parser.add_argument(
-        "--network", choices=("UNet", "NAFNet"), help="of a score model (default: UNet)"
+        "--network", choices=("UNet", "NAFNet"), help="network of a score model (default: UNet)"
     )
     parser.add_argument(
         "--channels", type=positive_int, nargs="+", metavar="N", help="width of each level"
     )
-    parser.add_argument("--energy", action="store_true", help="a scalar energy network")
+    parser.add_argument("--energy", action="store_true", help="train a scalar energy network")
     parser.add_argument(
-        "--init", type=file_path, metavar="FILE", help="a trained VP network that ncsn starts from"
+        "--init", type=file_path, metavar="FILE", help="trained VP network that ncsn starts from"
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--force", action="store_true", help="overwrite OUT of another run")
 
