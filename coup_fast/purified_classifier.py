@@ -28,10 +28,10 @@ _lock = ForkLock()  # of every `next_draw`
 def combine_votes(logits: Tensor, vote: str) -> Tensor:
     """One row of scores per image from the logits of its draws, [D, B, K] -> [B, K].
 
-    "logits": their mean. "softmax": the log of the mean of their softmax, so that the softmax of
-    the result is that mean and cross-entropy is meant literally. "majority": each class's share
-    of the draws' votes; argmax breaks ties towards the lower class. A share is constant almost
-    everywhere, so its gradient is taken from the mean softmax instead (straight through).
+    "logits" takes their mean. "softmax" takes the log of the mean of their softmax, so that the
+    softmax of the result is that mean, and cross-entropy keeps its meaning. "majority" takes each
+    class's share of the draws' votes; argmax breaks ties towards the lower class. A share is
+    constant almost everywhere, so its gradient is that of the mean softmax (straight through).
     """
     if vote == "logits":
         return logits.mean(0)
@@ -55,22 +55,22 @@ class PurifiedClassifier(Drivable, nn.Module):
         num_draws: independently purified copies of each image, run as one batch, or in parts of
             the purifier's `max_batch`.
         vote: "logits", "softmax" or "majority"; see `combine_votes`.
-        fresh_draws: False: a call is a function of its arguments, so the same call twice gives the
-            same scores (a fixed-noise defence, to an attack). True: every call uses the next
-            `num_draws` draws, as a randomised defence does and as attacks that average over its
-            randomness (EOT) must see it. The first draw is another one for each object, process and
-            rank, and repeatable under `torch.manual_seed` (`coup_fast.run.sample_ids.fresh_draw`);
-            `next_draw` tells where it is, `reset_draws` sets it. A copy goes on from where the
-            original is.
+        fresh_draws: with False a call is a function of its arguments, so the same call twice gives
+            the same scores; to an attack this is a defence with fixed noise. With True every call
+            uses the next `num_draws` draws, as a randomised defence does and as attacks that
+            average over its randomness (EOT) must see it. Each object, process and rank begins at
+            another draw, which `torch.manual_seed` makes repeatable
+            (`coup_fast.run.sample_ids.fresh_draw`). `next_draw` tells the next draw, and
+            `reset_draws` sets it. A copy continues where the original is.
 
-    Without sample ids an image's noise goes by its position in the batch: an attack that drops
-    images on its way changes the noise of those that remain, and calls one after the other give
-    the same noise to different images. `sample_ids="content"` names them by their pixels.
+    Without sample ids an image's noise belongs to its position in the batch. An attack that drops
+    images on its way then changes the noise of those that remain, and successive calls give the
+    same noise to different images. `sample_ids="content"` names images by their pixels.
 
-    It owns the parameters of its models, so attack libraries find its device through them; they are
-    never differentiated, and train/eval mode and requires_grad flags are left as found. It works
-    under `no_grad`, and is differentiable with respect to images that require grad, and to nothing
-    else: to train a classifier on purified images, take `classifier(purifier(images))`.
+    The object owns the parameters of its models, so attack libraries find its device through them.
+    They are never differentiated, and train/eval mode and requires_grad flags stay as they are. It
+    works under `no_grad`. It is differentiable with respect to images that require grad, and to
+    nothing else: to train a classifier on purified images, call `classifier(purifier(images))`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PurifiedClassifier(Drivable, nn.Module):
 
     @property
     def next_draw(self) -> int:
-        """Where the next call with `fresh_draws` begins; chosen when it is first asked for."""
+        """The draw at which the next call with `fresh_draws` begins; chosen at its first use."""
         if self._next_draw is None:
             if not self.fresh_draws:
                 return 0

@@ -2,8 +2,9 @@
 
     adversarial = PGD(eps=8 / 255, steps=40, eot=8)(defended, images, labels, sample_ids=ids)
 
-`PGD` and `APGD`, both with EOT; `preset("pgd-linf")` and others with published settings; `.run(…)`
-for losses and network calls as well. Measure what they return under the defence's own draws.
+`PGD` and `APGD` average their gradients over draws (EOT). `preset("pgd-linf")` and others have
+published settings. `.run(…)` also returns losses and counts network calls. Measure the images that
+an attack returns under draws that it did not see.
 """
 
 from coup_fast.attacks.apgd import APGD

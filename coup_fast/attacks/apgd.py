@@ -1,9 +1,10 @@
 """Auto-PGD: Croce & Hein, "Reliable evaluation of adversarial robustness" (ICML 2020), section 3.
 
-Momentum, and a step that starts at 2·eps and is halved, with a return to the best point so far,
-wherever a window of iterates made too little progress. Windows and inequalities are those of the
-released code: each is 3 % of the steps shorter than the one before, from 22 % down to 6 %.
-(There the first iterate is compared with 0, in the paper and here with the loss at the start.)
+Its steps have momentum. The step length starts at 2·eps. Where a window of iterates made too little
+progress, it is halved and the attack returns to the best point so far. Windows and inequalities are
+those of the released code: each window is 3 % of the steps shorter than the one before, from 22 %
+down to 6 %. (The released code compares the first iterate with 0; the paper and this class compare
+it with the loss at the start.)
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from coup_fast.attacks.objective import Evaluation
 class APGD(Attack):
     """z ← P(x + η d), x ← P(x + α (z - x) + (1 - α) (x - x_before)).
 
-    rho: the share of a window's iterates that must raise the loss, or its step is halved.
-    momentum: α, 1 in the first step. The defaults are those of AutoAttack's `rand` version: 100
-    steps, 20 draws. The rest as for `Attack`; `keep` is "best", as the algorithm returns it.
+    rho: the step is halved if a smaller share of a window's iterates raised the loss. momentum: α,
+    which is 1 in the first step. The defaults are those of AutoAttack's `rand` version: 100 steps
+    and 20 draws. `keep` is "best", because the algorithm returns that. `Attack` explains the other
+    options.
     """
 
     steps: int = 100

@@ -53,7 +53,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `done` of `total` iterates; mean loss and share of fooled draws now."""
+    """How far a run is: `done` of `total` iterates, with the present mean loss and share fooled."""
 
     done: int
     total: int
@@ -65,11 +65,11 @@ class Progress:
 class AttackResult:
     """What an attack found.
 
-    images: [B, C, H, W], inside the ball. loss, fooled: float64 [B], at the last iterate that was
-    evaluated (keep="last") or at the one returned, averaged over the attack's own draws: they say
-    how the attack went, and are no measure of robustness. zero_gradients: evaluations of an image
-    whose gradient was exactly 0, a sign of masked gradients. gradient_runs: images times draws
-    that were differentiated. score_evaluations, classifier_evaluations: images that passed through
+    images: [B, C, H, W], inside the ball. loss, fooled: float64 [B], averaged over the attack's
+    draws, at the last iterate that was evaluated (keep="last") or at the one returned. They say how
+    the attack went, and are no measure of robustness. zero_gradients: how often an image's gradient
+    was exactly 0, which is a sign of masked gradients. gradient_runs: images times draws that were
+    differentiated. score_evaluations, classifier_evaluations: images that passed through
     the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
     is a plain function behind a purifier); of a model that is not ours, its calls are
     classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
@@ -105,26 +105,29 @@ def _images_of(
 class Attack(ABC):
     """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
 
-    norm: "linf" or "l2", also as "Linf", "inf", math.inf, "L2". eps: radius in pixels of [0, 1], a
-    number or a text such as "8/255"; for ℓ∞ at most 1. steps: iterates. eot: draws per iterate.
-    loss: "ce", "dlr" or "margin".
+    norm: "linf" or "l2", also written "Linf", "inf", math.inf or "L2". eps: the radius in pixels of
+    [0, 1], a number or a text such as "8/255"; at most 1 for ℓ∞. steps: the number of iterates.
+    eot: the draws behind each gradient. loss: "ce", "dlr" or "margin".
 
-    gradient: "exact", of the run as it was; "autograd", the same from a whole graph; and three
-    that are weak and exist for comparison: "stopped" (guidance held constant, as in the released
-    COUP attack), "bpda" (the purifier's Jacobian taken as I), "classifier" (no purifier at all).
+    gradient: "exact" takes the gradient of the run as it was, and "autograd" the same from a whole
+    graph. Three others are weak and exist for comparison: "stopped" holds guidance constant, as the
+    released COUP attack does; "bpda" takes the purifier's Jacobian as the identity; "classifier"
+    leaves the purifier out.
 
-    noise: "fresh", new draws at every iterate, or "fixed", draw 0 (to eot - 1) throughout: with
-    eot=1, the white-box attack on the defence as a deterministic function.
+    noise: "fresh" takes new draws at every iterate. "fixed" takes draw 0 (to eot - 1) throughout,
+    which with eot=1 is the white-box attack on the defence as a deterministic function.
 
-    through_vote: the loss is of the combined scores of the defence's `num_draws`, so the attack
-    knows of the vote (and costs eot · num_draws runs); False: the mean of the draws' own losses.
+    through_vote: True takes the loss of the combined scores of the defence's `num_draws`, so that
+    the attack knows of the vote and costs eot · num_draws runs. False takes the mean of the losses
+    of the draws.
 
-    random_start: begin at a random point of the ball; restarts: how often. keep: return the "last"
-    iterate, or the "best": that which fooled most draws, then of highest loss. Of several restarts
-    the best is kept either way. seed: of starts and draws, in [0, 2^29).
+    random_start: whether to begin at a random point of the ball. restarts: how often to begin.
+    keep: "last" returns the last iterate; "best" returns the one that fooled most draws, and among
+    equals the one of highest loss. Of several restarts the best is kept either way. seed: of starts
+    and draws, in [0, 2^29).
 
-    targeted: towards a wrong class, which belongs to the image's label, sample id and the number of
-    the restart: as many restarts as there are wrong classes go through all of them.
+    targeted: whether to aim at a wrong class. The class follows from the image's label, its sample
+    id and the number of the restart, and as many restarts as there are wrong classes try all.
     """
 
     norm: str = "linf"
@@ -176,7 +179,7 @@ class Attack(ABC):
 
     @property
     def weakness(self) -> str | None:
-        """Why this attack says little about robustness, or None for an honest one."""
+        """Why this attack says little about robustness; None for an attack that is not weak."""
         return WEAK_GRADIENTS.get(self.gradient)
 
     def as_dict(self) -> dict[str, Any]:
@@ -203,17 +206,17 @@ class Attack(ABC):
         progress: Callable[[Progress], None] | None = None,
         memory_budget: int | None = None,
     ) -> AttackResult:
-        """Attack images.
+        """Run the attack.
 
         Args:
             defended: a `PurifiedClassifier` (not modified, and its `next_draw` stays), or any
-                module or callable from pixels to scores [B, K]. A random one is run under `eot`
-                draws as well, as `coup_fast.attacks.foreign` describes; a defence of ours that it
-                holds is found, and gets this attack's draws and gradient.
+                module or callable from pixels to scores [B, K]. A random one is also run under
+                `eot` draws, as `coup_fast.attacks.foreign` describes. A purifier of this package
+                that it holds is found, and gets this attack's draws and gradient.
             images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
-            targets: int64 [B], the classes that a targeted attack wants, instead of those that it
-                chooses.
+            targets: int64 [B], the classes that a targeted attack aims at, in place of those that
+                it would choose.
             progress: called after every iterate.
             memory_budget: as for `coup_fast.eot_gradient`.
 

@@ -44,10 +44,10 @@ _DECIDED = ("loss", "through_vote", "random_start", "restarts", "keep", "targete
 class AutoAttack(Attack):
     """AutoAttack's `rand` (APGD-CE, APGD-DLR) or `standard` (APGD-CE, APGD-T, FAB-T, Square).
 
-    version: "rand" is for random defences: `eot` draws for each gradient, noise="fresh".
-    "standard" assumes that two calls agree: noise="fixed", which attacks the defence as it is under
-    draw 0, and eot=1. steps: of APGD and FAB. queries: of Square. Targeted components go through
-    at most nine wrong classes.
+    version: "rand" is for random defences, with `eot` draws for each gradient and noise="fresh".
+    "standard" assumes that two calls agree. It needs noise="fixed", which attacks the defence as it
+    is under draw 0, and eot=1. steps: those of APGD and FAB. queries: those of Square. Targeted
+    components try at most nine wrong classes.
     """
 
     steps: int = 100

@@ -72,8 +72,11 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class EotGradient:
-    """gradient: [B, C, H, W], of the mean loss over draws. losses: [draws, B]. scores: [draws,
-    B, K]. micro_batch: runs at a time. memory: the model it was chosen by, if it was."""
+    """What `eot_gradient` returns.
+
+    gradient: [B, C, H, W], of the mean loss over draws. losses: [draws, B]. scores: [draws, B, K].
+    micro_batch: how many runs went at a time. memory: the model that chose it, or None.
+    """
 
     gradient: Tensor
     losses: Tensor
@@ -97,23 +100,26 @@ def eot_gradient(
     """The gradient of mean over draws of loss(scores, labels) with respect to each image.
 
     Args:
-        defended: a `PurifiedClassifier`; its `vote` over `num_draws` is inside the loss, so the
-            attack knows of it, and `draws` are repetitions of the whole. With `fresh_draws` it
-            moves on by draws * num_draws, as that many calls would. Or any module or callable from
-            pixels to scores [B, K], called once for each draw with the whole batch; its noise is
-            driven as `coup_fast.attacks.foreign` says (then the memory options say nothing).
-        images: [B, C, H, W] in [0, 1]. labels: int64 [B], handed to the loss.
-        loss: (scores [b, K], labels [b]) -> [b], each of its row alone; the attack's, to be
-            maximised or minimised by the caller.
-        draws: >= 1, counted from `draw` (and `next_draw`, with fresh_draws).
-        memory_budget: bytes for the runs of one micro-batch, the result and states kept in host
-            memory apart; default: 80 % of the free memory of a GPU, 25 % of the machine's free
-            memory on a CPU. What a run takes is measured once per defence and kind of image
-            (`MemoryModel`).
-        micro_batch: runs at a time, instead of measuring; a run is one image under one draw.
+        defended: a `PurifiedClassifier`. Its `vote` over `num_draws` is inside the loss, so the
+            attack knows of it, and `draws` repeats the whole. With `fresh_draws` it takes
+            draws * num_draws draws, as that many calls would. Or any module or callable from pixels
+            to scores [B, K], which is called once for each draw with the whole batch. Its noise is
+            driven as `coup_fast.attacks.foreign` says, and the memory options do nothing.
+        images: [B, C, H, W] in [0, 1].
+        labels: int64 [B], handed to the loss.
+        loss: (scores [b, K], labels [b]) -> [b], where each entry depends only on its row. The
+            caller maximises or minimises it.
+        sample_ids: as for `Purifier`.
+        draws: >= 1, counted from `draw` (and from `next_draw` with `fresh_draws`).
+        memory_budget: bytes for the runs of one micro-batch, without the result and states kept in
+            host memory. The default is 80 % of the free memory of a GPU, or 25 % of the machine's
+            free memory on a CPU. What a run takes is measured once for each defence and kind of
+            image (`MemoryModel`).
+        micro_batch: how many runs go at a time, in place of measuring. A run is one image under one
+            draw.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
-    of the draws in float32 (float64 for float64 images), whatever the micro-batch.
+    of the draws in float32 (float64 for float64 images), whatever the micro-batch is.
 
     Raises ValueError for a loss that is not one number per image, for a budget too small for one
     run, and for a purifier with gradient="none"; else as `Purifier`.

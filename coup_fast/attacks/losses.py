@@ -19,8 +19,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def margin(scores: Tensor, labels: Tensor) -> Tensor:
     """The best wrong score minus the right one: positive where the image is misclassified.
 
-    Carlini & Wagner, arXiv 1608.04644, f6 without its floor. Does not saturate where the classifier
-    is sure of itself, as cross-entropy does.
+    This is f6 of Carlini & Wagner, arXiv 1608.04644, without its floor. It does not saturate where
+    the classifier is sure of its answer, as cross-entropy does.
     """
     check_classes(labels, scores)
     right = scores.gather(1, labels[:, None])[:, 0]
@@ -31,8 +31,8 @@ def margin(scores: Tensor, labels: Tensor) -> Tensor:
 def dlr(scores: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio: the margin over (largest - third largest score).
 
-    Croce & Hein, arXiv 2003.01690, section 4. Invariant to shift and scale of the scores. Raises
-    ValueError for fewer than three classes, where it is not defined.
+    The source is Croce & Hein, arXiv 2003.01690, section 4. The loss does not change with shift and
+    scale of the scores. Raises ValueError for fewer than three classes, where it is not defined.
     """
     if scores.shape[1] < 3:
         raise ValueError(

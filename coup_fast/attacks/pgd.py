@@ -14,10 +14,10 @@ from coup_fast.attacks.objective import Evaluation
 
 @dataclass(frozen=True)
 class PGD(Attack):
-    """x ← P(x + step_size · d), d = sign(g) for ℓ∞ and g / ‖g‖₂ for ℓ2.
+    """x ← P(x + step_size · d), where d = sign(g) for ℓ∞ and g / ‖g‖₂ for ℓ2.
 
     The defaults are the field's strong attack on purification: 200 steps of 0.007 with 20 draws in
-    an ℓ∞ ball of 8/255. step_size: in pixels, as `eps`. The rest as for `Attack`.
+    an ℓ∞ ball of 8/255. step_size is in pixels, as `eps` is. `Attack` explains the other options.
     """
 
     step_size: float = 0.007

@@ -49,10 +49,10 @@ PRESETS: dict[str, Attack] = {
 
 
 def preset(name: str, **changes: Any) -> Attack:
-    """The attack of that name with other options.
+    """The attack of that name, with these options changed.
 
-    PGD's step keeps its proportion to eps, and for "pgd-l2" to eps / steps, unless it is given:
-    asking for half the radius halves the step.
+    Unless step_size is given, PGD's step keeps its proportion to eps (for "pgd-l2" to eps / steps):
+    half the radius halves the step.
 
     Raises ValueError for an unknown name, listing those that exist; TypeError for an option that
     the attack does not have.

@@ -1,7 +1,7 @@
-"""A self-test of gradients on the user's own models: which ways to differentiate are right.
+"""A self-test of gradients on the user's models: which ways to differentiate are right.
 
-On a short chain the whole graph fits, so plain autograd says what the gradient is; the others are
-held against it: the exact gradient, stopped guidance (the released COUP attack), BPDA, and the
+On a short chain the whole graph fits, so plain autograd gives the gradient. The other ways are
+compared with it: the exact gradient, stopped guidance (the released COUP attack), BPDA, and the
 stochastic adjoint (DiffPure).
 """
 
@@ -31,11 +31,11 @@ CHAINS = ("longer steps", "first steps")
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """The table of `check_gradient`. `str()` prints it.
+    """The table of `check_gradient`; `str()` prints it.
 
     method, steps, full_steps: the short chain has `steps` of the purifier's `full_steps`. chain:
-    how it was shortened. batch, draws: images and draws of the vote. tolerance: what the exact
-    gradient's relative error may be. rows: autograd first.
+    how it was shortened. batch, draws: images, and draws of the vote. tolerance: the largest
+    relative error that the exact gradient may have. rows: the ways, autograd first.
     """
 
     method: str
@@ -98,27 +98,27 @@ def check_gradient(
     """Compare ways to differentiate this defence, on a short chain of its own method and models.
 
     Args:
-        defended: a `PurifiedClassifier`; its vote over draws is inside the loss. Not modified,
-            and its `next_draw` stays. Or any module or callable from pixels to scores [B, K]: its
-            gradient is then held against finite differences under one draw, and `steps` and `chain`
-            say nothing (`coup_fast.attacks.foreign` has what drives its noise).
-        images: [B, C, H, W] in [0, 1]; a few are enough, and the whole graph of `steps` steps of
-            all of them has to fit in memory.
-        labels: int64 [B]; default: the short chain's own predictions.
-        steps: of the short chain; at least 1.
+        defended: a `PurifiedClassifier`, whose vote over draws is inside the loss. It is not
+            modified, and its `next_draw` stays. Or any module or callable from pixels to scores
+            [B, K]: its gradient is then compared with finite differences under one draw, and
+            `steps` and `chain` do nothing (`coup_fast.attacks.foreign` says what drives its noise).
+        images: [B, C, H, W] in [0, 1]. A few are enough. The whole graph of `steps` steps of all of
+            them has to fit in memory.
+        labels: int64 [B]; by default what the short chain predicts.
+        steps: steps of the short chain, at least 1.
         chain: "longer steps" covers the same times in fewer steps (methods without `num_steps` run
-            their first steps); "first steps" runs the first ones as they are.
+            their first steps); "first steps" runs the first steps as they are.
         loss: (scores [B, K], labels [B]) -> [B].
         sample_ids, draw: as for `PurifiedClassifier`.
-        directions: random ones for the finite differences of a model that is not ours; each
-            takes ten forwards.
-        reference: the same model differentiated in another way, such as by plain autograd, to
-            compare with; for models that are not ours.
+        directions: how many random directions the finite differences of a foreign model take; each
+            costs ten forwards.
+        reference: for a foreign model: the same model differentiated in another way, such as by
+            plain autograd, to compare with.
 
-    The exact row is run with `verify_states`. The adjoint is compared on a Brownian path of
-    torchsde's, with plain autograd on the same path; it needs torchsde, and a method that is
-    Euler-Maruyama on the reverse VP-SDE. The adjoint's error falls with the step length, so
-    with few steps it is larger than on the full chain.
+    The exact row runs with `verify_states`. The adjoint is compared on a Brownian path of torchsde,
+    with plain autograd on the same path. It needs torchsde, and a method that is Euler-Maruyama on
+    the reverse VP-SDE. The adjoint's error falls with the step length, so with few steps it is
+    larger than on the full chain.
 
     Raises what `Purifier` raises, such as ValueError for models in a training mode and
     RuntimeError for models that do not repeat themselves.
