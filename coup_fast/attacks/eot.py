@@ -27,6 +27,10 @@ from coup_fast.run import validation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+# Runs at a time above which a device gains little from more of them. Memory beyond them goes to the
+# graphs of steps before it goes to larger micro-batches.
+_ENOUGH = {"cpu": 32, "cuda": 256}
+
 # What was measured, per defence: an attack asks for a gradient at every iterate.
 _measured: WeakKeyDictionary[PurifiedClassifier, dict[Any, MemoryModel]] = WeakKeyDictionary()
 
@@ -69,6 +73,18 @@ class MemoryModel:
             )
         return (budget - self.fixed) // max(self.per_run, 1)
 
+    def shared(self, budget: int, runs: int, steps: int, enough: int) -> tuple[int, int]:
+        """(runs at a time, bytes left for the graphs of steps), of `runs` runs in all.
+
+        A step's graph takes at most `one_step`. Where a budget is too small for the graphs of all
+        runs, the micro-batch is the largest with room for all of its graphs, but not below
+        `enough` runs, as far as those fit.
+        """
+        most = min(runs, self.runs_within(budget))
+        with_graphs = (budget - self.fixed) // max(self.per_run + steps * self.one_step, 1)
+        micro_batch = min(most, max(with_graphs, enough))
+        return micro_batch, budget - self.bytes(micro_batch)
+
 
 @dataclass(frozen=True)
 class EotGradient:
@@ -109,7 +125,8 @@ def eot_gradient(
         memory_budget: bytes for the runs of one micro-batch, the result and states kept in host
             memory apart; default: 80 % of the free memory of a GPU, 25 % of the machine's free
             memory on a CPU. What a run takes is measured once per defence and kind of image
-            (`MemoryModel`).
+            (`MemoryModel`). With `gradient="exact"`, what a micro-batch leaves is filled with the
+            graphs of steps, which the backward pass then does not compute again.
         micro_batch: runs at a time, instead of measuring; a run is one image under one draw.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
@@ -144,11 +161,15 @@ def eot_gradient(
     if model.purifier.gradient == "none":
         raise ValueError('the purifier has gradient="none": there is no gradient to average')
     runs = draws * len(images)
-    memory = None
+    memory, worker = None, model
     if micro_batch is None and runs > 0:
         memory = _memory_of(model, images[:1], labels[:1], loss)
         budget = _default_budget(images.device) if memory_budget is None else memory_budget
-        micro_batch = min(memory.runs_within(budget), runs)
+        steps = model.purifier.plan.num_steps if model.purifier.gradient == "exact" else 0
+        enough = _ENOUGH.get(images.device.type, runs) if steps else runs
+        micro_batch, left = memory.shared(budget, runs, steps, enough)
+        if steps:
+            worker = model.with_purifier(model.purifier.with_options(graph_memory=left))
     micro_batch = micro_batch or 1
 
     total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
@@ -159,7 +180,7 @@ def eot_gradient(
         which = run % len(images)
         first_draw = first + run // len(images) * model.num_draws
         gradient, values, rows = _micro_batch(
-            model, images[which], ids[which], labels[which], first_draw, loss
+            worker, images[which], ids[which], labels[which], first_draw, loss
         )
         losses.append(values)
         scores.append(rows)
@@ -243,7 +264,8 @@ def memory_model(
     steps = purifier.plan.num_steps
 
     def peak(runs: int, steps: int) -> int:
-        few = purifier.with_plan(purifier.plan.first(steps)).with_options(check_values=False)
+        few = purifier.with_plan(purifier.plan.first(steps))
+        few = few.with_options(check_values=False, graph_memory=0)
         short = PurifiedClassifier(few, model.classifier, votes, vote=model.vote)
         images, answer = image.expand(runs, -1, -1, -1), labels.expand(runs)
         ids = torch.arange(runs, device=image.device)
