@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -95,6 +96,15 @@ class PurifiedClassifier(Drivable, nn.Module):
         self.vote = checks.choice("vote", vote, VOTES)
         self.fresh_draws = fresh_draws
         self._next_draw: int | None = None
+
+    def with_purifier(self, purifier: Purifier) -> PurifiedClassifier:
+        """The same defence around another purifier; its draws go on from where these are."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):  # submodules and hooks are its own from here on
+                vars(other)[name] = copy.copy(value)
+        other.purifier = purifier
+        return other
 
     @property
     def next_draw(self) -> int:

@@ -78,6 +78,11 @@ class Purifier(Drivable, nn.Module):
                 every √N-th on the device, the others computed once more;
             verify_states: compare each state that the backward pass computes again with the kept
                 one, bit for bit;
+            graph_memory: bytes that a call's exact gradient may fill with the graphs of its last
+                steps, which the backward pass then does not compute again. The gradient is the same
+                bit for bit. What a step's graph takes is measured once for each kind of run; steps
+                that round differently where gradients are recorded keep none. 0 keeps none.
+                `coup_fast.attacks.eot_gradient` fills what its memory budget leaves;
             guidance_gradient: "full" differentiates through the guidance to second order;
                 "stopped" treats it as a constant, as the released COUP attack does;
             check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
@@ -123,6 +128,7 @@ class Purifier(Drivable, nn.Module):
     gradient = _RunOption[str]("gradient")
     states = _RunOption[str]("states")
     verify_states = _RunOption[bool]("verify_states")
+    graph_memory = _RunOption[int]("graph_memory")
     guidance_gradient = _RunOption[str]("guidance_gradient")
     check_values = _RunOption[bool]("check_values")
     compile_networks = _RunOption[bool | str]("compile")  # `nn.Module.compile` is a method
@@ -190,6 +196,8 @@ class Purifier(Drivable, nn.Module):
         other.plan = plan
         kept = self._kept
         other._kept = Kept(compiled=kept.compiled, looks=kept.looks, positions=kept.positions)
+        if plan is self.plan:
+            other._kept.tables, other._kept.graph_bytes = kept.tables, kept.graph_bytes
         return other
 
     @property
@@ -244,8 +252,10 @@ class Purifier(Drivable, nn.Module):
         if images.numel() == 0:
             return images.detach().clone() if self.gradient == "none" else images.clone()
         with frozen_parameters(*run.models):
+            parts = self._parts(images)
+            memory = self.graph_memory // len(parts)
             results = [
-                self._purified(run.of(rows), part, rows.start) for rows, part in self._parts(images)
+                self._purified(run.of(rows), part, rows.start, memory) for rows, part in parts
             ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -280,10 +290,10 @@ class Purifier(Drivable, nn.Module):
         places = [slice(first, first + size) for first in range(0, len(images), size)]
         return [(rows, images[rows]) for rows in places]
 
-    def _purified(self, run: Run, images: Tensor, first: int) -> Tensor:
+    def _purified(self, run: Run, images: Tensor, first: int, graph_memory: int) -> Tensor:
         """The result for images that start at position `first` of the batch."""
         with run.calls.flags():
-            state = self._final_state(run, images)
+            state = self._final_state(run, images, graph_memory)
         if self.check_values and bool(run.suspect(state)):
             with torch.no_grad(), run.calls.flags():
                 message = diagnose(run, images, first)
@@ -297,11 +307,11 @@ class Purifier(Drivable, nn.Module):
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
         return result.contiguous() if run.calls.channels_last and not as_it_came else result
 
-    def _final_state(self, run: Run, images: Tensor) -> State:
+    def _final_state(self, run: Run, images: Tensor, graph_memory: int) -> State:
         """The state after the last step, differentiable as `gradient` says."""
         wanted = self._wants_gradient(images)
         if wanted and self.gradient == "exact":
-            return exact_final_state(run, images)
+            return exact_final_state(run, images, graph_memory, self._kept.graph_bytes)
         if wanted and self.gradient == "autograd":
             return final_state(run, images)
         with torch.no_grad():

@@ -27,6 +27,10 @@ from coup_fast.run import validation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+# Runs at a time above which a device gains little from more of them. Memory beyond them goes to the
+# graphs of steps before it goes to larger micro-batches.
+_ENOUGH = {"cpu": 32, "cuda": 256}
+
 # What was measured, per defence: an attack asks for a gradient at every iterate.
 _measured: WeakKeyDictionary[PurifiedClassifier, dict[Any, MemoryModel]] = WeakKeyDictionary()
 
@@ -68,6 +72,18 @@ class MemoryModel:
                 'gradient="exact" and states="sqrt" (or "host", on a GPU), or use fewer num_draws'
             )
         return (budget - self.fixed) // max(self.per_run, 1)
+
+    def shared(self, budget: int, runs: int, steps: int, enough: int) -> tuple[int, int]:
+        """(runs at a time, bytes left for the graphs of steps), of `runs` runs in all.
+
+        A step's graph takes at most `one_step`. Where a budget is too small for the graphs of all
+        runs, the micro-batch is the largest with room for all of its graphs, but not below
+        `enough` runs, as far as those fit.
+        """
+        most = min(runs, self.runs_within(budget))
+        with_graphs = (budget - self.fixed) // max(self.per_run + steps * self.one_step, 1)
+        micro_batch = min(most, max(with_graphs, enough))
+        return micro_batch, budget - self.bytes(micro_batch)
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,8 @@ def eot_gradient(
         memory_budget: bytes for the runs of one micro-batch, without the result and states kept in
             host memory. The default is 80 % of the free memory of a GPU, or 25 % of the machine's
             free memory on a CPU. What a run takes is measured once for each defence and kind of
-            image (`MemoryModel`).
+            image (`MemoryModel`). With `gradient="exact"`, graphs of steps fill what a micro-batch
+            leaves, and the backward pass does not compute those steps again.
         micro_batch: how many runs go at a time, in place of measuring. A run is one image under one
             draw.
 
@@ -150,11 +167,15 @@ def eot_gradient(
     if model.purifier.gradient == "none":
         raise ValueError('the purifier has gradient="none": there is no gradient to average')
     runs = draws * len(images)
-    memory = None
+    memory, worker = None, model
     if micro_batch is None and runs > 0:
         memory = _memory_of(model, images[:1], labels[:1], loss)
         budget = _default_budget(images.device) if memory_budget is None else memory_budget
-        micro_batch = min(memory.runs_within(budget), runs)
+        steps = model.purifier.plan.num_steps if model.purifier.gradient == "exact" else 0
+        enough = _ENOUGH.get(images.device.type, runs) if steps else runs
+        micro_batch, left = memory.shared(budget, runs, steps, enough)
+        if steps:
+            worker = model.with_purifier(model.purifier.with_options(graph_memory=left))
     micro_batch = micro_batch or 1
 
     total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
@@ -165,7 +186,7 @@ def eot_gradient(
         which = run % len(images)
         first_draw = first + run // len(images) * model.num_draws
         gradient, values, rows = _micro_batch(
-            model, images[which], ids[which], labels[which], first_draw, loss
+            worker, images[which], ids[which], labels[which], first_draw, loss
         )
         losses.append(values)
         scores.append(rows)
@@ -249,7 +270,8 @@ def memory_model(
     steps = purifier.plan.num_steps
 
     def peak(runs: int, steps: int) -> int:
-        few = purifier.with_plan(purifier.plan.first(steps)).with_options(check_values=False)
+        few = purifier.with_plan(purifier.plan.first(steps))
+        few = few.with_options(check_values=False, graph_memory=0)
         short = PurifiedClassifier(few, model.classifier, votes, vote=model.vote)
         images, answer = image.expand(runs, -1, -1, -1), labels.expand(runs)
         ids = torch.arange(runs, device=image.device)

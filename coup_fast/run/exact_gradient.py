@@ -1,10 +1,12 @@
 """The exact gradient of a run in constant memory: states are kept, steps are computed again.
 
 A run's step is a pure function of its number and its state, noise included. So the forward pass
-keeps the states x_k alone, and the backward pass takes them from the last to the first: compute
-step k once more at x_k with its graph, multiply the gradient by its Jacobian, drop the graph. What
-is differentiated is the computation that ran: guidance (to second order where it is "full"), the
-way through the attacked image that some methods refer to, ADP's step sizes and clamps included.
+keeps only the states x_k, and the backward pass takes them from the last to the first: compute step
+k once more at x_k with its graph, multiply the gradient by its Jacobian, drop the graph. Where the
+option `graph_memory` gives memory for it, the forward pass keeps the graphs of the last steps, and
+those are not computed again (`coup_fast.run.kept_graphs`). What is differentiated is the
+computation that ran: guidance (to second order where it is "full"), the way through the attacked
+image that some methods refer to, ADP's step sizes and clamps included.
 
 This module knows runs; it knows neither methods nor the classifier's vote.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.run.assumptions import refuse_training_mode
+from coup_fast.run.kept_graphs import GraphBytes, KeptGraphs, StepGraph, record
 from coup_fast.run.loop import states
 from coup_fast.run.replay_guards import Fingerprint, check_replay, same_autocast
 from coup_fast.run.steps import Run, State
@@ -69,8 +72,9 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 class _Recomputed:
     """What a run's backward pass needs beside the kept states."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, graph_memory: int, known: GraphBytes) -> None:
         self.run = run
+        self.graphs = KeptGraphs(run, graph_memory, known)
         self.autocast = same_autocast(run.tables.start.device.type)
         self.fingerprint = Fingerprint(run.models, run.noise.tensors)
         self.steps = 0  # those that were taken: ADP may end early
@@ -83,10 +87,12 @@ class _Recomputed:
         run = self.run
         kept: list[State] = []
         before: State = ()
-        for k, state in states(run, images):
+        for k, state in states(run, images, self.graphs.step):
             if k > 0 and (k - 1) % self.stride == 0:
                 kept.append(self._put_away(before))
             before, self.steps = state, k
+        if self.steps - 1 in self.graphs:  # a caller may write into the result
+            state = tuple(t.clone() for t in state)
         self.end = tuple(t.detach() for t in state)
         self.end_version = self.end[0]._version
         self.fingerprint.check(
@@ -116,54 +122,48 @@ class _Recomputed:
             with torch.no_grad():
                 attacked = run.attacked(images)
             total: Tensor | None = None
-            for k, state, following in self._steps_backwards(kept, attacked):
-                grad, part = self._step_backward(k, state, following, attacked, grad)
+            look = run.options.check_values
+            for k, known, following in self._steps_backwards(kept, attacked):
+                if isinstance(known, StepGraph):
+                    graph = known
+                else:
+                    graph, _ = record(run, k, known, attacked)
+                    verify = run.options.verify_states
+                    if following is not None and (look or verify):
+                        out = graph.out.detach()
+                        check_replay(run, k, known, attacked, out, following, strict=verify)
+                    look = False
+                grad, part = _step_backward(graph, grad)
                 if part is not None:
                     total = part if total is None else total + part
             return self._start_backward(images, grad, total)
 
     def _steps_backwards(
         self, kept: list[State], attacked: Tensor | None
-    ) -> Iterator[tuple[int, State, Tensor | None]]:
-        """(k, the state before step k, the stored one after it where known), last step first."""
+    ) -> Iterator[tuple[int, StepGraph | State, Tensor | None]]:
+        """The last step first: (k, its graph or the state before it, the stored state after it).
+
+        The last is None where a caller has written into it.
+        """
         unchanged = self.end[0]._version == self.end_version
         following = self.end[0] if unchanged else None
         for segment in reversed(range(len(kept))):
             first = segment * self.stride
             last = min(first + self.stride, self.steps)
+            graphs = self.graphs.take(range(first, last))  # of a segment's last steps, if any
             device = self.end[0].device
             again = [tuple(t.to(device, non_blocking=True) for t in kept[segment])]
             with torch.no_grad():
-                for k in range(first, last - 1):
+                for k in range(first, last - len(graphs) - 1):
                     again.append(self.run.step(k, again[-1], attacked))
             for k in reversed(range(first, last)):
-                state = again.pop()
-                yield k, state, following
-                following = state[0]
-
-    def _step_backward(
-        self,
-        k: int,
-        state: State,
-        following: Tensor | None,
-        attacked: Tensor | None,
-        grad: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of step k's input state and, where it reads them, of the attacked images."""
-        verify = self.run.options.verify_states
-        look = verify or (self.run.options.check_values and k == self.steps - 1)
-        with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            r = None if attacked is None else attacked.detach().requires_grad_()
-            out = self.run.step(k, (x, *state[1:]), r)[0]
-            if following is not None and look:
-                check_replay(self.run, k, state, attacked, out.detach(), following, strict=verify)
-            if not out.requires_grad:  # an output clamped or stopped everywhere
-                return torch.zeros_like(x), None
-            inputs = [x] if r is None else [x, r]
-            grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
-        gradient = torch.zeros_like(x) if grads[0] is None else grads[0]
-        return gradient, None if r is None else grads[1]
+                if (graph := graphs.pop(k, None)) is not None:
+                    yield k, graph, following
+                    following = graph.x.detach()
+                else:
+                    state = again.pop()
+                    yield k, state, following
+                    following = state[0]
 
     def _start_backward(self, images: Tensor, grad: Tensor, total: Tensor | None) -> Tensor:
         """Through the pixel maps: of the start, and of the attacked images where they were read."""
@@ -177,6 +177,17 @@ class _Recomputed:
                 grads.append(total)
             (gradient,) = torch.autograd.grad(outputs, pixels, grads)
         return gradient
+
+
+def _step_backward(graph: StepGraph, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a step's input state and, where it reads them, of the attacked images."""
+    x, attacked, out = graph
+    if not out.requires_grad:  # an output clamped or stopped everywhere
+        return torch.zeros_like(x), None
+    inputs = [x] if attacked is None else [x, attacked]
+    grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    gradient = torch.zeros_like(x) if grads[0] is None else grads[0]
+    return gradient, None if attacked is None else grads[1]
 
 
 class _ExactGradient(torch.autograd.Function):
@@ -204,15 +215,20 @@ class _ExactGradient(torch.autograd.Function):
         return gradient, None
 
 
-def exact_final_state(run: Run, images: Tensor) -> State:
+def exact_final_state(
+    run: Run, images: Tensor, graph_memory: int = 0, known: GraphBytes | None = None
+) -> State:
     """The final state of a run; its first tensor carries the exact gradient of that run.
 
     run: with its models' parameters frozen by the caller. images: [B, C, H, W], requiring grad.
+    graph_memory: bytes for graphs that are kept. known: what such graphs take, as far as earlier
+    runs have measured it; what this one measures is added.
 
     By the run's options: `states`: "device" keeps all N states where they are, "host" in (pinned)
     host memory, "sqrt" every √N-th on the device, at the price of computing the others once more.
     `verify_states`: every state that the backward pass computes again is compared with the stored
-    one, bit for bit. `check_values`: the last one is compared, to catch models that do not repeat
+    one, bit for bit, and a step whose graph is kept is taken without it as well. `check_values`:
+    the first state that it computes again is compared, to catch models that do not repeat
     themselves; that waits for the device once.
 
     The values are those of a run without gradients, bit for bit. The backward pass may be asked
@@ -222,6 +238,6 @@ def exact_final_state(run: Run, images: Tensor) -> State:
     ValueError for models that are in a training mode by then, and RuntimeError if they changed
     since, or do not repeat themselves, and for a derivative of the gradient.
     """
-    recomputed = _Recomputed(run)
+    recomputed = _Recomputed(run, graph_memory, {} if known is None else known)
     end = _apply(_ExactGradient, images, recomputed)
     return (end, *recomputed.end[1:])

@@ -27,13 +27,14 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 class RunOptions:
     """The options that every purifier takes; `coup_fast.Purifier` says what they mean.
 
-    Raises ValueError listing the choices, TypeError for a max_batch that is no int.
+    Raises ValueError listing the choices, TypeError for a max_batch or graph_memory that is no int.
     """
 
     backend: str = "auto"
     gradient: str = "exact"
     states: str = "device"
     verify_states: bool = False
+    graph_memory: int = 0
     guidance_gradient: str = "full"
     check_values: bool = True
     compile: bool | str = False
@@ -45,6 +46,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():  # 1 is True, and kept as that
             object.__setattr__(self, name, checks.choice(name, getattr(self, name), choices))
+        object.__setattr__(
+            self, "graph_memory", checks.integer("graph_memory", self.graph_memory, 0)
+        )
         if self.max_batch is not None:
             object.__setattr__(self, "max_batch", checks.integer("max_batch", self.max_batch, 1))
 

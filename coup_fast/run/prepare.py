@@ -16,6 +16,7 @@ from coup_fast.run.assumptions import refuse_training_mode
 from coup_fast.run.backends import choose_ops
 from coup_fast.run.captured import Graphs
 from coup_fast.run.first_look import Looks
+from coup_fast.run.kept_graphs import GraphBytes
 from coup_fast.run.model_calls import Compiled, ModelCalls, check_precision, wants_channels_last
 from coup_fast.run.options import RunOptions
 from coup_fast.run.sample_ids import Positions
@@ -33,6 +34,7 @@ class Kept:
     graphs: Graphs = field(default_factory=Graphs)
     looks: Looks = field(default_factory=Looks)
     positions: Positions = field(default_factory=Positions)
+    graph_bytes: GraphBytes = field(default_factory=dict)
 
 
 def prepare(
