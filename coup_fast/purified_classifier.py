@@ -17,6 +17,7 @@ from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
 from coup_fast.run.driver import Drivable
 from coup_fast.run.first_look import look_at_classifier
+from coup_fast.run.progress import ProgressOption
 from coup_fast.run.sample_ids import fresh_draw
 from coup_fast.score_model import ClassifierFunction
 
@@ -113,23 +114,39 @@ class PurifiedClassifier(Drivable, nn.Module):
         """Let the next call with `fresh_draws` start at this draw."""
         self.next_draw = next_draw
 
-    def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int = 0,
+        *,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
 
-        images, sample_ids: as for `Purifier`. draw: the first of the `num_draws` consecutive draws
-        that are used; with `fresh_draws`, counted from `next_draw`. Errors as `Purifier`'s.
+        images, sample_ids, progress: as for `Purifier`. draw: the first of the `num_draws`
+        consecutive draws that are used; with `fresh_draws`, counted from `next_draw`. Errors as
+        `Purifier`'s.
         """
         if (driver := self.driver) is not None:
-            scores: Tensor = driver.model(images, *driver.noise_of(images, sample_ids, draw))
+            noise = driver.noise_of(images, sample_ids, draw)
+            scores: Tensor = driver.model(images, *noise, progress=progress)
             return scores
-        logits = self.draw_logits(images, sample_ids, draw)
+        logits = self.draw_logits(images, sample_ids, draw, progress=progress)
         return combine_votes(logits, self.vote)
 
-    def draw_logits(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+    def draw_logits(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int = 0,
+        *,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """The logits of every draw, [num_draws, B, K]; takes what `forward` takes."""
         if (driver := self.driver) is not None:
             noise = driver.noise_of(images, sample_ids, draw)
-            logits: Tensor = driver.model.draw_logits(images, *noise)
+            logits: Tensor = driver.model.draw_logits(images, *noise, progress=progress)
             return logits
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
@@ -137,12 +154,19 @@ class PurifiedClassifier(Drivable, nn.Module):
         first = self.take_draws(draw, self.num_draws)
         if sample_ids is None and self.purifier.check_values and self.purifier.num_noise > 0:
             self.purifier._kept.positions.notice(images, first)
-        return self.logits_at(images, ids, first)
+        return self.logits_at(images, ids, first, progress)
 
-    def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
+    def logits_at(
+        self,
+        images: Tensor,
+        sample_ids: Tensor,
+        first: int | Tensor,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
 
-        sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw.
+        sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw. progress: as
+        for `Purifier`.
         """
         refuse_training_mode(self.classifier)
         self._notice_training()
@@ -150,9 +174,8 @@ class PurifiedClassifier(Drivable, nn.Module):
         draws = torch.arange(count, device=images.device)[:, None] + first
         copies = torch.cat([images] * count) if count > 1 else images
         with frozen_parameters(self.classifier):
-            purified = self.purifier(
-                copies, sample_ids.repeat(count), draws.expand(count, batch).flatten()
-            )
+            ids, each = sample_ids.repeat(count), draws.expand(count, batch).flatten()
+            purified = self.purifier(copies, ids, each, progress=progress)
             parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
             logits = [self._classify(part) for part in parts]
             if self.purifier.check_values and len(images) > 0:

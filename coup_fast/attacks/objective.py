@@ -257,15 +257,15 @@ class _Bare:
     def __init__(self, classifier: Any) -> None:
         self.classifier = classifier
 
-    def __call__(self, images: Tensor, *_: Any) -> Tensor:
+    def __call__(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         scores: Tensor = self.classifier(in_dtype_of(self.classifier, images))
         return scores
 
-    def draw_logits(self, images: Tensor, *_: Any) -> Tensor:
+    def draw_logits(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         return self(images)[None]
 
 
-def _not_purified(images: Tensor, *_: Any) -> Tensor:
+def _not_purified(images: Tensor, *_: Any, **__: Any) -> Tensor:
     return images
 
 
