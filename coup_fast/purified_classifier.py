@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.differentiated import differentiated, in_backward
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import in_dtype_of, modules_behind
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
-from coup_fast.run.driver import Drivable
+from coup_fast.run.driver import CalledAgainError, Drivable
 from coup_fast.run.first_look import look_at_classifier
 from coup_fast.run.progress import ProgressOption
 from coup_fast.run.sample_ids import fresh_draw
@@ -45,6 +46,17 @@ def combine_votes(logits: Tensor, vote: str) -> Tensor:
         return share
     probability = log_probability.exp().mean(0)
     return share + (probability - probability.detach())
+
+
+def _walk_back(logits: Tensor, pixels: Tensor) -> None:
+    """Raises RuntimeError, naming the classifier, where its graph cannot be walked.
+
+    To be called when parameters are trainable again, as they are in the caller's backward pass.
+    """
+    if logits.requires_grad:
+        nothing = torch.zeros_like(logits)
+        with differentiated("the classifier"):
+            torch.autograd.grad(logits, pixels, nothing, retain_graph=True, allow_unused=True)
 
 
 class PurifiedClassifier(Drivable, nn.Module):
@@ -177,9 +189,12 @@ class PurifiedClassifier(Drivable, nn.Module):
             ids, each = sample_ids.repeat(count), draws.expand(count, batch).flatten()
             purified = self.purifier(copies, ids, each, progress=progress)
             parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
-            logits = [self._classify(part) for part in parts]
-            if self.purifier.check_values and len(images) > 0:
-                self._look_at(logits, parts[0])
+            with differentiated("the classifier"):
+                logits = [self._classify(part) for part in parts]
+            looks = self.purifier.check_values and len(images) > 0
+            first_with_graph = looks and self._look_at(logits, parts[0])
+        if first_with_graph:
+            _walk_back(logits[0], parts[0])
         return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
 
     def _notice_training(self) -> None:
@@ -198,8 +213,11 @@ class PurifiedClassifier(Drivable, nn.Module):
     def _classify(self, purified: Tensor) -> Tensor:
         return check_logits(self.classifier(in_dtype_of(self.classifier, purified)), purified)
 
-    def _look_at(self, logits: list[Tensor], pixels: Tensor) -> None:
-        """Refuse logits that are NaN; on the first call of its kind look at the classifier."""
+    def _look_at(self, logits: list[Tensor], pixels: Tensor) -> bool:
+        """Refuse logits that are NaN; on the first call of its kind look at the classifier.
+
+        Returns whether it was the first one whose logits are to be differentiated.
+        """
         bad = [bool((~(part < math.inf)).any()) for part in logits]
         if any(bad):
             raise FloatingPointError(
@@ -208,9 +226,11 @@ class PurifiedClassifier(Drivable, nn.Module):
         through = torch.is_grad_enabled() and pixels.requires_grad
         kind = (id(self.classifier), pixels.dtype, pixels.device, len(pixels) > 1, through)
         looks = self.purifier._kept.looks
-        if kind not in looks.seen:
+        first = kind not in looks.seen
+        if first:
             look_at_classifier(self._classify, pixels.detach(), looks, differentiated=through)
             looks.seen.add(kind)
+        return first and through
 
     def take_draws(self, draw: int, count: int) -> int:
         """The first of `count` draws to use, counted from `draw`.
@@ -221,6 +241,8 @@ class PurifiedClassifier(Drivable, nn.Module):
         draw = checks.integer("draw", draw, 0)
         if not self.fresh_draws:
             return draw
+        if in_backward():
+            raise CalledAgainError
         with _lock.current:
             taken = self.next_draw
             self.next_draw = taken + count

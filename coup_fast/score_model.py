@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import declared_channels, grad_leaf, in_dtype_of
+from coup_fast._torch.transforms import refuse_scripting
 
 if TYPE_CHECKING:
     from coup_fast.schedules import Schedule
@@ -63,6 +65,7 @@ class ScoreModel(nn.Module):
     """
 
     network: Callable[[Tensor, Tensor], Any]
+    __prepare_scriptable__ = refuse_scripting  # torch.jit.script asks it of every module
 
     def __init__(
         self,
@@ -130,6 +133,7 @@ class EnergyModel(nn.Module):
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -159,7 +163,8 @@ class EnergyModel(nn.Module):
         want_graph = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        with torch.inference_mode(False), torch.enable_grad():
+        by_autograd = differentiated("the energy network")
+        with torch.inference_mode(False), torch.enable_grad(), by_autograd:
             point = x if want_graph and x.requires_grad else grad_leaf(x)
             energy = self.energy(point, t.clone() if t.is_inference() else t)
             if not energy.requires_grad:

@@ -93,9 +93,17 @@ def first_parameter(function: Any) -> Tensor | None:
 
 
 def dtype_of(function: Any) -> torch.dtype | None:
-    """The dtype of the callable's parameters, or None where it has none."""
+    """The dtype of the callable's parameters, or None where it has none.
+
+    float32 for a module of quantised layers, which take no other and hide their parameters.
+    """
     parameter = first_parameter(function)
-    return None if parameter is None else parameter.dtype
+    if parameter is not None:
+        return parameter.dtype
+    module = module_of(function)
+    parts = () if module is None else module.modules()
+    quantised = any(type(part).__module__.startswith("torch.ao.nn.") for part in parts)
+    return torch.float32 if quantised else None
 
 
 def in_dtype(dtype: torch.dtype | None, x: Tensor) -> Tensor:
@@ -124,6 +132,15 @@ def grad_leaf(x: Tensor) -> Tensor:
     """
     leaf = x.clone() if x.is_inference() else x.detach()
     return leaf.requires_grad_()
+
+
+def recordable(value: Any) -> Any:
+    """A tensor, or a copy of one that was made in inference mode, which no graph can keep.
+
+    Call it with inference mode off; what is no tensor is returned as it is.
+    """
+    made_there = isinstance(value, Tensor) and value.is_inference()
+    return value.clone() if made_there else value
 
 
 def declared_channels(function: Any) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast._torch.differentiated import explain
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.run.assumptions import refuse_training_mode
 from coup_fast.run.loop import states
@@ -118,7 +119,11 @@ class _Recomputed:
                 attacked = run.attacked(images)
             total: Tensor | None = None
             for k, state, following in self._steps_backwards(kept, attacked):
-                grad, part = self._step_backward(k, state, following, attacked, grad)
+                try:
+                    grad, part = self._step_backward(k, state, following, attacked, grad)
+                except RuntimeError as error:
+                    explain(error, "the score network or the classifier")
+                    raise
                 if part is not None:
                     total = part if total is None else total + part
             return self._start_backward(images, grad, total)
