@@ -12,7 +12,8 @@ from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated, in_backward
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import in_dtype_of, modules_behind
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.reachable import modules_behind
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache, partial
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_DEPTH = 4  # how far `modules_behind` follows callables that call callables
 
 
 def module_of(function: Any) -> nn.Module | None:
@@ -20,61 +15,6 @@ def module_of(function: Any) -> nn.Module | None:
         return function
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def modules_behind(function: Any) -> tuple[nn.Module, ...]:
-    """The modules that a callable can be seen to call, each once: what protects models asks here.
-
-    Beside the module itself, or the one whose bound method it is, those in a partial's arguments,
-    in a function's closure, defaults and the globals that it reads, and in the attributes of a
-    callable object or of an object whose bound method it is; through callables of these kinds, and
-    of the attributes of a module (an energy network may be a function). What a function reaches
-    by other ways, say in a list or through a plain object, is not seen.
-    """
-    found: dict[int, nn.Module] = {}
-    visited: set[int] = set()
-    pending: list[tuple[Any, int, bool]] = [(function, 0, True)]
-    while pending:
-        value, depth, called = pending.pop(0)
-        if id(value) in visited or depth > _DEPTH:
-            continue
-        visited.add(id(value))
-        held: Iterable[Any] = ()
-        if isinstance(value, nn.Module):
-            found[id(value)] = value
-        if isinstance(value, partial | FunctionType | MethodType):
-            held = _held_by(value)
-        elif isinstance(value, nn.Module) or (called and hasattr(value, "__dict__")):
-            held = tuple(vars(value).values())
-        pending += [(part, depth + 1, isinstance(value, MethodType)) for part in held]
-    return tuple(found.values())
-
-
-def _held_by(function: Any) -> Iterator[Any]:
-    if isinstance(function, partial):
-        yield function.func
-        yield from function.args
-        yield from function.keywords.values()
-    elif isinstance(function, MethodType):
-        yield function.__self__
-        yield function.__func__
-    else:
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a name that has no value yet
-                continue
-        yield from function.__defaults__ or ()
-        yield from (function.__kwdefaults__ or {}).values()
-        for name in _globals_of(function.__code__):
-            if name in function.__globals__:
-                yield function.__globals__[name]
-
-
-@lru_cache(maxsize=1024)
-def _globals_of(code: CodeType) -> tuple[str, ...]:
-    """The globals that a function reads; `co_names` holds the names of attributes as well."""
-    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
 
 
 def first_parameter(function: Any) -> Tensor | None:

@@ -70,8 +70,8 @@ class AttackResult:
     how the attack went, and are no measure of robustness. zero_gradients: evaluations of an image
     whose gradient was exactly 0, a sign of masked gradients. gradient_runs: images times draws
     that were differentiated. score_evaluations, classifier_evaluations: images that passed through
-    the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
-    is a plain function behind a purifier); of a model that is not ours, its calls are
+    the networks, guidance, recomputation and measuring of memory included (0 for a classifier in
+    which no module can be seen, behind a purifier); of a model that is not ours, its calls are
     classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
     defence is not random.
     """
