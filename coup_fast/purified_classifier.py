@@ -107,7 +107,7 @@ class PurifiedClassifier(Drivable, nn.Module):
         self.classifier = classifier
         self.num_draws = checks.integer("num_draws", num_draws, 1)
         self.vote = checks.choice("vote", vote, VOTES)
-        self.fresh_draws = fresh_draws
+        self.fresh_draws = checks.flag("fresh_draws", fresh_draws)
         self._next_draw: int | None = None
 
     @property

@@ -147,7 +147,8 @@ class Attack(ABC):
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
-        checks.flag("targeted", self.targeted)
+        for name in ("through_vote", "random_start", "targeted"):
+            checks.flag(name, getattr(self, name))
         object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
             ("steps", 1, MAX_COUNT),
