@@ -83,10 +83,6 @@ class ScoreModel(nn.Module):
         if isinstance(network, ScoreModel):
             raise TypeError("network is a ScoreModel already; pass it on, or its .network")
         checks.choice("kind", kind, KINDS)
-        if not 0.0 < float(time_scale) < float("inf"):
-            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
-        if t_max is not None and not 0.0 < float(t_max) <= 1.0:
-            raise ValueError(f"t_max must be in (0, 1], got {t_max}")
         if schedule is None:
             from coup_fast.schedules import VPSchedule
 
@@ -94,8 +90,8 @@ class ScoreModel(nn.Module):
         self.network = network
         self.kind = kind
         self.schedule = schedule
-        self.time_scale = float(time_scale)
-        self.t_max = None if t_max is None else float(t_max)
+        self.time_scale = checks.number("time_scale", time_scale, 0, above=True)
+        self.t_max = None if t_max is None else checks.number("t_max", t_max, 0, 1, above=True)
 
     @property
     def in_channels(self) -> int | None:
