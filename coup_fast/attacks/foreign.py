@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import random
 import reprlib
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +35,7 @@ from coup_fast._torch.reachable import reachable
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run.driver import Driver, driven
+from coup_fast.run.warn import warn
 
 Defence = PurifiedClassifier | Purifier
 
@@ -162,11 +162,10 @@ class Foreign:
         if used or used_again or not same:
             return draws
         if draws > 1:
-            warnings.warn(
+            warn(
                 f"eot={draws} does nothing for {name_of(self.model)}: it gave the same scores "
                 "twice, bit for bit, and was seen to use no random number, so each gradient is "
-                "that of one forward; say eot=1",
-                stacklevel=4,  # whoever called `Attack.run`
+                "that of one forward; say eot=1"
             )
         return 1
 

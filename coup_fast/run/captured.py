@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from coup_fast.run.cuda_recorder import CudaRecorder, Recorder
 from coup_fast.run.progress import Tell
 from coup_fast.run.steps import Run, State
 from coup_fast.run.tables import Noise, RowTable
+from coup_fast.run.warn import warn
 
 _KEPT = 8  # captured loops of one purifier
 
@@ -253,7 +253,7 @@ class Graphs:
             self._recorders.pop(images.device, None)  # its pool may still be in use
             if choice is True:
                 raise RuntimeError(f"cuda_graph=True: {reason}") from error
-            warnings.warn(f"the loop runs without CUDA graphs: {reason}", stacklevel=2)
+            warn(f"the loop runs without CUDA graphs: {reason}")
             return reason
 
     def _keep(self, key: Any, loop: CapturedLoop | str | None) -> None:

@@ -8,7 +8,6 @@ a purifier and its variants, and once for the models of `coup_fast.purify`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from coup_fast.run.assumptions import named_modules
 from coup_fast.run.guidance import confidence_gradient
 from coup_fast.run.replay_guards import Fingerprint
 from coup_fast.run.steps import Run
+from coup_fast.run.warn import warn
 
 Function = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class Looks:
         """Warn, once for each subject."""
         if about not in self._said:
             self._said.add(about)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
 
 _of_models: WeakKeyDictionary[nn.Module, dict[int, Looks]] = WeakKeyDictionary()
