@@ -27,18 +27,26 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
-    """A finite real number in [low, high], or in (low, high] with `above`."""
+    """A finite real number in [low, high]; `above` leaves out low itself, and `below` high."""
     error: type[Exception] = TypeError
     if not isinstance(value, bool) and isinstance(value, Real):
         error = ValueError
         with suppress(OverflowError):  # 10**400 is no float
             result = float(value)
-            inside = (low < result if above else low <= result) and result <= high
+            inside = low < result if above else low <= result
+            inside = inside and (result < high if below else result <= high)
             if inside and math.isfinite(result):
                 return result
-    left, right = "(" if above or math.isinf(low) else "[", ")" if math.isinf(high) else "]"
+    left = "(" if above or math.isinf(low) else "["
+    right = ")" if below or math.isinf(high) else "]"
     bounded = not math.isinf(low) or not math.isinf(high)
     expected = f"a number in {left}{low:g}, {high:g}{right}" if bounded else "a finite number"
     raise error(_sentence(name, expected, value))

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.differentiated import differentiated, in_backward
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import in_dtype_of, modules_behind
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.reachable import modules_behind
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.run.assumptions import check_logits, refuse_training_mode
-from coup_fast.run.driver import Drivable
+from coup_fast.run.driver import CalledAgainError, Drivable
 from coup_fast.run.first_look import look_at_classifier
+from coup_fast.run.progress import ProgressOption
 from coup_fast.run.sample_ids import fresh_draw
 from coup_fast.score_model import ClassifierFunction
 
@@ -45,6 +48,17 @@ def combine_votes(logits: Tensor, vote: str) -> Tensor:
         return share
     probability = log_probability.exp().mean(0)
     return share + (probability - probability.detach())
+
+
+def _walk_back(logits: Tensor, pixels: Tensor) -> None:
+    """Raises RuntimeError, naming the classifier, where its graph cannot be walked.
+
+    To be called when parameters are trainable again, as they are in the caller's backward pass.
+    """
+    if logits.requires_grad:
+        nothing = torch.zeros_like(logits)
+        with differentiated("the classifier"):
+            torch.autograd.grad(logits, pixels, nothing, retain_graph=True, allow_unused=True)
 
 
 class PurifiedClassifier(Drivable, nn.Module):
@@ -94,7 +108,7 @@ class PurifiedClassifier(Drivable, nn.Module):
         self.classifier = classifier
         self.num_draws = checks.integer("num_draws", num_draws, 1)
         self.vote = checks.choice("vote", vote, VOTES)
-        self.fresh_draws = fresh_draws
+        self.fresh_draws = checks.flag("fresh_draws", fresh_draws)
         self._next_draw: int | None = None
 
     def with_purifier(self, purifier: Purifier) -> PurifiedClassifier:
@@ -123,23 +137,39 @@ class PurifiedClassifier(Drivable, nn.Module):
         """Let the next call with `fresh_draws` start at this draw."""
         self.next_draw = next_draw
 
-    def forward(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int = 0,
+        *,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
 
-        images, sample_ids: as for `Purifier`. draw: the first of the `num_draws` consecutive draws
-        that are used; with `fresh_draws`, counted from `next_draw`. Errors as `Purifier`'s.
+        images, sample_ids, progress: as for `Purifier`. draw: the first of the `num_draws`
+        consecutive draws that are used; with `fresh_draws`, counted from `next_draw`. Errors as
+        `Purifier`'s.
         """
         if (driver := self.driver) is not None:
-            scores: Tensor = driver.model(images, *driver.noise_of(images, sample_ids, draw))
+            noise = driver.noise_of(images, sample_ids, draw)
+            scores: Tensor = driver.model(images, *noise, progress=progress)
             return scores
-        logits = self.draw_logits(images, sample_ids, draw)
+        logits = self.draw_logits(images, sample_ids, draw, progress=progress)
         return combine_votes(logits, self.vote)
 
-    def draw_logits(self, images: Tensor, sample_ids: Any = None, draw: int = 0) -> Tensor:
+    def draw_logits(
+        self,
+        images: Tensor,
+        sample_ids: Any = None,
+        draw: int = 0,
+        *,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """The logits of every draw, [num_draws, B, K]; takes what `forward` takes."""
         if (driver := self.driver) is not None:
             noise = driver.noise_of(images, sample_ids, draw)
-            logits: Tensor = driver.model.draw_logits(images, *noise)
+            logits: Tensor = driver.model.draw_logits(images, *noise, progress=progress)
             return logits
         validation.check_images(images)
         validation.check_model("classifier", self.classifier, images)
@@ -147,12 +177,19 @@ class PurifiedClassifier(Drivable, nn.Module):
         first = self.take_draws(draw, self.num_draws)
         if sample_ids is None and self.purifier.check_values and self.purifier.num_noise > 0:
             self.purifier._kept.positions.notice(images, first)
-        return self.logits_at(images, ids, first)
+        return self.logits_at(images, ids, first, progress)
 
-    def logits_at(self, images: Tensor, sample_ids: Tensor, first: int | Tensor) -> Tensor:
+    def logits_at(
+        self,
+        images: Tensor,
+        sample_ids: Tensor,
+        first: int | Tensor,
+        progress: ProgressOption = None,
+    ) -> Tensor:
         """The logits [num_draws, B, K] of the draws from `first` on, whatever `fresh_draws` is.
 
-        sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw.
+        sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw. progress: as
+        for `Purifier`.
         """
         refuse_training_mode(self.classifier)
         self._notice_training()
@@ -160,13 +197,15 @@ class PurifiedClassifier(Drivable, nn.Module):
         draws = torch.arange(count, device=images.device)[:, None] + first
         copies = torch.cat([images] * count) if count > 1 else images
         with frozen_parameters(self.classifier):
-            purified = self.purifier(
-                copies, sample_ids.repeat(count), draws.expand(count, batch).flatten()
-            )
+            ids, each = sample_ids.repeat(count), draws.expand(count, batch).flatten()
+            purified = self.purifier(copies, ids, each, progress=progress)
             parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
-            logits = [self._classify(part) for part in parts]
-            if self.purifier.check_values and len(images) > 0:
-                self._look_at(logits, parts[0])
+            with differentiated("the classifier"):
+                logits = [self._classify(part) for part in parts]
+            looks = self.purifier.check_values and len(images) > 0
+            first_with_graph = looks and self._look_at(logits, parts[0])
+        if first_with_graph:
+            _walk_back(logits[0], parts[0])
         return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
 
     def _notice_training(self) -> None:
@@ -185,8 +224,11 @@ class PurifiedClassifier(Drivable, nn.Module):
     def _classify(self, purified: Tensor) -> Tensor:
         return check_logits(self.classifier(in_dtype_of(self.classifier, purified)), purified)
 
-    def _look_at(self, logits: list[Tensor], pixels: Tensor) -> None:
-        """Refuse logits that are NaN; on the first call of its kind look at the classifier."""
+    def _look_at(self, logits: list[Tensor], pixels: Tensor) -> bool:
+        """Refuse logits that are NaN; on the first call of its kind look at the classifier.
+
+        Returns whether it was the first one whose logits are to be differentiated.
+        """
         bad = [bool((~(part < math.inf)).any()) for part in logits]
         if any(bad):
             raise FloatingPointError(
@@ -195,9 +237,11 @@ class PurifiedClassifier(Drivable, nn.Module):
         through = torch.is_grad_enabled() and pixels.requires_grad
         kind = (id(self.classifier), pixels.dtype, pixels.device, len(pixels) > 1, through)
         looks = self.purifier._kept.looks
-        if kind not in looks.seen:
+        first = kind not in looks.seen
+        if first:
             look_at_classifier(self._classify, pixels.detach(), looks, differentiated=through)
             looks.seen.add(kind)
+        return first and through
 
     def take_draws(self, draw: int, count: int) -> int:
         """The first of `count` draws to use, counted from `draw`.
@@ -208,6 +252,8 @@ class PurifiedClassifier(Drivable, nn.Module):
         draw = checks.integer("draw", draw, 0)
         if not self.fresh_draws:
             return draw
+        if in_backward():
+            raise CalledAgainError
         with _lock.current:
             taken = self.next_draw
             self.next_draw = taken + count

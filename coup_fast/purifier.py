@@ -21,6 +21,7 @@ from coup_fast.run.first_look import look_at_run, looks_of
 from coup_fast.run.loop import final_state, joined_states
 from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
 from coup_fast.run.prepare import Kept, prepare
+from coup_fast.run.progress import ProgressOption, Tell, checked, watching
 from coup_fast.run.steps import RUNS, Run, State
 from coup_fast.score_model import ClassifierFunction, ScoreModel
 
@@ -211,6 +212,8 @@ class Purifier(Drivable, nn.Module):
         sample_ids: Any = None,
         draw: int | Tensor = 0,
         noise: Tensor | None = None,
+        *,
+        progress: ProgressOption = None,
     ) -> Tensor:
         """Purified images.
 
@@ -226,6 +229,12 @@ class Purifier(Drivable, nn.Module):
             draw: int >= 0, or int64 [B]: which of an image's independent noises.
             noise: [M, B, C, H, W] with M >= `num_noise`, used in order of need (forward diffusion
                 first) instead of generated noise. It is not differentiated.
+            progress: called as progress(step, num_steps) after each finished step, in the thread
+                of the call: steps 1 to num_steps, over all rounds of the method and all parts of
+                `max_batch`. A run that ends early (ADP) tells of its last step at once. What it
+                raises ends the call. The result is the same bits with it. On a GPU each step is
+                waited for, in captured loops too. Backward passes tell nothing. True: a bar of
+                tqdm, where stderr is a terminal or a notebook.
 
         Returns [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1]
         where the method as published does not clamp.
@@ -238,24 +247,34 @@ class Purifier(Drivable, nn.Module):
         """
         if (driver := self.driver) is not None:
             sample_ids, draw = driver.noise_of(images, sample_ids, draw)
-            purified: Tensor = driver.model(images, sample_ids, draw, noise)
+            purified: Tensor = driver.model(images, sample_ids, draw, noise, progress=progress)
             return purified
         purify_all = self._forward
         if torch.compiler.is_compiling():  # which would unroll the loop, and compile every step
             purify_all = _compiler_disable(purify_all, reason=_NOT_COMPILED)
-        return purify_all(images, sample_ids, draw, noise)
+        return purify_all(images, sample_ids, draw, noise, progress)
 
     def _forward(
-        self, images: Tensor, sample_ids: Any, draw: int | Tensor, noise: Tensor | None
+        self,
+        images: Tensor,
+        sample_ids: Any,
+        draw: int | Tensor,
+        noise: Tensor | None,
+        progress: ProgressOption,
     ) -> Tensor:
+        progress = checked(progress)
         run = self.prepare(images, sample_ids, draw, noise)
         if images.numel() == 0:
             return images.detach().clone() if self.gradient == "none" else images.clone()
-        with frozen_parameters(*run.models):
-            parts = self._parts(images)
-            memory = self.graph_memory // len(parts)
+        parts = self._parts(images)
+        memory = self.graph_memory // len(parts)
+        watched = watching(progress, run.num_steps, len(parts), images.device, self.method)
+        with frozen_parameters(*run.models), watched as watch:
             results = [
-                self._purified(run.of(rows), part, rows.start, memory) for rows, part in parts
+                self._purified(
+                    run.of(rows), part, rows.start, memory, None if watch is None else watch.part(i)
+                )
+                for i, (rows, part) in enumerate(parts)
             ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -290,10 +309,12 @@ class Purifier(Drivable, nn.Module):
         places = [slice(first, first + size) for first in range(0, len(images), size)]
         return [(rows, images[rows]) for rows in places]
 
-    def _purified(self, run: Run, images: Tensor, first: int, graph_memory: int) -> Tensor:
+    def _purified(
+        self, run: Run, images: Tensor, first: int, graph_memory: int, tell: Tell | None
+    ) -> Tensor:
         """The result for images that start at position `first` of the batch."""
         with run.calls.flags():
-            state = self._final_state(run, images, graph_memory)
+            state = self._final_state(run, images, graph_memory, tell)
         if self.check_values and bool(run.suspect(state)):
             with torch.no_grad(), run.calls.flags():
                 message = diagnose(run, images, first)
@@ -307,17 +328,17 @@ class Purifier(Drivable, nn.Module):
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
         return result.contiguous() if run.calls.channels_last and not as_it_came else result
 
-    def _final_state(self, run: Run, images: Tensor, graph_memory: int) -> State:
+    def _final_state(self, run: Run, images: Tensor, graph_memory: int, tell: Tell | None) -> State:
         """The state after the last step, differentiable as `gradient` says."""
         wanted = self._wants_gradient(images)
         if wanted and self.gradient == "exact":
-            return exact_final_state(run, images, graph_memory, self._kept.graph_bytes)
+            return exact_final_state(run, images, graph_memory, self._kept.graph_bytes, tell)
         if wanted and self.gradient == "autograd":
-            return final_state(run, images)
+            return final_state(run, images, tell=tell)
         with torch.no_grad():
-            state = self._kept.graphs.final_state(run, images)
+            state = self._kept.graphs.final_state(run, images, tell)
             if state is None:
-                state = final_state(run, images, run.step_)
+                state = final_state(run, images, run.step_, tell)
         if wanted and self.gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
@@ -399,6 +420,7 @@ def purify(
     sample_ids: Any = None,
     draw: int | Tensor = 0,
     noise: Tensor | None = None,
+    progress: ProgressOption = None,
     **options: Any,
 ) -> Tensor:
     """Purified images, in one call: `Purifier(score_model, classifier, ...)(images, ...)`.
@@ -407,5 +429,5 @@ def purify(
     """
     purifier = Purifier(score_model, classifier, method=method, seed=seed, **options)
     purifier._kept.looks = looks_of(score_model, classifier)  # or each call would look again
-    result: Tensor = purifier(images, sample_ids, draw, noise)
+    result: Tensor = purifier(images, sample_ids, draw, noise, progress=progress)
     return result

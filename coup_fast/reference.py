@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coup_fast import checks
+
 from . import noise as _noise
 
 GUIDANCE_NORMS = ("none", "normalised", "clipped")
@@ -139,8 +141,7 @@ def reverse_step(
 
     Returns x's dtype, shape and layout. Noise is not differentiated.
     """
-    if guidance_norm not in GUIDANCE_NORMS:
-        raise ValueError(f"guidance_norm must be one of {GUIDANCE_NORMS}, got {guidance_norm!r}")
+    checks.choice("guidance_norm", guidance_norm, GUIDANCE_NORMS)
     row = coeffs.to(x.dtype).unbind()
     p, q, x0_lo, x0_hi, u, v, w, c, e, d, out_lo, out_hi, out_scale, out_bias = row[:14]
     g_max, log_var_lo, log_var_hi, x_var, z_var = row[14:]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from coup_fast import checks
+
 Array = NDArray[np.float64]
 
 
@@ -32,10 +34,9 @@ class VPSchedule:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(
-                f"need 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}"
-            )
+        low = checks.number("beta_min", self.beta_min, 0, above=True)
+        object.__setattr__(self, "beta_min", low)
+        object.__setattr__(self, "beta_max", checks.number("beta_max", self.beta_max, low))
 
     def beta(self, t: ArrayLike) -> Array:
         """β(t)."""
@@ -98,9 +99,11 @@ class DiscreteSchedule:
     betas: tuple[float, ...] = tuple(np.linspace(1e-4, 0.02, 1000).tolist())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
-        if not self.betas or not all(0 < beta < 1 for beta in self.betas):
-            raise ValueError("betas must be a non-empty sequence of numbers in (0, 1)")
+        numbers = [getattr(beta, "item", lambda beta=beta: beta)() for beta in self.betas]
+        betas = [checks.number("each of betas", b, 0, 1, above=True, below=True) for b in numbers]
+        if not betas:
+            raise ValueError("betas must be a non-empty sequence of numbers in (0, 1), got none")
+        object.__setattr__(self, "betas", tuple(betas))
 
     def __repr__(self) -> str:
         first, last, count = self.betas[0], self.betas[-1], self.num_steps
@@ -184,8 +187,8 @@ class EDMSchedule:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_max > 0:
-            raise ValueError(f"sigma_max must be positive, got {self.sigma_max}")
+        sigma_max = checks.number("sigma_max", self.sigma_max, 0, above=True)
+        object.__setattr__(self, "sigma_max", sigma_max)
 
     def network_time(self, sigma: ArrayLike) -> Array:
         """σ / sigma_max."""

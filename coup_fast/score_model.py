@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import declared_channels, grad_leaf, in_dtype_of
+from coup_fast._torch.transforms import refuse_scripting
 
 if TYPE_CHECKING:
     from coup_fast.schedules import Schedule
@@ -63,6 +65,7 @@ class ScoreModel(nn.Module):
     """
 
     network: Callable[[Tensor, Tensor], Any]
+    __prepare_scriptable__ = refuse_scripting  # torch.jit.script asks it of every module
 
     def __init__(
         self,
@@ -80,10 +83,6 @@ class ScoreModel(nn.Module):
         if isinstance(network, ScoreModel):
             raise TypeError("network is a ScoreModel already; pass it on, or its .network")
         checks.choice("kind", kind, KINDS)
-        if not 0.0 < float(time_scale) < float("inf"):
-            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
-        if t_max is not None and not 0.0 < float(t_max) <= 1.0:
-            raise ValueError(f"t_max must be in (0, 1], got {t_max}")
         if schedule is None:
             from coup_fast.schedules import VPSchedule
 
@@ -91,8 +90,8 @@ class ScoreModel(nn.Module):
         self.network = network
         self.kind = kind
         self.schedule = schedule
-        self.time_scale = float(time_scale)
-        self.t_max = None if t_max is None else float(t_max)
+        self.time_scale = checks.number("time_scale", time_scale, 0, above=True)
+        self.t_max = None if t_max is None else checks.number("t_max", t_max, 0, 1, above=True)
 
     @property
     def in_channels(self) -> int | None:
@@ -130,6 +129,7 @@ class EnergyModel(nn.Module):
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -159,7 +159,8 @@ class EnergyModel(nn.Module):
         want_graph = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        with torch.inference_mode(False), torch.enable_grad():
+        by_autograd = differentiated("the energy network")
+        with torch.inference_mode(False), torch.enable_grad(), by_autograd:
             point = x if want_graph and x.requires_grad else grad_leaf(x)
             energy = self.energy(point, t.clone() if t.is_inference() else t)
             if not energy.requires_grad:

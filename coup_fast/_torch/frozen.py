@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import modules_behind
+from coup_fast._torch.reachable import modules_behind
 from coup_fast._torch.transforms import any_wrapped
 
 _lock = ForkLock()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache, partial
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_DEPTH = 4  # how far `modules_behind` follows callables that call callables
 
 
 def module_of(function: Any) -> nn.Module | None:
@@ -20,61 +15,6 @@ def module_of(function: Any) -> nn.Module | None:
         return function
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def modules_behind(function: Any) -> tuple[nn.Module, ...]:
-    """The modules that a callable can be seen to call, each once: what protects models asks here.
-
-    Beside the module itself, or the one whose bound method it is, those in a partial's arguments,
-    in a function's closure, defaults and the globals that it reads, and in the attributes of a
-    callable object or of an object whose bound method it is; through callables of these kinds, and
-    of the attributes of a module (an energy network may be a function). What a function reaches
-    by other ways, say in a list or through a plain object, is not seen.
-    """
-    found: dict[int, nn.Module] = {}
-    visited: set[int] = set()
-    pending: list[tuple[Any, int, bool]] = [(function, 0, True)]
-    while pending:
-        value, depth, called = pending.pop(0)
-        if id(value) in visited or depth > _DEPTH:
-            continue
-        visited.add(id(value))
-        held: Iterable[Any] = ()
-        if isinstance(value, nn.Module):
-            found[id(value)] = value
-        if isinstance(value, partial | FunctionType | MethodType):
-            held = _held_by(value)
-        elif isinstance(value, nn.Module) or (called and hasattr(value, "__dict__")):
-            held = tuple(vars(value).values())
-        pending += [(part, depth + 1, isinstance(value, MethodType)) for part in held]
-    return tuple(found.values())
-
-
-def _held_by(function: Any) -> Iterator[Any]:
-    if isinstance(function, partial):
-        yield function.func
-        yield from function.args
-        yield from function.keywords.values()
-    elif isinstance(function, MethodType):
-        yield function.__self__
-        yield function.__func__
-    else:
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a name that has no value yet
-                continue
-        yield from function.__defaults__ or ()
-        yield from (function.__kwdefaults__ or {}).values()
-        for name in _globals_of(function.__code__):
-            if name in function.__globals__:
-                yield function.__globals__[name]
-
-
-@lru_cache(maxsize=1024)
-def _globals_of(code: CodeType) -> tuple[str, ...]:
-    """The globals that a function reads; `co_names` holds the names of attributes as well."""
-    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
 
 
 def first_parameter(function: Any) -> Tensor | None:
@@ -93,9 +33,17 @@ def first_parameter(function: Any) -> Tensor | None:
 
 
 def dtype_of(function: Any) -> torch.dtype | None:
-    """The dtype of the callable's parameters, or None where it has none."""
+    """The dtype of the callable's parameters, or None where it has none.
+
+    float32 for a module of quantised layers, which take no other and hide their parameters.
+    """
     parameter = first_parameter(function)
-    return None if parameter is None else parameter.dtype
+    if parameter is not None:
+        return parameter.dtype
+    module = module_of(function)
+    parts = () if module is None else module.modules()
+    quantised = any(type(part).__module__.startswith("torch.ao.nn.") for part in parts)
+    return torch.float32 if quantised else None
 
 
 def in_dtype(dtype: torch.dtype | None, x: Tensor) -> Tensor:
@@ -124,6 +72,15 @@ def grad_leaf(x: Tensor) -> Tensor:
     """
     leaf = x.clone() if x.is_inference() else x.detach()
     return leaf.requires_grad_()
+
+
+def recordable(value: Any) -> Any:
+    """A tensor, or a copy of one that was made in inference mode, which no graph can keep.
+
+    Call it with inference mode off; what is no tensor is returned as it is.
+    """
+    made_there = isinstance(value, Tensor) and value.is_inference()
+    return value.clone() if made_there else value
 
 
 def declared_channels(function: Any) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -68,10 +68,23 @@ def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
         )
 
 
-def refuse_transforms(images: Tensor) -> None:
-    """Raises RuntimeError for images that a purifier cannot follow through a transform.
+def inside_torch_func() -> bool:
+    """Whether a transform of torch.func is at work, on whatever tensors."""
+    return not torch.compiler.is_compiling() and _innermost() is not None
 
-    These are images with a tangent, images inside a torch.func transform, and runs that
+
+def refuse_scripting(module: Any) -> NoReturn:
+    """Raises RuntimeError for a module of ours that torch.jit.script was given."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a {type(module).__name__}: its loop, noise and exact "
+        "gradient are Python; script the network and the classifier, and build it with those"
+    )
+
+
+def refuse_transforms(images: Tensor) -> None:
+    """Raises RuntimeError where a purifier cannot follow a transform.
+
+    These are images with a tangent, calls inside a torch.func transform, and runs that
     torch.jit.trace or torch.export record: a run's noise is computed on the host from sample ids,
     and its exact gradient by steps that are run again, neither of which a recording would hold.
     """
@@ -88,9 +101,9 @@ def refuse_transforms(images: Tensor) -> None:
             "(torch.autograd.grad), or torch.autograd.functional.jvp of a purifier with "
             "backend='reference', gradient='autograd'"
         )
-    if wrapped(images):
+    if wrapped(images) or inside_torch_func():
         raise RuntimeError(
             "a purifier cannot run inside a transform of torch.func (grad, vjp, jacrev, vmap, "
             "...); differentiate it with torch.autograd (grad, functional.jacobian), and give it a "
-            "batch in place of vmap"
+            "batch in place of vmap: of images, sample ids or draws, each [B]"
         )

@@ -70,8 +70,8 @@ class AttackResult:
     the attack went, and are no measure of robustness. zero_gradients: how often an image's gradient
     was exactly 0, which is a sign of masked gradients. gradient_runs: images times draws that were
     differentiated. score_evaluations, classifier_evaluations: images that passed through
-    the networks, guidance, recomputation and measuring of memory included (0 for a classifier that
-    is a plain function behind a purifier); of a model that is not ours, its calls are
+    the networks, guidance, recomputation and measuring of memory included (0 for a classifier in
+    which no module can be seen, behind a purifier); of a model that is not ours, its calls are
     classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
     defence is not random.
     """
@@ -150,7 +150,8 @@ class Attack(ABC):
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
-        checks.flag("targeted", self.targeted)
+        for name in ("through_vote", "random_start", "targeted"):
+            checks.flag(name, getattr(self, name))
         object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
             ("steps", 1, MAX_COUNT),

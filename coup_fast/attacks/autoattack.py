@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -34,6 +33,7 @@ from coup_fast.attacks.attack import (
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import Defended, Objective
+from coup_fast.run.warn import warn
 
 VERSIONS = ("rand", "standard")
 # Options of other attacks that AutoAttack decides by itself.
@@ -111,7 +111,7 @@ class AutoAttack(Attack):
             with _quiet() as said, calls.objective.counted():
                 attacked = calls.attack(images[row], labels[row])
             for message in said:
-                warnings.warn(f"AutoAttack: {message}", stacklevel=2)
+                warn(f"AutoAttack: {message}")
             found[row] = Ball(images[row], self.norm, self.eps).project(attacked)
             at_end = calls.objective.value(found[row], calls.first)
             loss[row], fooled[row] = at_end.loss, at_end.fooled

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from coup_fast import checks
-from coup_fast.attacks.foreign import Foreign
+from coup_fast._torch.differentiated import differentiated
+from coup_fast._torch.modules import recordable
+from coup_fast.attacks.foreign import Foreign, image_gradient
 from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.run import validation
@@ -147,23 +149,28 @@ def eot_gradient(
     validation.check_images(images)
     ids = validation.sample_ids_of(images, sample_ids)
     validation.check_labels(labels, images)
-    if torch.is_inference_mode_enabled():  # whose tensors no graph can keep
-        with torch.inference_mode(False):
-            return eot_gradient(
-                defended,
-                images.clone(),
-                labels.clone(),
-                loss,
-                draws,
-                sample_ids=ids.clone(),
-                draw=draw,
-                memory_budget=memory_budget,
-                micro_batch=micro_batch,
+    with torch.inference_mode(False):
+        images, labels, ids = map(recordable, (images, labels, ids))
+        if isinstance(defended, PurifiedClassifier):
+            return _gradient(
+                defended, images, ids, labels, loss, draws, draw, memory_budget, micro_batch
             )
-    if not isinstance(defended, PurifiedClassifier):
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
         return _foreign_gradient(foreign, images, labels, loss, draws, draw)
-    model = defended
+
+
+def _gradient(
+    model: PurifiedClassifier,
+    images: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    draws: int,
+    draw: int,
+    memory_budget: int | None,
+    micro_batch: int | None,
+) -> EotGradient:
+    """The same of a defence of ours, in micro-batches."""
     if model.purifier.gradient == "none":
         raise ValueError('the purifier has gradient="none": there is no gradient to average')
     runs = draws * len(images)
@@ -236,7 +243,7 @@ def _micro_batch(
     loss: Loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient, loss and scores of each run; images: one row per run."""
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiated("a model of the defence"):
         leaf = images.detach().requires_grad_()
         scores = combine_votes(model.logits_at(leaf, ids, first_draw), model.vote)
         values = loss(scores, labels)
@@ -245,7 +252,7 @@ def _micro_batch(
                 f"loss must return one number per image, [{len(labels)}], got "
                 f'{list(values.shape)} (reduction="none")'
             )
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        gradient = image_gradient(values, leaf, f"the {type(model).__name__}")
     return gradient, values.detach(), scores.detach()
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import random
 import reprlib
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,12 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast._torch.reachable import reachable
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run.driver import Driver, driven
+from coup_fast.run.warn import warn
 
 Defence = PurifiedClassifier | Purifier
 
@@ -64,6 +65,7 @@ class Foreign:
         self.variants: dict[Defence, Any] = {d: _like(d) for d in self.defences}
         self.stride = 1
         self.calls = 0
+        self._drivers: dict[nn.Module, Driver] = {}  # of the last call
         self._name = hashlib.sha256(f"{seed} {sample_ids.tolist()}".encode()).digest()
 
     @property
@@ -86,7 +88,8 @@ class Foreign:
 
     def gradient(self, images: Tensor, labels: Tensor, loss: Any, draw: int) -> tuple[Tensor, ...]:
         """Gradient [B, C, H, W] of the summed losses, losses [B] and scores [B, K] under a draw."""
-        with torch.enable_grad(), self.frozen():
+        what = f"a model of {name_of(self.model)}"
+        with torch.enable_grad(), self.frozen(), differentiated(what):
             leaf = images.detach().requires_grad_()
             scores = self.scores(leaf, draw)
             losses = loss(scores, labels)
@@ -95,15 +98,8 @@ class Foreign:
                     f"loss must return one number per image, [{len(labels)}], got "
                     f'{list(losses.shape)} (reduction="none")'
                 )
-            gradient = None
-            if losses.requires_grad:
-                (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                f"the scores of {name_of(self.model)} do not depend on the images in a way that "
-                "autograd can follow (torch.no_grad, detach, or NumPy inside?), so there is no "
-                "gradient to attack with"
-            )
+            with driven(self._drivers, again=True):
+                gradient = image_gradient(losses, leaf, name_of(self.model))
         return gradient, losses.detach(), scores.detach()
 
     def _call(self, images: Tensor, draw: int, watch: bool = False) -> tuple[Tensor, bool]:
@@ -118,6 +114,7 @@ class Foreign:
             )
             for defence, variant in self.variants.items()
         }
+        self._drivers = drivers
         for hook in self.hooks:
             hook.set_draw(draw, self.sample_ids)
         with ExitStack() as stack:
@@ -165,13 +162,26 @@ class Foreign:
         if used or used_again or not same:
             return draws
         if draws > 1:
-            warnings.warn(
+            warn(
                 f"eot={draws} does nothing for {name_of(self.model)}: it gave the same scores "
                 "twice, bit for bit, and was seen to use no random number, so each gradient is "
-                "that of one forward; say eot=1",
-                stacklevel=4,  # whoever called `Attack.run`
+                "that of one forward; say eot=1"
             )
         return 1
+
+
+def image_gradient(losses: Tensor, leaf: Tensor, name: str) -> Tensor:
+    """The gradient of the summed losses [B]; ValueError where autograd knows none."""
+    gradient: Tensor | None = None
+    if losses.requires_grad:
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"the scores of {name} do not depend on the images in a way that autograd can follow "
+            "(torch.no_grad, detach, quantised layers or NumPy inside?), so there is no gradient "
+            "to attack with"
+        )
+    return gradient
 
 
 def _like(defence: Defence) -> Defence:

@@ -5,7 +5,7 @@ Knows the defence and how its gradient is to be taken; knows no attack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast._torch.modules import in_dtype_of, module_of
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
 from coup_fast.attacks.eot import eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign, name_of
@@ -195,18 +196,19 @@ class Objective:
     def counted(self) -> Iterator[None]:
         """Count the images that pass through the networks."""
 
-        def count_score(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.score_evaluations += 0 if is_looking() else len(arguments[0])
+        counts: dict[nn.Module, int] = {}
 
-        def count_classifier(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.classifier_evaluations += 0 if is_looking() else len(arguments[0])
+        def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            given = arguments[0] if arguments else None
+            if isinstance(given, Tensor) and given.ndim > 0 and not is_looking():
+                counts[module] += len(given)
 
         purifiers, classifiers = self._counted_parts()
-        counted: dict[nn.Module, Any] = {p.score_model: count_score for p in purifiers}
-        for module in map(module_of, [*(p.classifier for p in purifiers), *classifiers]):
-            if module is not None:
-                counted[module] = count_classifier
-        hooks = [module.register_forward_pre_hook(count) for module, count in counted.items()]
+        scores = {purifier.score_model for purifier in purifiers}
+        guiding = [purifier.classifier for purifier in purifiers]
+        networks = _together(map(modules_behind, [*guiding, *classifiers]))
+        counts.update(dict.fromkeys([*scores, *(m for group in networks for m in group)], 0))
+        hooks = [module.register_forward_pre_hook(count) for module in counts]
         foreign = self.model if isinstance(self.model, Foreign) else None
         calls = 0 if foreign is None else foreign.calls
         try:
@@ -214,11 +216,14 @@ class Objective:
         finally:
             for hook in hooks:
                 hook.remove()
+            self.score_evaluations += sum(counts[module] for module in scores)
+            # Of modules that one function calls, that with the most images tells.
+            self.classifier_evaluations += sum(max(counts[m] for m in group) for group in networks)
             # Its calls are classifications, unless the hooks have counted those.
             if (
                 foreign is not None
                 and not classifiers
-                and counted.keys().isdisjoint(foreign.modules)
+                and counts.keys().isdisjoint(foreign.modules)
             ):
                 self.classifier_evaluations += foreign.calls - calls
 
@@ -251,21 +256,31 @@ def _variant(defended: PurifiedClassifier, gradient: str, through_vote: bool) ->
     )
 
 
+def _together(groups: Iterable[Iterable[nn.Module]]) -> list[set[nn.Module]]:
+    """The groups that are not empty; those that share a module as one."""
+    merged: list[set[nn.Module]] = []
+    for group in map(set, groups):
+        sharing = [known for known in merged if known & group]
+        merged = [known for known in merged if not known & group]
+        merged += [group.union(*sharing)] if group else []
+    return merged
+
+
 class _Bare:
     """A `PurifiedClassifier` without its purifier."""
 
     def __init__(self, classifier: Any) -> None:
         self.classifier = classifier
 
-    def __call__(self, images: Tensor, *_: Any) -> Tensor:
+    def __call__(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         scores: Tensor = self.classifier(in_dtype_of(self.classifier, images))
         return scores
 
-    def draw_logits(self, images: Tensor, *_: Any) -> Tensor:
+    def draw_logits(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         return self(images)[None]
 
 
-def _not_purified(images: Tensor, *_: Any) -> Tensor:
+def _not_purified(images: Tensor, *_: Any, **__: Any) -> Tensor:
     return images
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from coup_fast import checks
 from coup_fast.attacks.ball import NORMS
+from coup_fast.run.warn import warn
 
 _SPELLINGS = {
     "linf": ("linf", "inf", "infinity", "linfinity", "l∞", "ℓ∞", "∞"),
@@ -78,10 +78,9 @@ def check_radius(eps: float, norm: str, numel: int) -> None:
             f"be below {whole:.4g}){_in_bytes(eps)}"
         )
     if eps > whole / 4:
-        warnings.warn(
+        warn(
             f"eps = {eps:g} in the ℓ2 norm lets each of {numel} values change by "
-            f"{eps / whole:.2g} of its range, in the root mean square{_in_bytes(eps)}",
-            stacklevel=3,  # whoever called `Attack.run`
+            f"{eps / whole:.2g} of its range, in the root mean square{_in_bytes(eps)}"
         )
 
 

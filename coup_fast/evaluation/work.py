@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import coup_fast
 from coup_fast._torch.frozen import frozen_parameters
-from coup_fast._torch.modules import in_dtype_of, module_of
+from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks import Attack, AutoAttack
 from coup_fast.attacks.attack import AttackResult, Progress
 from coup_fast.attacks.autoattack import require_package
@@ -287,8 +288,7 @@ class Worker:
             }
         hooks = []
         for name, network in networks.items():
-            module = module_of(network)
-            if module is not None:
+            for module in modules_behind(network):
                 hooks.append(module.register_forward_hook(_watch(name)))
         try:
             yield
@@ -298,10 +298,11 @@ class Worker:
 
 
 def _watch(name: str) -> Any:
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and not bool(output.isfinite().all()):
             kind = f"{name} ({type(module).__name__})"
-            if not bool(inputs[0].isfinite().all()):
+            given = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+            if not all(bool(x.isfinite().all()) for x in given):
                 raise _NotFinite(f"the {kind} was called with an image that is not finite")
             raise _NotFinite(f"the {kind} returned NaN or inf")
 

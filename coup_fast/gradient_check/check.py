@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks, methods
+from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
-from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.modules import in_dtype_of, recordable
 from coup_fast.attacks.eot import Loss, cross_entropy
+from coup_fast.attacks.foreign import image_gradient
 from coup_fast.gradient_check.adjoint import AdjointRun, why_not
 from coup_fast.gradient_check.foreign import ForeignGradientCheck, check_foreign
 from coup_fast.gradient_check.row import GradientRow, Timed, compared
@@ -123,15 +125,30 @@ def check_gradient(
     Raises what `Purifier` raises, such as ValueError for models in a training mode and
     RuntimeError for models that do not repeat themselves.
     """
-    if not isinstance(defended, PurifiedClassifier):
+    with torch.inference_mode(False):
+        images, labels, sample_ids = map(recordable, (images, labels, sample_ids))
+        if isinstance(defended, PurifiedClassifier):
+            return _check(defended, images, labels, steps, chain, loss, sample_ids, draw)
         return check_foreign(
             defended, images, labels, loss, sample_ids, draw, directions, reference
         )
+
+
+def _check(
+    model: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor | None,
+    steps: int,
+    chain: str,
+    loss: Loss,
+    sample_ids: Any,
+    draw: int,
+) -> GradientCheck:
+    """`check_gradient` of a defence of ours."""
     validation.check_images(images)
     checks.choice("chain", chain, CHAINS)
     checks.integer("steps", steps, 1)
     ids = validation.sample_ids_of(images, sample_ids)
-    model = defended
     short = _shortened(model.purifier, steps, longer=chain == CHAINS[0])
     images = images.detach()
     if labels is None:
@@ -202,10 +219,11 @@ class _Objective:
 
     def _gradient(self, logits: Callable[[Tensor], Tensor]) -> Timed:
         started = time.perf_counter()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated("a model of the defence"):
             leaf = self.images.clone().requires_grad_()
             scores = combine_votes(logits(leaf), self.model.vote)
-            (gradient,) = torch.autograd.grad(self.loss(scores, self.labels).sum(), leaf)
+            losses = self.loss(scores, self.labels)
+            gradient = image_gradient(losses, leaf, f"the {type(self.model).__name__}")
         if gradient.is_cuda:
             torch.cuda.synchronize(gradient.device)
         return gradient, time.perf_counter() - started

@@ -13,7 +13,9 @@ from typing import Any
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from torch import Tensor
 
+from coup_fast import checks
 from coup_fast.purifier import Purifier
+from coup_fast.run.sample_ids import fresh_draw
 
 
 class Purification(PreprocessorPyTorch):  # type: ignore[misc]  # ART ships no types
@@ -21,8 +23,10 @@ class Purification(PreprocessorPyTorch):  # type: ignore[misc]  # ART ships no t
 
     Args:
         purifier: takes the pixels that ART hands over, [B, C, H, W] in [0, 1] (`clip_values`).
-        fresh_draws: every call uses the next draw, as a randomised defence does; False: every call
-            uses draw 0. An image's sample id is its position in ART's batch.
+        fresh_draws: every call uses the next draw, as a randomised defence does, from one on that
+            is another for each object, process and rank (`coup_fast.run.sample_ids.fresh_draw`;
+            `next_draw` tells and sets it); False: every call uses draw 0. An image's sample id is
+            its position in ART's batch.
         device_type: "cpu" or "gpu", ART's name for CUDA.
     """
 
@@ -33,8 +37,8 @@ class Purification(PreprocessorPyTorch):  # type: ignore[misc]  # ART ships no t
             device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True
         )
         self.purifier = purifier
-        self.fresh_draws = fresh_draws
-        self.next_draw = 0
+        self.fresh_draws = checks.flag("fresh_draws", fresh_draws)
+        self.next_draw = fresh_draw() if fresh_draws else 0
 
     def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
         """(purified images, y as it came)."""

@@ -77,8 +77,8 @@ class _Runner(nn.Module):
         if score_model is None:
             score_model = load_score_model(self._checkpoint_kind(), config, model_dir)
         self.score_model = score_model.eval().to(self.device)
-        self.pictures = pictures
-        self.fresh_draws = fresh_draws
+        self.pictures = checks.flag("pictures", pictures)
+        self.fresh_draws = checks.flag("fresh_draws", fresh_draws)
         self.options = {"gradient": self.gradient, "check_values": False} | options
         self.classifier: ClassifierFunction | None = None
         self.purifier: Purifier | None = None

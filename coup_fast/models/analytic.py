@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from coup_fast import checks
 from coup_fast.schedules import DiscreteSchedule, VPSchedule
 
 
@@ -76,10 +77,8 @@ class MixtureNetwork(nn.Module):
         schedule: VPSchedule | DiscreteSchedule | None = None,
     ) -> None:
         super().__init__()
-        if kind not in ("eps", "score", "x0"):
-            raise ValueError(f"kind must be eps, score or x0, got {kind!r}")
         self.mixture = mixture
-        self.kind = kind
+        self.kind = checks.choice("kind", kind, ("eps", "score", "x0"))
         self.schedule = VPSchedule() if schedule is None else schedule
 
     def alpha_bar(self, t: Tensor) -> Tensor:

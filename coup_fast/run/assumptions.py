@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from coup_fast._torch.modules import modules_behind
+from coup_fast._torch.reachable import modules_behind
 
 
 def named_modules(models: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:

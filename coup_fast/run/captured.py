@@ -10,7 +10,7 @@ replays; the tests have one for the CPU.
 from __future__ import annotations
 
 import copy
-import warnings
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +22,10 @@ from torch import Tensor
 from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import module_of
 from coup_fast.run.cuda_recorder import CudaRecorder, Recorder
+from coup_fast.run.progress import Tell
 from coup_fast.run.steps import Run, State
 from coup_fast.run.tables import Noise, RowTable
+from coup_fast.run.warn import warn
 
 _KEPT = 8  # captured loops of one purifier
 
@@ -121,8 +123,8 @@ class CapturedLoop:
                 cause = cause.__context__
             raise CaptureError(f"{type(cause).__name__}: {cause}") from error
 
-    def final_state(self, run: Run, images: Tensor) -> State:
-        """The final state of a run of the kind that was captured; waits for nothing."""
+    def final_state(self, run: Run, images: Tensor, tell: Tell | None = None) -> State:
+        """The final state of a run of the kind that was captured; waits for nothing itself."""
         with self.recorder.in_order():
             for buffer, value in zip(self.state, run.start(images), strict=True):
                 buffer.copy_(value)
@@ -132,9 +134,13 @@ class CapturedLoop:
             if self.keys is not None and isinstance(run.noise.keys, Tensor):
                 self.keys.copy_(run.noise.keys)
             self.step.zero_()
-            for replay in self.replays:
-                replay()
-            self.recorder.in_use(self.memory)
+            try:
+                for done, replay in enumerate(self.replays, 1):
+                    replay()
+                    if tell is not None:
+                        tell(done)
+            finally:
+                self.recorder.in_use(self.memory)
             return tuple(buffer.clone() for buffer in self.state)
 
 
@@ -155,6 +161,7 @@ class Graphs:
         self._places: Any = None
         self._recorders: dict[torch.device, Recorder] = {}
         self._lock = ForkLock()
+        self._replays_in: int | None = None  # the thread that holds the lock
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return type(self), ()
@@ -167,7 +174,7 @@ class Graphs:
             self._recorders[device] = CudaRecorder(device)
         return self._recorders[device]
 
-    def final_state(self, run: Run, images: Tensor) -> State | None:
+    def final_state(self, run: Run, images: Tensor, tell: Tell | None = None) -> State | None:
         """The run's final state by replays, or None where the run has to be eager.
 
         By the option `cuda_graph`: "auto" captures a kind of run when it comes the second time; a
@@ -175,14 +182,23 @@ class Graphs:
         raises RuntimeError where that fails, ValueError where it cannot be tried.
         """
         choice = run.options.cuda_graph
+        if self._replays_in == threading.get_ident():  # `tell` purifies, and would wait for itself
+            self.reason = "it was called between the steps of another run, by that one's progress"
+            _check_eager(self.reason, choice)
+            return None
         with self._lock.current, torch.inference_mode(False), torch.no_grad():
             self.reason = self._why_eager(run, images, choice)
             if self.reason is not None:
-                if choice is True:
-                    raise ValueError(f"cuda_graph=True: {self.reason}")
+                _check_eager(self.reason, choice)
                 return None
             loop = self._loop(run, images, choice)
-            return None if loop is None else loop.final_state(run, images)
+            if loop is None:
+                return None
+            self._replays_in = threading.get_ident()
+            try:
+                return loop.final_state(run, images, tell)
+            finally:
+                self._replays_in = None
 
     def _why_eager(self, run: Run, images: Tensor, choice: bool | str) -> str | None:
         if choice is False:
@@ -246,7 +262,7 @@ class Graphs:
             self._recorders.pop(images.device, None)  # its pool may still be in use
             if choice is True:
                 raise RuntimeError(f"cuda_graph=True: {reason}") from error
-            warnings.warn(f"the loop runs without CUDA graphs: {reason}", stacklevel=2)
+            warn(f"the loop runs without CUDA graphs: {reason}")
             return reason
 
     def _keep(self, key: Any, loop: CapturedLoop | str | None) -> None:
@@ -254,6 +270,12 @@ class Graphs:
         self._loops.move_to_end(key)
         while len(self._loops) > _KEPT:
             self._loops.popitem(last=False)
+
+
+def _check_eager(reason: str, choice: bool | str) -> None:
+    """Raises ValueError, with the reason of an eager run, where graphs were asked for."""
+    if choice is True:
+        raise ValueError(f"cuda_graph=True: {reason}")
 
 
 def _algorithms() -> tuple[Any, ...]:

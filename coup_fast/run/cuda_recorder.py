@@ -127,9 +127,11 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             if self.done is not None:
                 torch.cuda.current_stream().wait_event(self.done)
-            yield
-            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.done.record()
+            try:
+                yield
+            finally:  # a run that stopped on its way has enqueued work as well
+                self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self.done.record()
 
     def in_use(self, tensors: Iterable[Tensor]) -> None:
         stream = torch.cuda.current_stream(self.device)

@@ -15,8 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.differentiated import in_backward
 from coup_fast._torch.locks import ForkLock
+from coup_fast._torch.transforms import refuse_scripting
 
+_AGAIN = 0  # in the place of a thread: whichever one a backward pass runs in
 _lock = ForkLock()  # of every `_drivers`
 
 
@@ -49,6 +52,10 @@ class Driver:
                     "or attack the PurifiedClassifier itself"
                 )
         draw = checks.draw("draw", draw, len(images), images.device)
+        if in_backward():
+            if self.fresh:
+                raise CalledAgainError
+            return sample_ids, draw + self.first
         highest = int(draw.max()) if isinstance(draw, Tensor) and len(images) else draw
         assert isinstance(highest, int)
         offset = self.used if self.fresh else 0
@@ -56,21 +63,43 @@ class Driver:
         return sample_ids, draw + (self.first + offset)
 
 
+class CalledAgainError(RuntimeError):
+    """A defence with fresh draws was asked for values that it has given before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a defence with fresh draws was called within a backward pass, as "
+            "torch.utils.checkpoint does to compute values again: it would take other draws than "
+            "the forward pass, and the gradient would be of other noise; leave it out of the "
+            "checkpoint (its exact gradient needs little memory), or use fresh_draws=False and "
+            "give each call its draw"
+        )
+
+
 class Drivable:
     """What a defence inherits to be driven."""
 
     _drivers: Mapping[int, Driver] = {}  # by thread; replaced, never changed: copies share it
+    __prepare_scriptable__ = refuse_scripting  # torch.jit.script asks it of every module
 
     @property
     def driver(self) -> Driver | None:
         """Who drives the calls of this thread; None: their arguments."""
-        return self._drivers.get(threading.get_ident()) if self._drivers else None
+        if not self._drivers:
+            return None
+        driver = self._drivers.get(threading.get_ident())
+        if driver is None and _AGAIN in self._drivers and in_backward():
+            driver = self._drivers[_AGAIN]
+        return driver
 
 
 @contextmanager
-def driven(drivers: Mapping[nn.Module, Driver]) -> Iterator[None]:
-    """Let these drive the defences for which they stand, in this thread, within the context."""
-    thread = threading.get_ident()
+def driven(drivers: Mapping[nn.Module, Driver], *, again: bool = False) -> Iterator[None]:
+    """Let these drive the defences for which they stand, in this thread, within the context.
+
+    again: what backward passes call once more instead (`torch.utils.checkpoint`), in any thread.
+    """
+    thread = _AGAIN if again else threading.get_ident()
     before = {}
     with _lock.current:
         for module, driver in drivers.items():

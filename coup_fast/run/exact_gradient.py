@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast.run.assumptions import refuse_training_mode
-from coup_fast.run.kept_graphs import GraphBytes, KeptGraphs, StepGraph, record
+from coup_fast.run.kept_graphs import MODELS, GraphBytes, KeptGraphs, StepGraph, record
 from coup_fast.run.loop import states
+from coup_fast.run.progress import Tell
 from coup_fast.run.replay_guards import Fingerprint, check_replay, same_autocast
 from coup_fast.run.steps import Run, State
 
@@ -82,12 +84,12 @@ class _Recomputed:
         self.end: State = ()  # detached
         self.end_version = 0
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[State]]:
+    def forward(self, images: Tensor, tell: Tell | None) -> tuple[Tensor, list[State]]:
         """The final state and every `stride`-th state on the way to it, x_0 first."""
         run = self.run
         kept: list[State] = []
         before: State = ()
-        for k, state in states(run, images, self.graphs.step):
+        for k, state in states(run, images, self.graphs.step, tell):
             if k > 0 and (k - 1) % self.stride == 0:
                 kept.append(self._put_away(before))
             before, self.steps = state, k
@@ -185,7 +187,8 @@ def _step_backward(graph: StepGraph, grad: Tensor) -> tuple[Tensor, Tensor | Non
     if not out.requires_grad:  # an output clamped or stopped everywhere
         return torch.zeros_like(x), None
     inputs = [x] if attacked is None else [x, attacked]
-    grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    with differentiated(MODELS):
+        grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
     gradient = torch.zeros_like(x) if grads[0] is None else grads[0]
     return gradient, None if attacked is None else grads[1]
 
@@ -194,8 +197,8 @@ class _ExactGradient(torch.autograd.Function):
     """Images -> final state. States travel as saved tensors, so autograd frees and guards them."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, recomputed: _Recomputed) -> Tensor:
-        end, kept = recomputed.forward(images)
+    def forward(ctx: Any, images: Tensor, recomputed: _Recomputed, tell: Tell | None) -> Tensor:
+        end, kept = recomputed.forward(images, tell)
         ctx.recomputed = recomputed
         ctx.width = len(recomputed.end)
         ctx.save_for_backward(images, *(tensor for state in kept for tensor in state))
@@ -203,26 +206,31 @@ class _ExactGradient(torch.autograd.Function):
         return end
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None or not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, None
         images, *flat = ctx.saved_tensors
         kept = [tuple(flat[i : i + ctx.width]) for i in range(0, len(flat), ctx.width)]
         with torch.inference_mode(False), torch.no_grad():
             gradient = ctx.recomputed.backward(images, kept, grad)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _apply(_FirstDerivativeOnly, gradient, images, grad)
-        return gradient, None
+        return gradient, None, None
 
 
 def exact_final_state(
-    run: Run, images: Tensor, graph_memory: int = 0, known: GraphBytes | None = None
+    run: Run,
+    images: Tensor,
+    graph_memory: int = 0,
+    known: GraphBytes | None = None,
+    tell: Tell | None = None,
 ) -> State:
     """The final state of a run; its first tensor carries the exact gradient of that run.
 
     run: with its models' parameters frozen by the caller. images: [B, C, H, W], requiring grad.
     graph_memory: bytes for graphs that are kept. known: what such graphs take, as far as earlier
-    runs have measured it; what this one measures is added.
+    runs have measured it; what this one measures is added. tell: as `coup_fast.run.loop.states` has
+    it, of the forward pass.
 
     By the run's options: `states`: "device" keeps all N states where they are, "host" in (pinned)
     host memory, "sqrt" every √N-th on the device, at the price of computing the others once more.
@@ -239,5 +247,5 @@ def exact_final_state(
     since, or do not repeat themselves, and for a derivative of the gradient.
     """
     recomputed = _Recomputed(run, graph_memory, {} if known is None else known)
-    end = _apply(_ExactGradient, images, recomputed)
+    end = _apply(_ExactGradient, images, recomputed, tell)
     return (end, *recomputed.end[1:])

@@ -8,7 +8,6 @@ a purifier and its variants, and once for the models of `coup_fast.purify`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,16 +17,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.differentiated import explain
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.guidance import confidence_gradient
 from coup_fast.run.replay_guards import Fingerprint
 from coup_fast.run.steps import Run
+from coup_fast.run.warn import warn
 
 Function = Callable[[Tensor], Tensor]
 
 _SEED = 20140820  # of the direction along which derivatives are compared
 _looking: ContextVar[bool] = ContextVar("looking", default=False)
 _IMAGES = 2  # at most; enough to see that one depends on another
+_CUT = (
+    "the {}'s answer carries no gradient, though it depends on the input; compute it with torch "
+    "operations and without torch.no_grad(), detach() or quantised layers"
+)
 
 
 class Looks:
@@ -41,7 +46,7 @@ class Looks:
         """Warn, once for each subject."""
         if about not in self._said:
             self._said.add(about)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
 
 _of_models: WeakKeyDictionary[nn.Module, dict[int, Looks]] = WeakKeyDictionary()
@@ -155,8 +160,10 @@ def _look_at_function(
         )
     beside = x[:1].expand_as(x).clone()
     again = function(beside)
-    if not _alike(answer[:1], again[:1]):
-        if len(x) > 1 and _alike(answer[:1], function(x.clone())[:1]):
+    steady, depends = _alike(answer[:1], again[:1]), bool((answer != answer[:1]).any())
+    if not steady:
+        depends = len(x) > 1 and _alike(answer[:1], function(x.clone())[:1])
+        if depends:
             looks.say(
                 f"{name}: batch",
                 f"the {name}'s answer for an image depends on the other images in its batch, so "
@@ -168,8 +175,15 @@ def _look_at_function(
                 f"the {name} gave two answers to one input: it draws random numbers of its own, or "
                 "keeps state between calls, so results are not decided by seed, sample id and draw",
             )
-    elif differentiated:
-        _look_at_derivative(name, function, x, looks)
+    if differentiated:
+        try:
+            if depends:
+                _require_graph(name, function, x)
+            if steady:
+                _look_at_derivative(name, function, x, looks)
+        except RuntimeError as error:
+            explain(error, f"the {name}")
+            raise
     return answer
 
 
@@ -177,6 +191,19 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding."""
     tolerance = max(1e-3, 256 * torch.finfo(a.dtype).eps)
     return not bool((a - b).abs().max() > tolerance * a.abs().max())
+
+
+def _require_graph(name: str, function: Function, x: Tensor) -> None:
+    """RuntimeError for a model whose answer, which depends on x, has no graph back to it."""
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        answer = function(leaf)
+    gradient = None
+    if answer.requires_grad:
+        nothing = torch.zeros_like(answer)
+        (gradient,) = torch.autograd.grad(answer, leaf, nothing, allow_unused=True)
+    if gradient is None:
+        raise RuntimeError(_CUT.format(name))
 
 
 def _look_at_derivative(name: str, function: Function, x: Tensor, looks: Looks) -> None:
@@ -201,18 +228,14 @@ def _look_at_derivative(name: str, function: Function, x: Tensor, looks: Looks) 
     doubt = float((wide - narrow).norm()) / size if size > 0 else 1.0
     if not doubt < 0.1:
         return
-    share = 0.0
+    gradient = None
     if answer.requires_grad:
         weight = (wide / size).to(answer.dtype)
         (gradient,) = torch.autograd.grad(answer, leaf, weight, allow_unused=True)
-        if gradient is not None:
-            along = float((gradient.to(torch.float64) * direction).sum())
-            share = along / float((wide * narrow).sum() / size)
-    if not answer.requires_grad:
-        raise RuntimeError(
-            f"the {name}'s answer carries no gradient, though it depends on the input; compute it "
-            "with torch operations and without torch.no_grad() or detach()"
-        )
+    if gradient is None:
+        raise RuntimeError(_CUT.format(name))
+    along = float((gradient.to(torch.float64) * direction).sum())
+    share = along / float((wide * narrow).sum() / size)
     if not abs(share - 1) <= max(0.03, 4 * doubt):
         looks.say(
             f"{name}: derivative",

@@ -12,19 +12,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from coup_fast._torch.differentiated import explain
 from coup_fast._torch.modules import grad_leaf, in_dtype_of, no_wider
 from coup_fast.run.assumptions import check_logits
 from coup_fast.run.backends import Operators
+
+_CUT = (
+    "the classifier's logits carry no gradient with respect to the image, and guidance is that "
+    "gradient; compute them with torch operations and without torch.no_grad() or quantised layers, "
+    "or give the classifier that was there before its quantisation"
+)
 
 
 def _logits(classifier: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """[B, K] logits at the pixels of the state x, with their graph."""
     logits = check_logits(classifier(in_dtype_of(classifier, 0.5 * x + 0.5)), x)
     if not logits.requires_grad:
-        raise RuntimeError(
-            "the classifier's logits carry no gradient with respect to the image, and guidance is "
-            "that gradient; compute them with torch operations and without torch.no_grad()"
-        )
+        raise RuntimeError(_CUT)
     return no_wider(logits, x.dtype)
 
 
@@ -45,15 +49,33 @@ def confidence_gradient(
     Raises ValueError or TypeError for other than logits [B, K >= 2], and RuntimeError for logits
     without a graph or, with `graph`, for a classifier that cannot be differentiated twice.
     """
+    try:
+        gradient = _gradient(classifier, x, ops, graph)
+    except RuntimeError as error:
+        explain(error, "the classifier")
+        raise
+    if gradient is None:
+        raise RuntimeError(_CUT)
+    return gradient
+
+
+def _gradient(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, ops: Operators, graph: bool
+) -> Tensor | None:
+    """`confidence_gradient`, or None for logits that x has no part in."""
+    gradient: Tensor | None
     if graph:
         with torch.enable_grad():
             logits = _logits(classifier, x)
             _, cotangent = ops.confidence_cotangent(logits)
             try:
-                (gradient,) = torch.autograd.grad(logits, x, cotangent, create_graph=True)
+                (gradient,) = torch.autograd.grad(
+                    logits, x, cotangent, create_graph=True, allow_unused=True
+                )
             except RuntimeError as error:
                 if type(error) is not RuntimeError:  # out of memory and the like
                     raise
+                explain(error, "the classifier")
                 raise RuntimeError(
                     "the gradient through the guidance needs a classifier that can be "
                     "differentiated twice, and this one cannot (torch.compile'd modules, for "
@@ -65,5 +87,5 @@ def confidence_gradient(
         point = grad_leaf(x)
         logits = _logits(classifier, point)
         _, cotangent = ops.confidence_cotangent(logits.detach())
-        (gradient,) = torch.autograd.grad(logits, point, cotangent)
+        (gradient,) = torch.autograd.grad(logits, point, cotangent, allow_unused=True)
     return gradient

@@ -21,8 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from coup_fast._torch.differentiated import differentiated
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.steps import Run, State
+
+MODELS = "the score network or the classifier"  # what a step differentiates, in messages
 
 # Bytes of a step's graph, by kind of step and run; inf where a graph may not be kept.
 GraphBytes = dict[Any, float]
@@ -38,7 +41,7 @@ class StepGraph(NamedTuple):
 
 def record(run: Run, k: int, state: State, attacked: Tensor | None) -> tuple[StepGraph, State]:
     """Step k with its graph, and the state after it."""
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiated(MODELS):
         x = state[0].detach().requires_grad_()
         r = None if attacked is None else attacked.detach().requires_grad_()
         after = run.step(k, (x, *state[1:]), r)

@@ -8,30 +8,42 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from coup_fast.run.progress import Tell
 from coup_fast.run.steps import Run, State
 
 Step = Callable[[int, State, Tensor | None], State]
 
 
-def states(run: Run, images: Tensor, step: Step | None = None) -> Iterator[tuple[int, State]]:
+def states(
+    run: Run, images: Tensor, step: Step | None = None, tell: Tell | None = None
+) -> Iterator[tuple[int, State]]:
     """(k, the state after k steps) from the start, k = 0, to the result.
 
     step: how step k is taken: `run.step`, the default, which makes each state anew and is
     differentiable where grad is on; or `run.step_`, which writes over the state before.
+
+    tell: receives the number of finished steps after each; of all steps where the last ones would
+    change nothing.
     """
     step = step or run.step
     state, attacked = run.start(images), run.attacked(images)
     yield 0, state
     for k in range(run.num_steps):
         if run.finished(state):
+            if tell is not None:
+                tell(run.num_steps)
             return
         state = step(k, state, attacked)
+        if tell is not None:
+            tell(k + 1)
         yield k + 1, state
 
 
-def final_state(run: Run, images: Tensor, step: Step | None = None) -> State:
+def final_state(
+    run: Run, images: Tensor, step: Step | None = None, tell: Tell | None = None
+) -> State:
     """The last of `states`."""
-    for _, state in states(run, images, step):
+    for _, state in states(run, images, step, tell):
         final = state
     return final
 

@@ -57,6 +57,8 @@ RUN_OPTIONS = tuple(field.name for field in fields(RunOptions))
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of a run, and the others, which are the method's."""
+    """Those of a run, and the others, which are the method's. TypeError for one of a call."""
+    if "progress" in options:
+        raise TypeError("progress belongs to a call: purifier(images, progress=…)")
     own = {name: value for name, value in options.items() if name in RUN_OPTIONS}
     return own, {name: value for name, value in options.items() if name not in RUN_OPTIONS}

@@ -7,7 +7,6 @@ looks, before, between and during, and says why where it is not so.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from coup_fast._torch.modules import first_parameter
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.steps import Run, State
+from coup_fast.run.warn import warn
 
 
 class Fingerprint:
@@ -126,7 +126,7 @@ def check_replay(
         )
         if strict or gap > rounding:
             raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
     if (recorded := difference(replayed)) > rounding:
         raise RuntimeError(
             f"{where} differs by {recorded:.1e} of the state's largest value where gradients are "

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from coup_fast.run.warn import warn
 
 _ANOTHER_IMAGE = 0.5  # a pixel differs by this; attacks within a small ball stay below
 _calls = itertools.count()  # of `fresh_draw`
@@ -74,9 +75,8 @@ class Positions:
         gap = (images.detach()[:count] - known[:count]).abs().amax()
         if bool(gap > _ANOTHER_IMAGE):
             self._said = True
-            warnings.warn(
+            warn(
                 "several calls without sample_ids gave the same noise to different images, because "
                 "noise goes by position in the batch then: pass sample_ids (numbers that name the "
-                'images), or sample_ids="content", or another draw for each call',
-                stacklevel=2,
+                'images), or sample_ids="content", or another draw for each call'
             )

@@ -243,6 +243,10 @@ def test_art_with_the_purifier_as_preprocessor(
     from coup_fast.integrations.art import Purification
 
     defence = Purification(model.purifier)
+    assert (
+        defence.next_draw != Purification(model.purifier).next_draw
+    )  # nobody's noise is another's
+    assert Purification(model.purifier, fresh_draws=False).next_draw == 0
     estimator = art_classifier(model.classifier, preprocessing_defences=[defence])
     with torch.no_grad():
         expected = model.classifier(model.purifier(images, draw=defence.next_draw))

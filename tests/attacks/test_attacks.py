@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny
 from torch import Tensor, nn
 
-from coup_fast import PurifiedClassifier
+from coup_fast import PurifiedClassifier, Purifier
 from coup_fast.attacks import APGD, FIRST_ATTACK_DRAW, LOSSES, PGD, PRESETS, preset
 from coup_fast.attacks.apgd import window_ends
 from coup_fast.attacks.ball import Ball, ordered_sum
@@ -235,6 +236,24 @@ def test_network_calls_and_zero_gradients_are_reported(images: Tensor) -> None:
     assert result.zero_gradients == 0
     flat = attack.run(lambda u: 0 * u.flatten(1)[:, :4], images, LABELS)
     assert flat.zero_gradients == 4 * BATCH
+
+
+@pytest.mark.parametrize("method", ["coup", "diffpure"])
+def test_classifications_are_counted_whatever_stands_around_the_classifier(
+    method: str, images: Tensor
+) -> None:
+    attack = PGD(eps=0.1, steps=2, eot=1)
+    clean = tiny.short_purifier(method)
+    net = tiny.TinyClassifier()
+    body, head = nn.Sequential(net.conv, nn.Tanh(), nn.Flatten()), net.linear
+    counts = []
+    for classifier in (net, lambda u: net(u), partial(net), lambda u: head(body(u))):
+        guided = clean.classifier if method == "diffpure" else classifier
+        purifier = Purifier(clean.score_model, guided, method=method, num_steps=3)
+        found = attack.run(PurifiedClassifier(purifier, classifier), images, LABELS)
+        counts.append(found.classifier_evaluations)
+    assert counts[0] >= 2 * BATCH * (1 if method == "diffpure" else 4)
+    assert counts == counts[:1] * 4
 
 
 def test_the_defence_is_left_as_it_was(images: Tensor) -> None:

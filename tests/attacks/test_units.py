@@ -36,6 +36,17 @@ def test_other_norms_are_refused(given: object) -> None:
         PGD(norm=given)
 
 
+@pytest.mark.parametrize("given", ["no", 0, 1, None])
+@pytest.mark.parametrize("name", ["through_vote", "random_start", "targeted"])
+def test_flags_are_flags(name: str, given: object) -> None:
+    """The text "no", of a configuration, would count as True."""
+    for attack in (PGD, APGD):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+            attack(**{name: given})
+    with pytest.raises(TypeError, match=r"^fresh_draws must be True or False, got "):
+        tiny.defended(fresh_draws=given)
+
+
 @pytest.mark.parametrize("given", ["8/255", " 8 / 255 ", "8.0/255.", "0.8e1/255", 8 / 255])
 def test_fractions_are_understood(given: object) -> None:
     assert PGD(eps=given).eps == 8 / 255

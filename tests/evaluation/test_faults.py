@@ -270,19 +270,21 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(
     assert run(tmp_path).csv() == whole[1]
 
 
-@pytest.mark.parametrize("where", ["score model", "classifier"])
+@pytest.mark.parametrize("where", ["score model", "classifier", "function"])
 def test_nan_is_an_error_that_names_the_network(
     whole: tuple[Path, str], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(score: str) -> tuple[coup_fast.ScoreModel, nn.Module]:
         score_model, classifier = eval_models.load(score)
-        return score_model, LateNaN(classifier)
+        bad = LateNaN(classifier)
+        return score_model, (lambda u: bad(u)) if where == "function" else bad
 
     load = late
     if where == "score model":
         load = eval_models.load
         monkeypatch.setenv("COUP_FAST_TEST_FAULT", f"nan:0:{STRIKE}")
-    with pytest.raises(EvaluationError, match=f"the {where} .*returned NaN or inf: ") as error:
+    name = "classifier" if where == "function" else where
+    with pytest.raises(EvaluationError, match=f"the {name} .*returned NaN or inf: ") as error:
         run(tmp_path, load)
     assert "sample ids" in str(error.value)
     assert 0 < len(units(tmp_path)) < UNITS

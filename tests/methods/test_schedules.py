@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule, sigma
 
@@ -103,11 +104,24 @@ def test_what_networks_are_told() -> None:
 
 
 def test_bad_schedules() -> None:
-    with pytest.raises(ValueError, match="beta_min"):
+    with pytest.raises(ValueError, match=r"beta_max must be a number in \[2, inf\), got 1"):
         VPSchedule(2.0, 1.0)
-    with pytest.raises(ValueError, match="betas"):
+    with pytest.raises(ValueError, match=r"beta_min must be a number in \(0, inf\), got 0"):
+        VPSchedule(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"each of betas must be a number in \(0, 1\), got 1"):
         DiscreteSchedule((0.1, 1.0))
-    with pytest.raises(ValueError, match="betas"):
+    with pytest.raises(ValueError, match="betas must be a non-empty sequence"):
         DiscreteSchedule(())
-    with pytest.raises(ValueError, match="sigma_max"):
+    with pytest.raises(ValueError, match=r"sigma_max must be a number in \(0, inf\), got 0"):
         EDMSchedule(0.0)
+    for wrong in ("1", None, True):
+        with pytest.raises(TypeError, match=r"sigma_max must be a number in \(0, inf\), got"):
+            EDMSchedule(wrong)
+
+
+def test_betas_of_arrays_and_tensors_are_numbers() -> None:
+    betas = (0.1, 0.2)
+    for given in (np.array(betas), torch.tensor(betas, dtype=torch.float64), list(betas)):
+        schedule = DiscreteSchedule(given)
+        assert schedule == DiscreteSchedule(betas)
+        assert {type(beta) for beta in schedule.betas} == {float}

@@ -37,6 +37,15 @@ def test_no_numbers(value, bounds, above: bool, error, message: str) -> None:
         checks.number("eta", value, *bounds, above=above)
 
 
+def test_both_ends_of_a_range_may_be_left_out() -> None:
+    assert checks.number("beta", 0.5, 0, 1, above=True, below=True) == 0.5
+    for end in (0, 1):
+        with pytest.raises(ValueError, match=rf"beta must be a number in \(0, 1\), got {end}"):
+            checks.number("beta", end, 0, 1, above=True, below=True)
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
+        checks.number("beta", 1, 0, 1, below=True)
+
+
 def test_integers() -> None:
     for value in (3, np.int8(3), np.uint64(3)):
         result = checks.integer("steps", value, 1, 3)

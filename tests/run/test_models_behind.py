@@ -10,7 +10,7 @@ from helpers.tiny import TinyClassifier, TinyNetwork, images
 from torch import Tensor, nn
 
 from coup_fast import Purifier, ScoreModel
-from coup_fast._torch.modules import modules_behind
+from coup_fast._torch.reachable import modules_behind, reachable
 
 GLOBAL = TinyClassifier(seed=3)
 first = TinyClassifier(seed=4)  # the name of an attribute below, and of a global that is not read
@@ -21,6 +21,14 @@ class Caller:
         self.module = module
 
     def __call__(self, u: Tensor) -> Tensor:
+        return self.module(u)
+
+
+class Holder:
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.others = module, [TinyClassifier(seed=5)]
+
+    def classify(self, u: Tensor) -> Tensor:
         return self.module(u)
 
 
@@ -46,6 +54,9 @@ def ways(module: nn.Module) -> dict:
         "partial of a closure": partial(inner),
         "callable object": Caller(module),
         "method of an object": Caller(module).__call__,
+        "method of an object that is not called": Holder(module).classify,
+        "callable object in a closure": partial(lambda call, u: call(u), Caller(module)),
+        "function in a function": lambda u: (lambda: module)()(u),
         "closure over a callable object's method": partial(Caller(module).__call__),
     }
 
@@ -62,6 +73,17 @@ def test_globals_are_found_and_attributes_of_their_name_are_not() -> None:
     assert modules_behind(through_default) == (GLOBAL,)
     assert modules_behind(lambda u: network.first(u)) == (network,)
     assert modules_behind(torch.sigmoid) == modules_behind(None) == ()
+    assert modules_behind(lambda u: (lambda: GLOBAL(u))()) == (GLOBAL,)
+
+
+def test_attacks_look_into_containers_and_protections_do_not() -> None:
+    holder = Holder(GLOBAL)
+    assert modules_behind(holder.classify) == (GLOBAL,)
+    assert modules_behind(GLOBAL) == (GLOBAL,)  # its parts belong to it
+    found = [thing for thing in reachable(holder.classify) if isinstance(thing, nn.Module)]
+    assert holder.others[0] in found
+    assert GLOBAL.conv in found
+    assert list(reachable(GLOBAL, stop=lambda thing: thing is GLOBAL)) == [GLOBAL]
 
 
 @pytest.mark.parametrize("way", ways(GLOBAL))

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers.sampling import perturb_row, step
-from helpers.tiny import images, short_purifier
+from helpers.tiny import gradient_of, images, short_purifier
 
-from coup_fast import PurifiedClassifier, ops, reference
+from coup_fast import PurifiedClassifier, Purifier, ScoreModel, ops, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -128,6 +128,59 @@ def test_purifiers_refuse_torch_func(transform: Callable) -> None:
     clean = short_purifier("diffpure")
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         transform(lambda u: clean(u if u.ndim == 4 else u[None]).sum())(images(1))
+
+
+@pytest.mark.parametrize("which", ["ids", "draws", "noise", "nothing"])
+def test_purifiers_refuse_torch_func_whatever_it_follows(which: str) -> None:
+    clean, u = short_purifier("coup"), images()
+    calls = {
+        "ids": (lambda i: clean(u, sample_ids=i.expand(3)), torch.arange(2)),
+        "draws": (lambda i: clean(u, draw=i.expand(3)), torch.arange(2)),
+        "noise": (lambda z: clean(u, noise=z), torch.zeros(2, clean.num_noise, *u.shape)),
+        "nothing": (lambda w: w * clean(u), torch.ones(2)),
+    }
+    function, argument = calls[which]
+    with pytest.raises(RuntimeError, match=r"inside a transform of torch\.func"):
+        torch.vmap(function)(argument)
+
+
+def test_other_weights_by_functional_call_are_used() -> None:
+    clean, other = short_purifier("coup"), short_purifier("coup")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    weights = {name: parameter.detach() for name, parameter in other.named_parameters()}
+    found = torch.func.functional_call(clean, weights, (images(),))
+    assert torch.equal(found, other(images()))
+    assert not torch.equal(found, clean(images()))
+
+
+def test_scripting_is_refused_by_name() -> None:
+    class Around(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return self.inner(u)
+
+    clean = short_purifier("coup")
+    for model in (clean, PurifiedClassifier(clean, clean.classifier), clean.score_model):
+        for given in (model, Around(model)):
+            name = type(model).__name__
+            with pytest.raises(RuntimeError, match=rf"cannot compile a {name}: .*script the net"):
+                torch.jit.script(given)
+    assert clean(images()).shape == images().shape
+
+
+def test_scripted_networks_work() -> None:
+    clean = short_purifier("coup")
+    network = torch.jit.script(clean.score_model.network)
+    scripted = Purifier(ScoreModel(network), torch.jit.script(clean.classifier), num_steps=3)
+    u = images()
+    assert torch.equal(scripted(u), clean(u))
+    weight = torch.ones_like(u)
+    torch.testing.assert_close(gradient_of(scripted, u, weight), gradient_of(clean, u, weight))
 
 
 def test_the_way_to_a_jvp_that_the_message_names() -> None:

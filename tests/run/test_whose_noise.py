@@ -148,3 +148,27 @@ def test_fresh_draws_differ_by_process_and_rank_and_repeat_under_a_seed() -> Non
     seeded = begin("1")
     assert begin("1") == seeded
     assert len({seeded, begin("2"), begin("1", rank="1"), begin("none"), begin("none")}) == 5
+
+
+def test_warnings_name_the_line_of_the_program() -> None:
+    def lines(call: object) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert caught
+        return [warning.filename for warning in caught]
+
+    def reused() -> None:
+        clean = short_purifier()
+        clean(images())
+        clean(1 - images())
+
+    still = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
+    labels = torch.tensor([0, 1, 2])
+    attack = PGD(steps=1, eot=2)
+    assert lines(reused) == [__file__]
+    assert lines(lambda: attack(still, images(), labels)) == [__file__]
+    assert lines(lambda: attack.run(still, images(), labels)) == [__file__]
+    wide = attack.replace(norm="l2", eps=5.0, step_size=0.1, eot=1)
+    assert lines(lambda: wide(still, images(), labels)) == [__file__]
+    assert lines(lambda: defended().train()(images())) == [__file__]
