@@ -174,11 +174,12 @@ class Purifier(Drivable, nn.Module):
         method make it anew.
         """
         own, of_method = split_options(options)
-        other = self.with_plan(self.plan)
-        other.run_options = replace(self.run_options, **own)
+        options, plan = self.options | of_method, self.plan
         if of_method:
-            other.options = self.options | of_method
-            other.plan = _plan(self.method, self.score_model, self.classifier, other.options)
+            plan = _plan(self.method, self.score_model, self.classifier, options)
+        other = self.with_plan(plan)
+        other.run_options = replace(self.run_options, **own)
+        other.options = options
         return other
 
     def with_plan(self, plan: AnyPlan) -> Purifier:
