@@ -230,12 +230,13 @@ class Purifier(Drivable, nn.Module):
             draw: int >= 0, or int64 [B]: which of an image's independent noises to take.
             noise: [M, B, C, H, W] with M >= `num_noise`, used in order of need (forward diffusion
                 first) instead of generated noise. It is not differentiated.
-            progress: called as progress(step, num_steps) after each finished step, in the thread
-                of the call: steps 1 to num_steps, over all rounds of the method and all parts of
-                `max_batch`. A run that ends early (ADP) tells of its last step at once. What it
-                raises ends the call. The result is the same bits with it. On a GPU each step is
-                waited for, in captured loops too. Backward passes tell nothing. True: a bar of
-                tqdm, where stderr is a terminal or a notebook.
+            progress: a function that is called as progress(step, num_steps) after each finished
+                step, in the thread of the call. Steps go from 1 to num_steps, over all rounds of
+                the method and all parts of `max_batch`. A run that ends early (ADP) reports its
+                last step at once. An error that it raises ends the call. The result has the same
+                bits with it. On a GPU each step is waited for, in captured loops too. Backward
+                passes report nothing. True shows a bar of tqdm, where stderr is a terminal or a
+                notebook.
 
         Returns [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1]
         where the method as published does not clamp.
