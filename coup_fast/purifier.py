@@ -62,8 +62,8 @@ class Purifier(Drivable, nn.Module):
 
     Args:
         score_model: a `ScoreModel`.
-        classifier: module or callable, pixels [B, C, H, W] -> logits [B, K]; needed by the guided
-            methods alone. It is the plain classifier being defended.
+        classifier: module or callable, pixels [B, C, H, W] -> logits [B, K]. It is the plain
+            classifier that is defended, and only guided methods need it.
         method: a name in `coup_fast.methods`.
         seed: int in [0, 2^64); with an image's sample id and draw it decides that image's noise.
         **options: options of the method (`t_star`, `num_steps`, `guidance_scale`, ...; see its
@@ -112,17 +112,18 @@ class Purifier(Drivable, nn.Module):
                 those of the whole batch, bit for bit if the networks' own do not depend on the
                 batch (the convolutions of libraries may, in their last bits).
 
-    Both models are used as they are: parameters are not differentiated, train/eval mode and
-    requires_grad flags are left as found (off during a run, in all threads: training a model in
-    another one meanwhile records no gradients). Where the images require grad, the result is
-    differentiable; otherwise the run holds one state, which each step overwrites: a network that
-    keeps its input must keep a copy.
+    Both models are used as they are. Their parameters are not differentiated, and train/eval mode
+    and requires_grad flags stay as they are. The flags are off during a run, in all threads, so
+    training a model in another thread meanwhile records no gradients. If the images require grad,
+    the result is differentiable. Otherwise the run holds one state, which each step overwrites, so
+    a network that keeps its input must keep a copy.
 
-    An image's result depends on the image, the seed, its sample id and its draw; not on its batch,
-    as far as that is true of the networks. Without `sample_ids` its id is its position.
+    An image's result depends on the image, the seed, its sample id and its draw. It does not depend
+    on its batch, as far as that is true of the networks. Without `sample_ids` an image's id is its
+    position.
 
-    Raises ValueError for an unknown method or option (listing those that exist), or a guided method
-    without a classifier; TypeError for a score_model that is not a `ScoreModel`.
+    Raises ValueError for an unknown method or option (listing those that exist), or for a guided
+    method without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
 
     backend = _RunOption[str]("backend")
@@ -221,30 +222,32 @@ class Purifier(Drivable, nn.Module):
         Args:
             images: [B, C, H, W] pixels in [0, 1]; float32, float16, bfloat16 or float64 (which
                 runs in float64, on the reference path).
-            sample_ids: integers [B] that name the images to the noise; default 0 … B-1, so calls
-                one after the other give the same noise to different images (a warning, once).
-                "content": a hash of each image's pixels (as float32), so the same image has the
-                same noise everywhere. It changes with every changed bit: an attacker who knows the
-                seed can look for images with favourable noise, and an attack's gradient sees
-                nothing of it, so attacks and evaluations name images by numbers.
-            draw: int >= 0, or int64 [B]: which of an image's independent noises.
+            sample_ids: integers [B] that name the images to the noise. The default is 0 … B-1, so
+                successive calls give the same noise to different images (a warning says so, once).
+                "content" takes a hash of each image's pixels (as float32), so the same image has
+                the same noise everywhere. The hash changes with every changed bit: an attacker who
+                knows the seed can look for images with favourable noise, and an attack's gradient
+                does not see it. So attacks and evaluations name images by numbers.
+            draw: int >= 0, or int64 [B]: which of an image's independent noises to take.
             noise: [M, B, C, H, W] with M >= `num_noise`, used in order of need (forward diffusion
                 first) instead of generated noise. It is not differentiated.
-            progress: called as progress(step, num_steps) after each finished step, in the thread
-                of the call: steps 1 to num_steps, over all rounds of the method and all parts of
-                `max_batch`. A run that ends early (ADP) tells of its last step at once. What it
-                raises ends the call. The result is the same bits with it. On a GPU each step is
-                waited for, in captured loops too. Backward passes tell nothing. True: a bar of
-                tqdm, where stderr is a terminal or a notebook.
+            progress: a function that is called as progress(step, num_steps) after each finished
+                step, in the thread of the call. Steps go from 1 to num_steps, over all rounds of
+                the method and all parts of `max_batch`. A run that ends early (ADP) reports its
+                last step at once. An error that it raises ends the call. The result has the same
+                bits with it. On a GPU each step is waited for, in captured loops too. Backward
+                passes report nothing. True shows a bar of tqdm, where stderr is a terminal or a
+                notebook.
 
         Returns [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1]
         where the method as published does not clamp.
 
         Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
-        kernels, all before any network is called; FloatingPointError if the result is not finite.
-        ValueError for models with batch norm or dropout in training mode, RuntimeError for models
-        that change their input or themselves, and warnings of what is doubtful (docs/assumptions.md
-        has the list); with `gradient="exact"` what else `exact_final_state` lists.
+        kernels, all before any network is called. Raises FloatingPointError if the result is not
+        finite, ValueError for models with batch norm or dropout in training mode, and RuntimeError
+        for models that change their input or themselves. Doubtful models cause warnings
+        (docs/assumptions.md has the list). With `gradient="exact"` it also raises what
+        `exact_final_state` lists.
         """
         if (driver := self.driver) is not None:
             sample_ids, draw = driver.noise_of(images, sample_ids, draw)
@@ -286,7 +289,7 @@ class Purifier(Drivable, nn.Module):
         draw: int | Tensor = 0,
         noise: Tensor | None = None,
     ) -> Run:
-        """The run that `forward` performs with these arguments, checked and ready, not started."""
+        """The run that `forward` performs with these arguments: checked, ready and not started."""
         if (driver := self.driver) is not None:
             sample_ids, draw = driver.noise_of(images, sample_ids, draw)
         return prepare(
@@ -361,9 +364,9 @@ class Purifier(Drivable, nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """The states of a run as pixels: (k, [B, C, H, W] in the state's dtype) after k steps.
 
-        k = 0 is the start (after the forward noise, where the method has one), the last the
-        result. Takes what `forward` takes; nothing is differentiated or clamped. A method that
-        works in diffusion space shows (x+1)/2.
+        k = 0 is the start (after the forward noise, where the method has one), and the last state
+        is the result. The arguments are those of `forward`. Nothing is differentiated or clamped. A
+        method that works in diffusion space shows (x+1)/2.
         """
         run = self.prepare(images, sample_ids, draw, noise)
         states = joined_states([(run.of(rows), part) for rows, part in self._parts(images)])
