@@ -125,7 +125,13 @@ def _empty(title: str) -> str:
 def _view(bench: Bench, view: Tensor, classes: Sequence[int], expected: int | None = None) -> str:
     """What the classifier sees: its class, whether that is the expected one, and bars."""
     first = int(view.argmax())
-    same = "" if expected is None else "as the input" if first == expected else "not as the input"
+    same = (
+        "&nbsp;"
+        if expected is None
+        else "as the input"
+        if first == expected
+        else "not as the input"
+    )
     mark = "" if expected is None else " cf-same" if first == expected else " cf-other"
     bars = "".join(
         f'<li style="--share:{100 * float(view[number]):.1f}%">'

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import ipaddress
+import os
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 HELP = "try attacks and purification on a page in the browser"
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_EPSILON = {"mnist": "0.15", "cifar10": "8/255"}  # as `bundled_settings` has them
 _CLASSES = {"mnist": tuple("0123456789"), "cifar10": tuple(_CIFAR10.split())}
 
 
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
     common.require("app", "gradio", "PIL", "safetensors")
     device = common.choose_device(args.device)
-    bench = _bench(args, device)
     with _listen(args.host, args.port) as listener:
+        bench = _bench(args, device)
         if not _is_loopback(args.host):
             common.say(
                 f"warning: --host {args.host} lets every machine that reaches this one use the "
@@ -88,12 +88,18 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Bench:
             ),
             name=f"bundled {args.bundled} networks{own}",
             settings=chosen["methods"],
-            epsilon=_EPSILON[args.bundled],
+            epsilon=_as_written(chosen["epsilon"]),
             classes=_CLASSES[args.bundled],
         )
     if not bench.methods:
         raise CommandError(f"there is no method for the score network {args.score}")
     return bench
+
+
+def _as_written(epsilon: float) -> str:
+    """A radius as one writes it: a whole number of 255ths as such, "8/255"."""
+    levels = round(255 * epsilon)
+    return f"{levels}/255" if abs(epsilon - levels / 255) < 1e-9 else f"{epsilon:g}"
 
 
 def _port(text: str) -> int:
@@ -117,6 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or str(error)
-        cure = ": choose another --port" if error.errno == errno.EADDRINUSE else ""
+        unknown = isinstance(error, socket.gaierror) or error.errno is None
+        reason = error.strerror if unknown else os.strerror(error.errno)
+        cure = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
         raise CommandError(f"--host {host} --port {port}: {reason}{cure}") from None
