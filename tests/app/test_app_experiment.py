@@ -108,7 +108,7 @@ def test_bad_choices_are_refused_before_a_network_is_called(choices: Choices, wo
 def test_the_memory_of_the_states_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_module, "MAX_VALUES", 3 * 8 * 8 * 7)
     run(tiny_bench(), Choices("coup", {"num_steps": 7}))
-    with pytest.raises(ValueError, match="8 steps.* at most 7 at 8 × 8"):
+    with pytest.raises(ValueError, match=r"8 steps.* at most 7 at 8 × 8"):
         run(tiny_bench(), Choices("coup", {"num_steps": 8}))
 
 
@@ -119,7 +119,7 @@ class Exploding(nn.Module):
 
 def test_a_result_that_is_not_finite_is_no_result() -> None:
     bench = Bench([ScoreModel(Exploding())], None, 3, (8, 8), "tiny", torch.device("cpu"))
-    with pytest.raises(FloatingPointError, match="from step [1-5] on"):
+    with pytest.raises(FloatingPointError, match=r"from step [1-5] on"):
         run(bench, Choices("diffpure", {"num_steps": 5}))
 
 
