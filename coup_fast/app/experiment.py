@@ -46,8 +46,9 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """What the classifier makes of each picture: probabilities, of the input [K], of the attacked
-    one [K] or None, and of each state [steps + 1, K]."""
+    """The classifier's probabilities: of the input [K], the attacked picture [K] (None without an
+    attack), and each state [steps + 1, K].
+    """
 
     original: Tensor
     attacked: Tensor | None

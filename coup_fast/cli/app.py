@@ -74,7 +74,7 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Bench:
         classifier=loaded.classifier,
         channels=loaded.channels,
         size=loaded.size,
-        name=f"{args.score or args.classifier}",
+        name=str(args.score),
         device=device,
     )
     if args.score is None:
@@ -89,7 +89,7 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Bench:
             name=f"bundled {args.bundled} networks{own}",
             settings=chosen["methods"],
             epsilon=_as_written(chosen["epsilon"]),
-            classes=_CLASSES[args.bundled],
+            classes=_CLASSES[args.bundled] if args.classifier is None else (),
         )
     if not bench.methods:
         raise CommandError(f"there is no method for the score network {args.score}")
@@ -123,7 +123,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        unknown = isinstance(error, socket.gaierror) or error.errno is None
-        reason = error.strerror if unknown else os.strerror(error.errno)
+        if isinstance(error, socket.gaierror) or error.errno is None:
+            reason = error.strerror  # os.strerror knows nothing of names of hosts
+        else:
+            reason = os.strerror(error.errno)  # shorter than that of create_server
         cure = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
         raise CommandError(f"--host {host} --port {port}: {reason}{cure}") from None

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from coup_fast.cli import app, main
 from coup_fast.models import Classifier, UNet, save_network
 from coup_fast.models.bundled import bundled_settings
 
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
+
 
 def served(monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[Bench, str]:
     """The networks and the address that a command line serves, without serving them."""
-    pytest.importorskip("gradio")
     found = []
 
     def serve(bench: Bench, listener: socket.socket) -> None:
@@ -34,6 +36,7 @@ def served(monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[Bench, str]
     return found[0]
 
 
+@needs_gradio
 def test_the_page_is_for_this_machine_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +45,7 @@ def test_the_page_is_for_this_machine_only(
     assert "warning" not in capsys.readouterr().err
 
 
+@needs_gradio
 def test_another_address_brings_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +67,8 @@ def test_what_loopback_is(host: str, loopback: bool) -> None:
     assert app._is_loopback(host) == loopback
 
 
+@needs_gradio
 def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         message = fails(capsys, "app", "--port", port)
@@ -89,6 +93,7 @@ def test_nothing_of_the_page_is_loaded_by_other_commands() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
+@needs_gradio
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_bundled_networks_come_with_their_settings(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +108,7 @@ def test_bundled_networks_come_with_their_settings(
     assert len(bench.classes) == 10
 
 
+@needs_gradio
 def test_own_networks_are_taken_by_the_options_of_purify(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +126,8 @@ def test_own_networks_are_taken_by_the_options_of_purify(
     assert result.shape == (1, 3, 8, 8)
     alone, _ = served(monkeypatch, "--score", score)
     assert alone.classifier is None
+    mixed, _ = served(monkeypatch, "--classifier", classifier)
+    assert mixed.class_name(2) == "class 2"  # nobody said that it knows digits
     assert "missing.safetensors does not exist" in fails(
         capsys, "app", "--port", 0, "--score", tmp_path / "missing.safetensors"
     )
