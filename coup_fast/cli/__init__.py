@@ -20,7 +20,7 @@ from coup_fast.cli.common import CommandError
 from coup_fast.files import FileError
 from coup_fast.malloc import keep_freed_memory
 
-COMMANDS = ("info", "purify", "toy", "demo", "eval", "bench", "train")
+COMMANDS = ("info", "purify", "app", "toy", "demo", "eval", "bench", "train")
 
 
 class _Parser(argparse.ArgumentParser):

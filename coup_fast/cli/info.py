@@ -19,6 +19,7 @@ _EXTRAS = {
     "models": ("safetensors",),
     "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib"),
     "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "foolbox"),
+    "app": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "gradio"),
     "bench": ("torchsde", "diffusers", "pytest_benchmark"),
 }
 

@@ -150,6 +150,12 @@ def read_picture(image: Image.Image, name: str = "the picture") -> Picture:
     return Picture(pixels, alpha, bits, keep, remarks)
 
 
+def read_upright(image: Image.Image, name: str = "the picture") -> Picture:
+    """`read_picture` of a picture that is set upright if EXIF says it is stored on its side."""
+    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    return read_picture(ImageOps.exif_transpose(image) if turned else image, name)
+
+
 def purify_image(
     image: Image.Image | str | Path,
     purifier: Purifier,
@@ -184,8 +190,7 @@ def purify_image(
     size = None if resize is None else _size(resize)
     name = str(image) if isinstance(image, str | Path) else "the picture"
     with open_picture(image) if isinstance(image, str | Path) else image.copy() as opened:
-        turned = opened.getexif().get(_ORIENTATION, 1) != 1
-        picture = read_picture(ImageOps.exif_transpose(opened) if turned else opened, name)
+        picture = read_upright(opened, name)
     channels, height, width = picture.pixels.shape
     wanted = purifier.score_model.in_channels or channels
     if wanted != channels and not (convert_color and wanted in (1, 3)):
