@@ -13,10 +13,6 @@ import pytest
 import torch
 from helpers.scripts import ROOT, load_script
 
-import coup_fast
-
-LIBRARY = Path(coup_fast.__file__).parent / "_C.abi3.so"
-
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
 needs_cmake = pytest.mark.skipif(
     not (shutil.which("cmake") or (Path(sys.executable).parent / "cmake").exists()),
@@ -34,15 +30,6 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
         timeout=300,
         env={**os.environ, "PATH": path, **environment},
     )
-
-
-@needs_nm
-def test_only_the_stable_abi_of_torch_and_no_python_is_used() -> None:
-    listing = run("nm", "-D", "--undefined-only", LIBRARY).stdout
-    symbols = [line.split()[-1] for line in listing.splitlines()]
-    assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols)
-    private = [n for n in symbols if re.match(r"_?Py|_ZNK?(2at|3c10|5torch|6caffe2)", n)]
-    assert not private
 
 
 @needs_nm
