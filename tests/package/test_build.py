@@ -88,6 +88,24 @@ def test_asking_for_cuda_without_a_cuda_torch_is_refused(tmp_path: Path) -> None
 
 
 @needs_cmake
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("major", "accepted"), [(1, False), (99, True)])
+def test_nvcc_may_be_older_than_torchs_cuda_but_not_newer(
+    major: int, accepted: bool, tmp_path: Path
+) -> None:
+    """The driver that serves torch serves every older CUDA runtime, and no newer major release."""
+    torch_folder = tmp_path / "torch"
+    torch_folder.mkdir()
+    (torch_folder / "__init__.py").touch()
+    (torch_folder / "version.py").write_text(f"__version__ = '2.99'\ncuda = '{major}.0'\n")
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCOUP_FAST_CUDA=on"]
+    done = run("cmake", "-S", ROOT, "-B", tmp_path / "b", *options, PYTHONPATH=str(tmp_path))
+    assert (done.returncode == 0) is accepted, done.stderr
+    assert ("cuda on" in done.stdout) is accepted
+    assert accepted or "may need a newer driver" in " ".join(done.stderr.split())
+
+
+@needs_cmake
 @pytest.mark.parametrize(
     ("requested", "expected"),
     [
