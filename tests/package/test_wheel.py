@@ -1,14 +1,18 @@
-"""What a wheel may need from outside, and how its name and version come about."""
+"""What a wheel may need from outside, and what its metadata say."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
+from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.scripts import load_script
+from helpers.scripts import ROOT, load_script
 
 import coup_fast
 
@@ -81,3 +85,37 @@ def test_later_releases_of_torch_declare_what_2_11_does() -> None:
     listed = check_wheel.LIST.read_text().split()
     assert len(listed) > 150
     assert set(listed) <= set(check_wheel.declared(f"{Path(torch.__file__).parent}/include"))
+
+
+def metadata(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Write what the package says of itself into folder/coup_fast.egg-info/PKG-INFO."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_metadata_say_what_is_needed_and_where_to_look(tmp_path: Path) -> None:
+    assert metadata(tmp_path, COUP_FAST_LOCAL_VERSION="").returncode == 0
+    said = HeaderParser().parsestr((tmp_path / "coup_fast.egg-info" / "PKG-INFO").read_text())
+    assert said["Version"] == coup_fast.__version__
+    assert said["License-Expression"] == "Apache-2.0"
+    assert said["Requires-Python"] == ">=3.10"
+    core = [need for need in said.get_all("Requires-Dist", []) if "extra ==" not in need]
+    assert sorted(core) == ["numpy>=1.24", "torch>=2.11"]
+    urls = dict(line.split(", ") for line in said.get_all("Project-URL", []))
+    assert {"Repository", "Issues", "Changelog"} <= set(urls)
+
+
+def test_a_local_version_names_what_a_wheel_was_built_for(tmp_path: Path) -> None:
+    assert metadata(tmp_path, COUP_FAST_LOCAL_VERSION="cu130").returncode == 0
+    said = HeaderParser().parsestr((tmp_path / "coup_fast.egg-info" / "PKG-INFO").read_text())
+    assert said["Version"] == f"{coup_fast.__version__}+cu130"
+    refused = metadata(tmp_path, COUP_FAST_LOCAL_VERSION="cu-130")
+    assert refused.returncode == 1
+    assert "COUP_FAST_LOCAL_VERSION" in refused.stderr
+    assert "'cu-130'" in refused.stderr
