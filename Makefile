@@ -70,8 +70,8 @@ cuda-check: $(STAMPS)/torch
 # Built, repaired, checked, and installed where there is no compiler (RELEASING.md).
 wheel: $(STAMPS)/torch $(STAMPS)/wheel-tools
 	rm -rf build/wheel dist/*.whl
-	MAX_JOBS=$(JOBS) $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
-	  --wheel-dir build/wheel .
+	COUP_FAST_HOST=off MAX_JOBS=$(JOBS) $(BIN)/python -m pip wheel --quiet --no-deps \
+	  --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" .ci/repair_wheel.sh build/wheel/*.whl dist
 	PYTHON=$(BIN)/python TORCH='$(TORCH)' .ci/try_wheel.sh dist/*.whl
 
