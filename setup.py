@@ -5,6 +5,7 @@ The environment variables it reads are listed in CONTRIBUTING.md.
 
 import importlib.util
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "coup_fast" / "_version.py"))["__version__"]
+LOCAL_VERSION = os.environ.get("COUP_FAST_LOCAL_VERSION", "")  # cu130: the wheel is of 0.1.0+cu130
 OLD_SETUPTOOLS = int(setuptools.__version__.split(".")[0]) < 77  # cannot read our pyproject.toml
 # Tools that pip installed into this environment come first, also when it is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -72,9 +74,17 @@ class CMakeBuild(build_ext):
 
 if OLD_SETUPTOOLS:
     require_build_tools()
+if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", LOCAL_VERSION):
+    raise SystemExit(
+        "COUP_FAST_LOCAL_VERSION must be small letters and digits, parted by dots, such as cu130: "
+        f"got {LOCAL_VERSION!r}"
+    )
 setup(
     # One name stands for all libraries: it tells setuptools that the wheel is not pure Python.
     ext_modules=[Extension("coup_fast._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild, "dist_info": DistInfo},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        "egg_info": {"tag_build": f"+{LOCAL_VERSION}" if LOCAL_VERSION else ""},
+    },
 )

@@ -127,16 +127,28 @@ def check_instruction_set() -> None:
         raise RuntimeError(text[max(text.find("COUP_FAST_CPU"), 0) :]) from None
 
 
+def _architectures(built: str) -> tuple[list[str], list[str]]:
+    """CMake's "90-real 100" as what holds machine code, "sm_100", and what PTX, "compute_100"."""
+    code, ptx = [], []
+    for name in built.split():
+        number, _, kind = name.partition("-")
+        code += [f"sm_{number}"] if kind != "virtual" else []
+        ptx += [f"compute_{number}"] if kind != "real" else []
+    return code, ptx
+
+
 def build_info() -> dict[str, Any]:
     """What is installed and in use, for bug reports and for `coup-fast info`.
 
     Keys: version, torch, python, machine; extension (path, loaded, error); cpu_capability
     ("avx512" | "avx2" | "baseline", None on the reference path); cuda (compiled, loaded, error,
-    toolkit, archs, torch_cuda); compiler, flags, isas, built_with_torch, commit (None unless
-    compiled, commit also None unless built from a git checkout).
+    toolkit: the CUDA release of nvcc, archs: what there is machine code for, as "sm_90", ptx: what
+    newer GPUs translate, as "compute_100", torch_cuda); compiler, flags, isas, built_with_torch,
+    commit (None unless compiled, commit also None unless built from a git checkout).
     """
     loaded = available()
     config = _build_config() if loaded else {}
+    archs, ptx = _architectures(str(config.get("cuda_archs", "")))
     return {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -153,7 +165,8 @@ def build_info() -> dict[str, Any]:
             "loaded": cuda_available(),
             "error": _state.get(_CUDA_LIBRARY),
             "toolkit": config.get("cuda_toolkit") or None,
-            "archs": str(config.get("cuda_archs", "")).split(),
+            "archs": archs,
+            "ptx": ptx,
             "torch_cuda": torch.version.cuda,
         },
         "compiler": config.get("compiler"),

@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     import coup_fast
     from coup_fast.evaluation.provenance import processor_name
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = range(torch.cuda.device_count())
     missing = {
         extra: [name for name in modules if importlib.util.find_spec(name) is None]
         for extra, modules in _EXTRAS.items()
@@ -48,7 +48,9 @@ def collect() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in devices],
+        "gpu_archs": ["sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in devices],
+        "driver_cuda": _driver_cuda(),
         "extras_missing": missing,
     }
 
@@ -60,15 +62,77 @@ def _kernels(info: dict[str, Any]) -> str:
     return f"loaded, instruction set {info['cpu_capability']} (built: {', '.join(info['isas'])})"
 
 
-def _cuda(info: dict[str, Any]) -> str:
-    cuda, gpus = info["cuda"], info["gpus"]
+def _driver_cuda() -> str | None:
+    """The newest CUDA release that the driver serves, as "13.0"; None without a driver."""
+    import torch
+
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # absent from a torch without CUDA
+    try:
+        version = ask() if ask else 0
+    except RuntimeError:
+        return None
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
+
+
+def serves(gpu: str, archs: list[str], ptx: list[str]) -> bool:
+    """Whether kernels run on this GPU: machine code of its generation, or PTX of an older one.
+
+    Names as in "sm_86", "sm_90a", "compute_100": the last digit is the minor number. Code for "a"
+    runs on that very architecture, and code for "f" on its generation.
+    """
+
+    def parts(name: str) -> tuple[int, int, str]:
+        number = name.partition("_")[2]
+        digits = number.rstrip("af")
+        return int(digits[:-1]), int(digits[-1]), number[len(digits) :]
+
+    major, minor, _ = parts(gpu)
+    for name in archs + ptx:
+        built_major, built_minor, suffix = parts(name)
+        if suffix == "a":
+            served = (built_major, built_minor) == (major, minor)
+        elif suffix == "f" or name in archs:
+            served = built_major == major and built_minor <= minor
+        else:
+            served = (built_major, built_minor) <= (major, minor)
+        if served:
+            return True
+    return False
+
+
+def _cuda_kernels(info: dict[str, Any]) -> str:
+    cuda = info["cuda"]
+    if not info["extension"]["loaded"]:
+        return "not loaded, because the CPU kernels are not"
+    if not cuda["compiled"]:
+        how = "install a wheel whose version has +cu in it, or build with nvcc and a CUDA torch"
+        return f"none: this coup_fast is built without them ({how})"
+    newer = (
+        f"PTX of {', '.join(cuda['ptx'])} for newer GPUs"
+        if cuda["ptx"]
+        else "no PTX for newer GPUs"
+    )
+    built = f"built with CUDA {cuda['toolkit']} for {', '.join(cuda['archs'])}, {newer}"
+    if cuda["loaded"]:
+        return f"loaded, {built}"
+    reason = cuda["error"] or "this torch is built for CPU only"
+    return f"not loaded ({reason}); {built}"
+
+
+def _cuda_devices(info: dict[str, Any]) -> str:
+    cuda, driver = info["cuda"], info["driver_cuda"]
     if cuda["torch_cuda"] is None:
         return "none: this torch is built for CPU only"
-    seen = f"torch for CUDA {cuda['torch_cuda']}, GPUs: {', '.join(gpus) or 'none seen'}"
+    names = [f"{name} ({arch})" for name, arch in zip(info["gpus"], info["gpu_archs"], strict=True)]
+    parts = [", ".join(names) or "none seen", f"torch for CUDA {cuda['torch_cuda']}"]
+    parts.append(f"driver for CUDA {driver}" if driver else "no driver")
     if cuda["loaded"]:
-        return f"kernels loaded ({' '.join(cuda['archs'])}); {seen}"
-    reason = cuda["error"] or "this build of coup_fast has none"
-    return f"no kernels ({reason}); {seen}"
+        unserved = [g for g in info["gpu_archs"] if not serves(g, cuda["archs"], cuda["ptx"])]
+        if unserved:
+            parts.append(f"the kernels do not run on {', '.join(unserved)}")
+        if driver and int(driver.partition(".")[0]) < int(cuda["toolkit"].partition(".")[0]):
+            parts.append("this driver is too old for the kernels")
+    return "; ".join(parts)
 
 
 def _build(info: dict[str, Any]) -> str:
@@ -84,24 +148,29 @@ def _extras(missing: dict[str, list[str]]) -> str:
     return "; ".join(filter(None, [", ".join(have), f"not: {', '.join(lack)}" if lack else ""]))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the information; always 0."""
-    common.check_outputs([common.json_file(args)], args.force)
-    info = collect()
-    device = "cuda" if info["cuda"]["loaded"] and info["gpus"] else "cpu"
-    lines = {
+def lines(info: dict[str, Any]) -> dict[str, str]:
+    """What `collect` found, as the lines that `coup-fast info` prints."""
+    return {
         "coup_fast": info["version"],
         "python": info["python"],
         "torch": info["torch"],
         "numpy": info["numpy"],
         "processor": f"{info['processor']} ({info['machine']}), {info['threads']} threads",
         "CPU kernels": _kernels(info),
-        "CUDA": _cuda(info),
+        "CUDA kernels": _cuda_kernels(info),
+        "CUDA devices": _cuda_devices(info),
         "built with": _build(info),
-        "default device": device,
+        "default device": "cuda" if info["cuda"]["loaded"] and info["gpus"] else "cpu",
         "extras": _extras(info["extras_missing"]),
     }
-    width = max(map(len, lines))
-    text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the information; always 0."""
+    common.check_outputs([common.json_file(args)], args.force)
+    info = collect()
+    table = lines(info)
+    width = max(map(len, table))
+    text = "\n".join(f"{name:<{width}}  {value}" for name, value in table.items())
     common.print_or_write(text, info, args)
     return 0
