@@ -148,11 +148,12 @@ def test_benchmarks_import_what_is_there() -> None:
 # Written so that the patterns do not match this file.
 MACHINE = r"(?<![\w.])/(?:work|farm|root|home|opt/wheels|opt/py[p]i)(?:/|\b(?=[\"'\s]))"
 INDEX = r"py[p]i\.org|python[h]osted\.org|download\.py[t]orch\.org"
-CPU_WHEELS = r"https://download\.py[t]orch\.org/whl/cpu(?![\w/-])"  # the one that users need
+# Those that users need: the CPU wheels, and in the hosted build of CUDA wheels torch's own.
+TORCH_WHEELS = r"https://download\.py[t]orch\.org/whl/(?:cpu(?![\w/-])|\$\{\{ matrix\.name \}\})"
 
 
 def names_a_host(line: str) -> bool:
-    line = re.sub(CPU_WHEELS, "", line)
+    line = re.sub(TORCH_WHEELS, "", line)
     return bool(re.search(MACHINE, line) or re.search(INDEX, line))
 
 
