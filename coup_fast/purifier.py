@@ -19,7 +19,18 @@ from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.first_look import look_at_run, looks_of
 from coup_fast.run.loop import final_state, joined_states
-from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
+from coup_fast.run.options import (
+    RUN_OPTIONS,
+    AutoFlag,
+    Backend,
+    Compile,
+    Gradient,
+    GuidanceGradient,
+    Precision,
+    RunOptions,
+    States,
+    split_options,
+)
 from coup_fast.run.prepare import Kept, prepare
 from coup_fast.run.progress import ProgressOption, Tell, checked, watching
 from coup_fast.run.steps import RUNS, Run, State
@@ -126,17 +137,17 @@ class Purifier(Drivable, nn.Module):
     method without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
 
-    backend = _RunOption[str]("backend")
-    gradient = _RunOption[str]("gradient")
-    states = _RunOption[str]("states")
+    backend = _RunOption[Backend]("backend")
+    gradient = _RunOption[Gradient]("gradient")
+    states = _RunOption[States]("states")
     verify_states = _RunOption[bool]("verify_states")
     graph_memory = _RunOption[int]("graph_memory")
-    guidance_gradient = _RunOption[str]("guidance_gradient")
+    guidance_gradient = _RunOption[GuidanceGradient]("guidance_gradient")
     check_values = _RunOption[bool]("check_values")
-    compile_networks = _RunOption[bool | str]("compile")  # `nn.Module.compile` is a method
-    cuda_graph = _RunOption[bool | str]("cuda_graph")
-    precision = _RunOption[str]("precision")
-    channels_last = _RunOption[bool | str]("channels_last")
+    compile_networks = _RunOption[Compile]("compile")  # `nn.Module.compile` is a method
+    cuda_graph = _RunOption[AutoFlag]("cuda_graph")
+    precision = _RunOption[Precision]("precision")
+    channels_last = _RunOption[AutoFlag]("channels_last")
     max_batch = _RunOption[int | None]("max_batch")
 
     def __init__(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from coup_fast import checks
 
 from . import noise as _noise
 
-GUIDANCE_NORMS = ("none", "normalised", "clipped")
+GuidanceNorm = Literal["none", "normalised", "clipped"]
+GUIDANCE_NORMS = get_args(GuidanceNorm)
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:

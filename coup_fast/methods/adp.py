@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from .. import checks
 from ..plan import AdaptivePlan
 from ..schedules import Schedule
 
-NOISE_VARIANTS = ("gaussian", "binary")
+NoiseVariant = Literal["gaussian", "binary"]
+NOISE_VARIANTS = get_args(NoiseVariant)
 
 
 def adp(
@@ -18,7 +20,7 @@ def adp(
     kind: str = "ncsn",
     *,
     sigma: float = 0.25,
-    noise_variant: str = "gaussian",
+    noise_variant: NoiseVariant = "gaussian",
     num_steps: int = 10,
     step_lambda: float = 0.05,
     delta: float = 1e-3,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from ..plan import (
 )
 from ..schedules import Array, DiscreteSchedule
 
-VARIANCES = ("fixed-small", "fixed-large", "learned")
+Variance = Literal["fixed-small", "fixed-large", "learned"]
+VARIANCES = get_args(Variance)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ def start_at(schedule: DiscreteSchedule, count: int, forward_noise: bool) -> Arr
 
 
 def ancestral_row(
-    level: Level, floor: float, kind: str, variance: str, clip_denoised: bool, guidance_scale: float
+    level: Level,
+    floor: float,
+    kind: str,
+    variance: Variance,
+    clip_denoised: bool,
+    guidance_scale: float,
 ) -> Array:
     """x' = posterior mean + λ Var g + √Var z·[not last] (Ho et al. 2020; Dhariwal and Nichol 2021).
 
@@ -93,7 +100,7 @@ def ancestral_row(
     return row
 
 
-def fixed_variance(level: Level, floor: float, variance: str) -> float:
+def fixed_variance(level: Level, floor: float, variance: Variance) -> float:
     """Var of a step: the posterior's, or the forward jump's (then the last step has the floor)."""
     if variance == "fixed-small":
         return level.beta_tilde

@@ -9,10 +9,12 @@ import numpy as np
 from .. import checks
 from ..plan import C, D, Plan, Rows, joined, make_plan, network_row, start_row
 from ..plan import ddim as ddim_step
+from ..reference import GuidanceNorm
 from ..schedules import Schedule
 from .ancestral import (
     VARIANCES,
     Level,
+    Variance,
     ancestral_row,
     count_of,
     floor_of,
@@ -29,9 +31,9 @@ def ddpm(
     *,
     t_star: float = 0.5,
     num_steps: int | None = None,
-    variance: str = "fixed-small",
+    variance: Variance = "fixed-small",
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     forward_noise: bool = True,
     clip_denoised: bool = False,
@@ -101,7 +103,7 @@ def ddim(
     num_steps: int | None = None,
     eta: float = 0.0,
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     forward_noise: bool = True,
     clip_denoised: bool = False,
@@ -148,7 +150,7 @@ def gradual(
     stride: int = 1,
     eta: float = 1.0,
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     clip_denoised: bool = False,
     clamp_output: bool = False,

@@ -9,9 +9,11 @@ import numpy as np
 
 from .. import checks
 from ..plan import X_VAR, Z_VAR, D, E, Plan, Rows, V, joined, make_plan, start_row
+from ..reference import GuidanceNorm
 from ..schedules import Schedule
 from .ancestral import (
     VARIANCES,
+    Variance,
     ancestral_row,
     count_of,
     fixed_variance,
@@ -33,9 +35,9 @@ def gdmp(
     mse_scale: float = 60000.0,
     ptb: float = 8.0,
     image_shape: Sequence[int] = (3, 32, 32),
-    variance: str = "fixed-large",
+    variance: Variance = "fixed-large",
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     clip_denoised: bool = True,
     clamp_output: bool = True,

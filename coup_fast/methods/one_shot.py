@@ -22,6 +22,7 @@ from ..plan import (
     network_row,
     start_row,
 )
+from ..reference import GuidanceNorm
 from ..schedules import DiscreteSchedule, EDMSchedule, Schedule
 from .network_and_guidance import diffusion_model, guidance_options
 
@@ -33,7 +34,7 @@ def one_shot(
     sigma: float | None = None,
     t_star: float | None = None,
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     clip_denoised: bool = True,
 ) -> Plan:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 from ..plan import Plan, named
 from ..schedules import Schedule
 from .network_and_guidance import diffusion_model
 
+P = ParamSpec("P")
 
-def preset(name: str, base: Callable[..., Plan], doc: str, **defaults: Any) -> Callable[..., Plan]:
+
+def preset(name: str, base: Callable[P, Plan], doc: str, **defaults: Any) -> Callable[P, Plan]:
     """`base` under another name with these defaults; its signature says so."""
+    plan_of: Callable[..., Plan] = base
 
     def method(schedule: Schedule, kind: str = "eps", **options: Any) -> Plan:
         diffusion_model(name, schedule, kind)  # the base would refuse them under its own name
-        return named(base(schedule, kind, **{**defaults, **options}), name)
+        return named(plan_of(schedule, kind, **{**defaults, **options}), name)
 
     signature = inspect.signature(base, eval_str=False)
     parameters = [
@@ -27,4 +30,4 @@ def preset(name: str, base: Callable[..., Plan], doc: str, **defaults: Any) -> C
     method.__name__ = method.__qualname__ = name.replace("-", "_")
     method.__module__ = base.__module__
     method.__doc__ = f"{doc}\n\n    Options and errors are those of `{base.__name__}`."
-    return method
+    return cast("Callable[P, Plan]", method)

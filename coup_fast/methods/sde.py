@@ -20,6 +20,8 @@ be there. That is why it is usable at 10 to 20 steps.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 
 from .. import checks
@@ -36,12 +38,14 @@ from ..plan import (
     network_row,
     start_row,
 )
+from ..reference import GuidanceNorm
 from ..schedules import Array, Schedule, VPSchedule
 from .network_and_guidance import VP, diffusion_model, guidance_options
 from .preset import preset
 
 T_END = 1e-5  # where DiffPure and COUP stop
-SOLVERS = ("euler", "exponential")
+Solver = Literal["euler", "exponential"]
+SOLVERS = get_args(Solver)
 
 
 def time_grid(t_star: float, step_size: float) -> tuple[Array, Array]:
@@ -99,7 +103,7 @@ def _reverse_rows(
     times: Array,
     lengths: Array,
     noise: float,
-    solver: str,
+    solver: Solver,
     clip_denoised: bool,
     guidance_scale: float,
 ) -> Rows:
@@ -130,10 +134,10 @@ def coup(
     num_steps: int | None = None,
     step_size: float | None = None,
     guidance_scale: float = 1.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     forward_noise: bool = False,
-    solver: str = "euler",
+    solver: Solver = "euler",
     clip_denoised: bool = False,
     clamp_output: bool = True,
 ) -> Plan:
@@ -246,10 +250,10 @@ def vp_ode(
     num_steps: int | None = None,
     step_size: float | None = None,
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     forward_noise: bool = True,
-    solver: str = "euler",
+    solver: Solver = "euler",
     clip_denoised: bool = False,
     clamp_output: bool = False,
 ) -> Plan:
@@ -286,7 +290,7 @@ def ldsde(
     lambda_ld: float = 1e-2,
     eta: float = 5.0,
     guidance_scale: float = 0.0,
-    guidance_norm: str = "none",
+    guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
     clamp_output: bool = False,
 ) -> Plan:

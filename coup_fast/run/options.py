@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from coup_fast import checks
 
 SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
 
+Backend = Literal["auto", "compiled", "reference"]
+Gradient = Literal["exact", "autograd", "bpda", "none"]
+States = Literal["device", "host", "sqrt"]
+GuidanceGradient = Literal["full", "stopped"]
+Compile = Literal[
+    True, False, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+]
+Precision = Literal["fp32", "tf32", "bf16"]
+AutoFlag = Literal["auto", True, False]
+
 _CHOICES: dict[str, tuple[object, ...]] = {
-    "backend": ("auto", "compiled", "reference"),
-    "gradient": ("exact", "autograd", "bpda", "none"),
-    "states": ("device", "host", "sqrt"),
+    "backend": get_args(Backend),
+    "gradient": get_args(Gradient),
+    "states": get_args(States),
     "verify_states": (True, False),
-    "guidance_gradient": ("full", "stopped"),
+    "guidance_gradient": get_args(GuidanceGradient),
     "check_values": (True, False),
-    "compile": (True, False, "default", *SELF_CAPTURING, "max-autotune-no-cudagraphs"),
-    "cuda_graph": ("auto", True, False),
-    "precision": ("fp32", "tf32", "bf16"),
-    "channels_last": ("auto", True, False),
+    "compile": get_args(Compile),
+    "cuda_graph": get_args(AutoFlag),
+    "precision": get_args(Precision),
+    "channels_last": get_args(AutoFlag),
 }
 
 
@@ -30,17 +41,17 @@ class RunOptions:
     Raises ValueError listing the choices, TypeError for a max_batch or graph_memory that is no int.
     """
 
-    backend: str = "auto"
-    gradient: str = "exact"
-    states: str = "device"
+    backend: Backend = "auto"
+    gradient: Gradient = "exact"
+    states: States = "device"
     verify_states: bool = False
     graph_memory: int = 0
-    guidance_gradient: str = "full"
+    guidance_gradient: GuidanceGradient = "full"
     check_values: bool = True
-    compile: bool | str = False
-    cuda_graph: bool | str = "auto"
-    precision: str = "fp32"
-    channels_last: bool | str = "auto"
+    compile: Compile = False
+    cuda_graph: AutoFlag = "auto"
+    precision: Precision = "fp32"
+    channels_last: AutoFlag = "auto"
     max_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +67,7 @@ class RunOptions:
 RUN_OPTIONS = tuple(field.name for field in fields(RunOptions))
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of a run, and the others, which are the method's. TypeError for one of a call."""
     if "progress" in options:
         raise TypeError("progress belongs to a call: purifier(images, progress=…)")
