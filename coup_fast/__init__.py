@@ -58,6 +58,7 @@ _SUBMODULES = (
     "models",
     "noise",
     "ops",
+    "options",
     "plan",
     "reference",
     "schedules",

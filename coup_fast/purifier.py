@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from coup_fast import checks, methods
 from coup_fast._torch.frozen import frozen_parameters
+from coup_fast.options import PurifierOptions, listed
 from coup_fast.plan import AnyPlan
 from coup_fast.run import validation
 from coup_fast.run.diagnosis import diagnose
@@ -35,6 +36,9 @@ from coup_fast.run.prepare import Kept, prepare
 from coup_fast.run.progress import ProgressOption, Tell, checked, watching
 from coup_fast.run.steps import RUNS, Run, State
 from coup_fast.score_model import ClassifierFunction, ScoreModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Purifier", "purify"]
 
@@ -68,6 +72,7 @@ class _RunOption(Generic[T]):
         purifier.run_options = replace(purifier.run_options, **{self.name: value})  # type: ignore[arg-type]
 
 
+@listed
 class Purifier(Drivable, nn.Module):
     """Cleans attacked images with a score model: COUP, ADP, DiffPure and their relatives.
 
@@ -77,51 +82,7 @@ class Purifier(Drivable, nn.Module):
             classifier that is defended, and only guided methods need it.
         method: a name in `coup_fast.methods`.
         seed: int in [0, 2^64); with an image's sample id and draw it decides that image's noise.
-        **options: options of the method (`t_star`, `num_steps`, `guidance_scale`, ...; see its
-            function in `coup_fast.methods`), and
-            backend: "auto" (compiled operators; plain PyTorch for float64 images or without the
-                extension), "compiled" or "reference";
-            gradient: of a result with respect to images that require grad. "exact": of the run as
-                it was, in the memory of its states and one step (`coup_fast.run.exact_gradient`);
-                "autograd": the same from a graph of the whole run, which can be differentiated
-                again; "bpda": the purifier's Jacobian is taken as the identity; "none": the
-                result is detached;
-            states: where the exact gradient keeps the run's states: "device", "host", or "sqrt":
-                every √N-th on the device, the others computed once more;
-            verify_states: compare each state that the backward pass computes again with the kept
-                one, bit for bit;
-            graph_memory: bytes that a call's exact gradient may fill with the graphs of its last
-                steps, which the backward pass then does not compute again. The gradient is the same
-                bit for bit. What a step's graph takes is measured once for each kind of run; steps
-                that round differently where gradients are recorded keep none. 0 keeps none.
-                `coup_fast.attacks.eot_gradient` fills what its memory budget leaves;
-            guidance_gradient: "full" differentiates through the guidance to second order;
-                "stopped" treats it as a constant, as the released COUP attack does;
-            check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and
-                NaN after it. Each look waits for the device once; False never waits;
-            compile: call the networks through `torch.compile` (True, or the name of one of its
-                modes). Values are those of the networks up to rounding. Where the gradient through
-                the guidance is "full", the exact gradient differentiates the classifier as it is.
-                This is the way to compiled networks: `torch.compile` of a model around a purifier
-                leaves the purifier's loop alone;
-            cuda_graph: of runs without gradient: capture a step (network, classifier and its
-                vector-Jacobian product on a second stream, update) once per kind of run and replay
-                it for every step. "auto": on CUDA, from the second run of its kind, where the
-                models are modules and can be captured; `graph_reason` says why not. True: at
-                once, or an error. A replay knows nothing of what else the models would have
-                done: hooks, prints, values of Python attributes at the time of a call;
-            precision: of the networks; state, step and noise are float32 in each. "fp32": float32
-                with PyTorch's own flags as they are set (by default cuDNN's convolutions may use
-                TF32). "tf32": TF32 in products and convolutions; needs a GPU. "bf16": autocast to
-                bfloat16 around each network call (works, slowly, on CPUs without bfloat16
-                instructions);
-            channels_last: the state's memory format, and so that of the networks' inputs: True,
-                False (as the images come), or "auto": where the score network's convolutions store
-                their weights so (`module.to(memory_format=torch.channels_last)`);
-            max_batch: images at a time; a larger batch is run in parts, one after the other, and
-                so is its gradient. None: all at once. Each image keeps its noise, so results are
-                those of the whole batch, bit for bit if the networks' own do not depend on the
-                batch (the convolutions of libraries may, in their last bits).
+        **options: of the run and of the method, as listed below (`coup_fast.options`).
 
     Both models are used as they are. Their parameters are not differentiated, and train/eval mode
     and requires_grad flags stay as they are. The flags are off during a run, in all threads, so
@@ -157,7 +118,7 @@ class Purifier(Drivable, nn.Module):
         *,
         method: str = "coup",
         seed: int = 0,
-        **options: Any,
+        **options: Unpack[PurifierOptions],
     ) -> None:
         super().__init__()
         if not isinstance(score_model, ScoreModel):
@@ -179,19 +140,19 @@ class Purifier(Drivable, nn.Module):
         self.options = of_method
         self._kept = Kept()
 
-    def with_options(self, **options: Any) -> Purifier:
+    def with_options(self, **options: Unpack[PurifierOptions]) -> Purifier:
         """A purifier of the same models and seed with other values of these options.
 
         Options of the run (`gradient`, `precision`, …) leave the plan as it is. Options of the
         method make it anew.
         """
         own, of_method = split_options(options)
-        options, plan = self.options | of_method, self.plan
+        joined, plan = self.options | of_method, self.plan
         if of_method:
-            plan = _plan(self.method, self.score_model, self.classifier, options)
+            plan = _plan(self.method, self.score_model, self.classifier, joined)
         other = self.with_plan(plan)
         other.run_options = replace(self.run_options, **own)
-        other.options = options
+        other.options = joined
         return other
 
     def with_plan(self, plan: AnyPlan) -> Purifier:
@@ -425,6 +386,7 @@ def _check_plan(
         )
 
 
+@listed
 def purify(
     images: Tensor,
     score_model: ScoreModel,
@@ -436,7 +398,7 @@ def purify(
     draw: int | Tensor = 0,
     noise: Tensor | None = None,
     progress: ProgressOption = None,
-    **options: Any,
+    **options: Unpack[PurifierOptions],
 ) -> Tensor:
     """Purified images, in one call: `Purifier(score_model, classifier, ...)(images, ...)`.
 

@@ -19,6 +19,7 @@ from coup_fast.attacks.ball import ordered_sum
 from coup_fast.attacks.eot import eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign, name_of
 from coup_fast.attacks.losses import Loss
+from coup_fast.options import PurifierOptions
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run.first_look import is_looking
@@ -26,7 +27,7 @@ from coup_fast.run.first_look import is_looking
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
 # How the gradient is taken -> the purifier's options. "classifier" does without the purifier.
-GRADIENTS: dict[str, dict[str, str]] = {
+GRADIENTS: dict[str, PurifierOptions] = {
     "exact": {"gradient": "exact", "guidance_gradient": "full"},
     "autograd": {"gradient": "autograd", "guidance_gradient": "full"},
     "stopped": {"gradient": "exact", "guidance_gradient": "stopped"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,13 @@ from coup_fast.attacks.foreign import image_gradient
 from coup_fast.gradient_check.adjoint import AdjointRun, why_not
 from coup_fast.gradient_check.foreign import ForeignGradientCheck, check_foreign
 from coup_fast.gradient_check.row import GradientRow, Timed, compared
+from coup_fast.options import PurifierOptions
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CHAINS = ("longer steps", "first steps")
 
@@ -188,8 +192,10 @@ def _shortened(purifier: Purifier, steps: int, *, longer: bool) -> Purifier:
     """
     takes_num_steps = "num_steps" in methods.options(purifier.method)
     if longer and takes_num_steps and purifier.plan.num_steps > steps:
-        whole = {"step_size": None} if "step_size" in purifier.options else {}
-        return purifier.with_options(num_steps=steps, **whole)
+        shorter: PurifierOptions = {"num_steps": steps}
+        if "step_size" in purifier.options:
+            shorter["step_size"] = None
+        return purifier.with_options(**shorter)
     return purifier.with_plan(purifier.plan.first(steps))
 
 
@@ -212,7 +218,7 @@ class _Objective:
         self.model, self.images, self.ids, self.draw = model, images, ids, draw
         self.labels, self.loss = labels, loss
 
-    def of(self, purifier: Purifier, **options: Any) -> Timed:
+    def of(self, purifier: Purifier, **options: Unpack[PurifierOptions]) -> Timed:
         """The gradient with these options of the purifier, and its seconds."""
         variant = _variant(self.model, purifier.with_options(**options))
         return self._gradient(lambda leaf: variant.logits_at(leaf, self.ids, self.draw))

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,13 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast.integrations.diffpure_files import RunFolder, load_score_model
+from coup_fast.options import PurifierOptions
 from coup_fast.plan import Plan, start_row
 from coup_fast.purifier import Purifier
 from coup_fast.score_model import ClassifierFunction, ScoreModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "CoupDiffusion",
@@ -49,7 +53,7 @@ class _Runner(nn.Module):
         pictures: write the pictures and tensors of the first two batches to `args.log_dir`.
         fresh_draws: new noise for every call, from torch's global generator, so that the script's
             `torch.manual_seed` decides it; False: the same noise in every call, by `args.seed`.
-        **options: of the `Purifier` (`gradient`, `states`, `backend`, ...) or of its method.
+        **options: of the `Purifier` and its method, as in `coup_fast.options`.
 
     Raises ValueError for a dataset or score type that the runner has no network for, and
     FileNotFoundError if the checkpoint is not there.
@@ -68,7 +72,7 @@ class _Runner(nn.Module):
         model_dir: str | Path | None = None,
         pictures: bool = True,
         fresh_draws: bool = True,
-        **options: Any,
+        **options: Unpack[PurifierOptions],
     ) -> None:
         super().__init__()
         self.args, self.config = args, config

@@ -24,6 +24,7 @@ from torch import Tensor
 from coup_fast import checks, methods
 from coup_fast.models.diffusers_pipelines import discrete_schedule
 from coup_fast.noise import step_keys
+from coup_fast.options import MethodOptions
 from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
 from coup_fast.run.backends import choose_ops
 from coup_fast.run.guidance import confidence_gradient
@@ -43,7 +44,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         time_scale: None: the network is told the index, as diffusers' are. A number: it was
             trained on continuous time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
         method: a name in `coup_fast.methods.METHODS`.
-        options: the method's options (`t_star`, `guidance_scale`, ...).
+        options: a dictionary of the method's options, `coup_fast.options.MethodOptions`.
 
     Raises ValueError for an unknown method or option, a prediction type or noise schedule that
     cannot be used, and for ADP, whose steps call the network twice.
@@ -62,7 +63,7 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         prediction_type: str = "epsilon",
         time_scale: float | None = None,
         method: str = "coup",
-        options: dict[str, Any] | None = None,
+        options: MethodOptions | None = None,
     ) -> None:
         checks.choice("prediction_type", prediction_type, _KINDS)
         schedule = discrete_schedule(self.config)

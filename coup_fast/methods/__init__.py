@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import checks
 from ..plan import AnyPlan
@@ -29,6 +29,11 @@ from .sde import (
     ldsde,
     vp_ode,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import MethodOptions
 
 METHODS: dict[str, Callable[..., AnyPlan]] = {
     "coup": coup,
@@ -95,7 +100,7 @@ def check_options(name: str, chosen: Iterable[str], others: Iterable[str] = ()) 
         )
 
 
-def plan(name: str, schedule: Schedule, kind: str, **chosen: Any) -> AnyPlan:
+def plan(name: str, schedule: Schedule, kind: str, **chosen: Unpack[MethodOptions]) -> AnyPlan:
     """The plan of a method for networks of this schedule and kind.
 
     Raises ValueError for an unknown method or option, listing those that exist, and ValueError or

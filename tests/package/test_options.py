@@ -1,0 +1,146 @@
+"""The options' types against the functions that take them, and what type checkers and help say."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from helpers.scripts import ROOT, environment
+
+import coup_fast
+from coup_fast.methods import METHODS
+from coup_fast.options import MethodOptions, PurifierOptions
+from coup_fast.run.options import _CHOICES, RunOptions
+
+
+def alternatives(hint: Any) -> set[Any]:
+    """The types that a union joins; one for any other type."""
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+
+
+def parameters(method: str) -> dict[str, tuple[Any, Any]]:
+    """The options of a method's function: type and default."""
+    function = METHODS[method]
+    names = vars(sys.modules[function.__module__])
+    return {
+        p.name: (eval(p.annotation, names), p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def test_the_options_of_methods_are_those_of_their_functions() -> None:
+    taken: dict[str, set[Any]] = {}
+    for method in METHODS:
+        for option, (hint, _) in parameters(method).items():
+            taken.setdefault(option, set()).update(alternatives(hint))
+    typed = {option: alternatives(hint) for option, hint in get_type_hints(MethodOptions).items()}
+    assert typed == taken
+
+
+def test_the_options_of_a_run_are_those_that_it_checks() -> None:
+    own = {f.name for f in fields(RunOptions)}
+    hints = get_type_hints(PurifierOptions)
+    assert set(hints) == own | set(get_type_hints(MethodOptions))
+    assert {name: hints[name] for name in own} == get_type_hints(RunOptions)
+    for name, choices in _CHOICES.items():
+        assert choices == ((True, False) if hints[name] is bool else get_args(hints[name]))
+
+
+@pytest.mark.parametrize("name", ["Purifier", "purify"])
+def test_help_lists_every_option_with_its_methods_and_defaults(name: str) -> None:
+    text = re.sub(r"^ \| ", "", pydoc.plain(pydoc.render_doc(getattr(coup_fast, name))), flags=re.M)
+    lists = re.split(r"^ *Options that .* take.*:\n", text, flags=re.M)
+    assert len(lists) == 3
+    entries = re.compile(r"^ {5,8}(\w+): (.*(?:\n {9,}.*)*)", re.M)
+    of_runs, of_methods = (
+        {option: " ".join(rest.split()) for option, rest in entries.findall(part)}
+        for part in lists[1:]
+    )
+    for field in fields(RunOptions):
+        assert re.search(
+            rf"\w{{3}}.* default {re.escape(repr(field.default))}$", of_runs[field.name]
+        )
+    shown = {
+        option: {
+            default: set(methods.split(", "))
+            for default, methods in re.findall(r" default (.*?): (.*?)(?= default |$)", entry)
+        }
+        for option, entry in of_methods.items()
+    }
+    taken: dict[str, dict[str, set[str]]] = {}
+    for method in METHODS:
+        for option, (_, default) in parameters(method).items():
+            taken.setdefault(option, {}).setdefault(repr(default), set()).add(method)
+    assert shown == taken
+    assert not [option for option, entry in of_methods.items() if entry.startswith("default")]
+
+
+# What follows "# error" is in mypy's sentence on that line; no other line may have an error.
+SCRIPT = """
+import torch
+from typing_extensions import Unpack
+
+import coup_fast
+from coup_fast.options import MethodOptions, PurifierOptions
+
+score_model, classifier = coup_fast.load_bundled()
+images = torch.rand(2, 1, 28, 28)
+clean = coup_fast.purify(images, score_model, classifier, t_star=0.1, solver="exponential")
+purifier = coup_fast.Purifier(score_model, classifier, num_steps=10, gradient="bpda", compile=True)
+other = purifier.with_options(precision="bf16", max_batch=None)
+purifier.gradient = "none"
+ours: PurifierOptions = {"rounds": (30, 50), "channels_last": "auto"}
+gradual = coup_fast.Purifier(score_model, method="gradual", seed=3, **ours)
+
+
+def defend(**options: Unpack[PurifierOptions]) -> coup_fast.Purifier:
+    return coup_fast.Purifier(score_model, classifier, **options)
+
+
+defend(t_star=0.1)
+defend(tstar=0.1)  # error "tstar"
+coup_fast.purify(images, score_model, t_sart=0.1)  # error "t_sart"
+coup_fast.purify(images, score_model, num_steps="10")  # error "str"; expected "int | None"
+coup_fast.Purifier(score_model, sovler="euler")  # error "sovler"
+coup_fast.Purifier(score_model, solver="exponental")  # error "Literal['exponental']"
+coup_fast.Purifier(score_model, chanels_last=True)  # error "chanels_last"
+coup_fast.Purifier(score_model, forward_noise="yes")  # error expected "bool"
+purifier.with_options(gradient="exct")  # error "Literal['exct']"
+purifier.gradient = "exct"  # error "Literal['exct']"
+wrong: PurifierOptions = {"guidance_scal": 1.0}  # error "guidance_scal"
+coup_fast.methods.coup_short(coup_fast.VPSchedule(), tstar=0.1)  # error "tstar"
+coup_fast.methods.plan("coup", coup_fast.VPSchedule(), "eps", gradient="bpda")  # error "gradient"
+"""
+
+
+def test_mypy_rejects_misspelt_options_and_wrong_types_in_a_users_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", script.name],
+        cwd=tmp_path,
+        env=environment(MYPYPATH=str(ROOT), MYPY_CACHE_DIR=str(ROOT / ".mypy_cache")),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    errors = re.findall(r"^script\.py:(\d+): error: (.*)$", done.stdout, re.M)
+    found = dict(errors)
+    expected = {
+        str(number): line.partition("# error ")[2]
+        for number, line in enumerate(SCRIPT.splitlines(), 1)
+        if "# error " in line
+    }
+    assert found.keys() == expected.keys(), done.stdout + done.stderr
+    assert not [sentence for n, sentence in found.items() if expected[n] not in sentence]
+    assert len(errors) == len(found)
