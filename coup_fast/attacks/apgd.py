@@ -18,6 +18,7 @@ from coup_fast import checks
 from coup_fast.attacks.attack import Attack, Rule
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.objective import Evaluation
+from coup_fast.attacks.options import Keep
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class APGD(Attack):
     """
 
     steps: int = 100
-    keep: str = "best"
+    keep: Keep = "best"
     rho: float = 0.75
     momentum: float = 0.75
 

@@ -19,10 +19,10 @@ run on a `PurifiedClassifier` as on any model (docs/attacks.md).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -38,14 +38,18 @@ from coup_fast.attacks.objective import (
     Evaluation,
     Objective,
 )
+from coup_fast.attacks.options import AttackGradient, AttackOptions, Keep, LossName, NoiseName
 from coup_fast.run import validation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FIRST_ATTACK_DRAW = 2**32
 FIRST_START_DRAW = 2**62
 MAX_SEED = 2**29 - 1
 MAX_COUNT = 2**20 - 1
-NOISES = ("fresh", "fixed")
-KEEPS = ("last", "best")
+NOISES = get_args(NoiseName)
+KEEPS = get_args(Keep)
 
 AttackType = TypeVar("AttackType", bound="Attack")
 P = ParamSpec("P")
@@ -134,13 +138,13 @@ class Attack(ABC):
     eps: float = 8 / 255
     steps: int = 200
     eot: int = 20
-    loss: str = "ce"
-    gradient: str = "exact"
-    noise: str = "fresh"
+    loss: LossName = "ce"
+    gradient: AttackGradient = "exact"
+    noise: NoiseName = "fresh"
     through_vote: bool = True
     random_start: bool = True
     restarts: int = 1
-    keep: str = "last"
+    keep: Keep = "last"
     seed: int = 0
     targeted: bool = False
 
@@ -188,9 +192,10 @@ class Attack(ABC):
         kind = {"attack": type(self).__name__, "name": self.name, "weakness": self.weakness}
         return kind | asdict(self)
 
-    def replace(self: AttackType, **changes: Any) -> AttackType:
+    def replace(self: AttackType, **changes: Unpack[AttackOptions]) -> AttackType:
         """The same attack with other options."""
-        return replace(self, **changes)
+        options: Mapping[str, Any] = changes
+        return replace(self, **options)
 
     @abstractmethod
     def rule(self, ball: Ball) -> Rule:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,10 @@ from coup_fast.attacks.attack import (
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import Defended, Objective
+from coup_fast.attacks.options import Keep, Version
 from coup_fast.run.warn import warn
 
-VERSIONS = ("rand", "standard")
+VERSIONS = get_args(Version)
 # Options of other attacks that AutoAttack decides by itself.
 _DECIDED = ("loss", "through_vote", "random_start", "restarts", "keep", "targeted")
 
@@ -51,8 +52,8 @@ class AutoAttack(Attack):
     """
 
     steps: int = 100
-    keep: str = "best"
-    version: str = "rand"
+    keep: Keep = "best"
+    version: Version = "rand"
     queries: int = 5000
 
     def __post_init__(self) -> None:

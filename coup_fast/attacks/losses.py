@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.attacks.eot import cross_entropy
+from coup_fast.attacks.options import LossName
 from coup_fast.run.validation import check_classes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -52,11 +53,11 @@ def _top_spread(scores: Tensor) -> Tensor:
     return top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 
 # The same for attacks that want the label for an answer: larger is nearer to it. The DLR loss has
 # the best other score where Croce & Hein have that of the right class.
-TARGETED: dict[str, Loss] = {
+TARGETED: dict[LossName, Loss] = {
     "ce": lambda scores, targets: -cross_entropy(scores, targets),
     "dlr": lambda scores, targets: -margin(scores, targets) / _top_spread(scores),
     "margin": lambda scores, targets: -margin(scores, targets),

@@ -19,6 +19,7 @@ from coup_fast.attacks.ball import ordered_sum
 from coup_fast.attacks.eot import eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign, name_of
 from coup_fast.attacks.losses import Loss
+from coup_fast.attacks.options import AttackGradient
 from coup_fast.options import PurifierOptions
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
@@ -27,7 +28,7 @@ from coup_fast.run.first_look import is_looking
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
 # How the gradient is taken -> the purifier's options. "classifier" does without the purifier.
-GRADIENTS: dict[str, PurifierOptions] = {
+GRADIENTS: dict[AttackGradient, PurifierOptions] = {
     "exact": {"gradient": "exact", "guidance_gradient": "full"},
     "autograd": {"gradient": "autograd", "guidance_gradient": "full"},
     "stopped": {"gradient": "exact", "guidance_gradient": "stopped"},
@@ -36,7 +37,7 @@ GRADIENTS: dict[str, PurifierOptions] = {
 }
 
 # Why a gradient makes an attack weak, for tables; the others are those of the run itself.
-WEAK_GRADIENTS = {
+WEAK_GRADIENTS: dict[AttackGradient, str] = {
     "stopped": "treats the guidance as a constant",
     "bpda": "takes the purifier's Jacobian as the identity",
     "classifier": "attacks the bare classifier and ignores the purifier",
@@ -73,7 +74,7 @@ class Objective:
         labels: Tensor,
         sample_ids: Tensor,
         loss: Loss,
-        gradient: str,
+        gradient: AttackGradient,
         draws: int,
         through_vote: bool,
         memory_budget: int | None,
@@ -245,7 +246,9 @@ class Objective:
         return purifiers, classifiers
 
 
-def _variant(defended: PurifiedClassifier, gradient: str, through_vote: bool) -> PurifiedClassifier:
+def _variant(
+    defended: PurifiedClassifier, gradient: AttackGradient, through_vote: bool
+) -> PurifiedClassifier:
     """The defence, differentiated in this way."""
     # Votes that are counted have no slope; the mean of their softmax stands in for them.
     vote = "softmax" if defended.vote == "majority" else defended.vote
@@ -285,7 +288,7 @@ def _not_purified(images: Tensor, *_: Any, **__: Any) -> Tensor:
     return images
 
 
-def _stand_in(defence: Defence, gradient: str, through_vote: bool) -> Any:
+def _stand_in(defence: Defence, gradient: AttackGradient, through_vote: bool) -> Any:
     """What takes the place of a defence inside a model, differentiated in this way."""
     if isinstance(defence, PurifiedClassifier):
         bare = gradient == "classifier"

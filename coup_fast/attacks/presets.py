@@ -23,14 +23,18 @@ at the nine best wrong classes of its first forward, here at all nine of ten cla
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.autoattack import AutoAttack
+from coup_fast.attacks.options import AttackOptions
 from coup_fast.attacks.pgd import PGD
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PRESETS: dict[str, Attack] = {
     "pgd-linf": PGD(),
@@ -48,7 +52,7 @@ PRESETS: dict[str, Attack] = {
 }
 
 
-def preset(name: str, **changes: Any) -> Attack:
+def preset(name: str, **changes: Unpack[AttackOptions]) -> Attack:
     """The attack of that name, with these options changed.
 
     Unless step_size is given, PGD's step keeps its proportion to eps (for "pgd-l2" to eps / steps):

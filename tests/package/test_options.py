@@ -16,6 +16,8 @@ import pytest
 from helpers.scripts import ROOT, environment
 
 import coup_fast
+from coup_fast.attacks import APGD, GRADIENTS, LOSSES, PGD, AutoAttack
+from coup_fast.attacks.options import AttackGradient, AttackOptions, LossName
 from coup_fast.methods import METHODS
 from coup_fast.options import MethodOptions, PurifierOptions
 from coup_fast.run.options import _CHOICES, RunOptions
@@ -55,6 +57,18 @@ def test_the_options_of_a_run_are_those_that_it_checks() -> None:
         assert choices == ((True, False) if hints[name] is bool else get_args(hints[name]))
 
 
+def test_the_options_of_attacks_are_their_fields() -> None:
+    taken: dict[str, set[Any]] = {}
+    for attack in (PGD, APGD, AutoAttack):
+        for name, hint in get_type_hints(attack).items():
+            taken.setdefault(name, set()).update(alternatives(hint))
+    told = {"norm": {float}, "eps": {str}, "step_size": {str}}  # read by `attacks.units`
+    typed = {name: alternatives(hint) for name, hint in get_type_hints(AttackOptions).items()}
+    assert typed == {name: hints | told.get(name, set()) for name, hints in taken.items()}
+    assert get_args(AttackGradient) == tuple(GRADIENTS)
+    assert get_args(LossName) == tuple(LOSSES)
+
+
 @pytest.mark.parametrize("name", ["Purifier", "purify"])
 def test_help_lists_every_option_with_its_methods_and_defaults(name: str) -> None:
     text = re.sub(r"^ \| ", "", pydoc.plain(pydoc.render_doc(getattr(coup_fast, name))), flags=re.M)
@@ -90,7 +104,8 @@ import torch
 from typing_extensions import Unpack
 
 import coup_fast
-from coup_fast.options import MethodOptions, PurifierOptions
+from coup_fast.attacks import PGD, preset
+from coup_fast.options import PurifierOptions
 
 score_model, classifier = coup_fast.load_bundled()
 images = torch.rand(2, 1, 28, 28)
@@ -100,6 +115,7 @@ other = purifier.with_options(precision="bf16", max_batch=None)
 purifier.gradient = "none"
 ours: PurifierOptions = {"rounds": (30, 50), "channels_last": "auto"}
 gradual = coup_fast.Purifier(score_model, method="gradual", seed=3, **ours)
+attack = preset("pgd40", eps="4/255", norm="Linf").replace(gradient="bpda")
 
 
 def defend(**options: Unpack[PurifierOptions]) -> coup_fast.Purifier:
@@ -119,6 +135,9 @@ purifier.gradient = "exct"  # error "Literal['exct']"
 wrong: PurifierOptions = {"guidance_scal": 1.0}  # error "guidance_scal"
 coup_fast.methods.coup_short(coup_fast.VPSchedule(), tstar=0.1)  # error "tstar"
 coup_fast.methods.plan("coup", coup_fast.VPSchedule(), "eps", gradient="bpda")  # error "gradient"
+preset("pgd40", epss=0.1)  # error "epss"
+attack.replace(step_sise="2/255")  # error "step_sise"
+PGD(gradient="exct")  # error "Literal['exct']"
 """
 
 
