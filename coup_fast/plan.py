@@ -114,6 +114,12 @@ class Plan:
             noisy=self.noisy[:steps],
         )
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {_summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
     def table(self) -> str:
         """The plan as text: one line per row, with the coefficients that do something."""
         lines = [f"{self.method}: {self.num_steps} rows, {self.num_noise} noise tensors"]
@@ -194,6 +200,12 @@ class AdaptivePlan:
         """The first `steps` steps (all, if there are fewer)."""
         return replace(self, coeffs=self.coeffs[: checks.integer("steps", steps, 1)])
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {_summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
     def table(self) -> str:
         """The plan as text."""
         lines = [f"{self.method}: {self.num_steps} steps, delta={self.delta:.6g}"]
@@ -209,6 +221,47 @@ AnyPlan = Plan | AdaptivePlan
 
 def _digest(*tables: Array) -> str:
     return hashlib.sha256(b"".join(table.tobytes() for table in tables)).hexdigest()
+
+
+def _summary(plan: AnyPlan) -> str:
+    """A plan in a few words."""
+    steps, calls, noises = plan.num_steps, plan.num_network_calls, plan.num_noise
+    words = [f"{steps} step{'s' * (steps != 1)}"]
+    if calls != steps:
+        words.append(f"{calls} network call{'s' * (calls != 1)}")
+    if calls:
+        low, high = (f"{time:.4g}" for time in (np.nanmin(plan.times), np.nanmax(plan.times)))
+        words.append(f"t = {high}" if low == high else f"t in [{low}, {high}]")
+    words.append(f"{noises} noise tensor{'s' * (noises != 1)}")
+    words += ["guided by the classifier"] if plan.needs_classifier else []
+    return f"{plan.method!r}: {', '.join(words)}"
+
+
+def _html(plan: AnyPlan) -> str:
+    """A plan as a table for notebooks; long plans without the rows in their middle."""
+    from html import escape  # here, because few need it and it takes a millisecond
+
+    columns = ROW_COLUMNS if isinstance(plan, Plan) else ADAPTIVE_COLUMNS
+    noisy, guided, times = plan.noise_index, plan.guided, plan.times
+    first = "yes" if plan.start_noisy else ""
+    rows = [["start", "", first, "", _describe(START_COLUMNS, plan.start)]]
+    shown = 5  # at either end
+    middle = range(shown, plan.num_steps - shown) if plan.num_steps > 3 * shown else range(0)
+    for k in range(plan.num_steps):
+        if k in middle:
+            if k == middle.start:
+                rows.append(["…", "", "", "", f"{len(middle)} more rows"])
+            continue
+        time = "no network" if np.isnan(times[k]) else f"{times[k]:.6g}"
+        flags = ["yes" if flag else "" for flag in (noisy[k] is not None, guided[k])]
+        rows.append([str(k), time, *flags, _describe(columns, plan.coeffs[k])])
+    head = "".join(f"<th>{name}</th>" for name in ("row", "t", "noisy", "guided", "coefficients"))
+    cell = '<td style="text-align: left">{}</td>'
+    body = [f"<tr>{''.join(cell.format(escape(text)) for text in row)}</tr>" for row in rows]
+    return (
+        f"<table><caption>{escape(_summary(plan))}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
 
 
 def _describe(names: tuple[str, ...], row: Array) -> str:

@@ -13,7 +13,7 @@ from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated, in_backward
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
-from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.modules import described, in_dtype_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
@@ -259,5 +259,11 @@ class PurifiedClassifier(Drivable, nn.Module):
             self.next_draw = taken + count
         return draw + taken
 
-    def extra_repr(self) -> str:
-        return f"num_draws={self.num_draws}, vote={self.vote!r}, fresh_draws={self.fresh_draws}"
+    def __repr__(self) -> str:
+        facts = f"num_draws={self.num_draws}, vote={self.vote!r}, fresh_draws={self.fresh_draws}"
+        purifier = repr(self.purifier).replace("\n", "\n  ")
+        return (
+            f"{type(self).__name__}({facts})\n"
+            f"  classifier: {described(self.classifier)}\n"
+            f"  purifier: {purifier}"
+        )

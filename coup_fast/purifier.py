@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from coup_fast import checks, methods
 from coup_fast._torch.frozen import frozen_parameters
+from coup_fast._torch.modules import described
 from coup_fast.options import PurifierOptions, listed
 from coup_fast.plan import AnyPlan
 from coup_fast.run import validation
@@ -355,10 +357,20 @@ class Purifier(Drivable, nn.Module):
 
         return shown()
 
-    def extra_repr(self) -> str:
-        options = {"method": self.method, "seed": self.seed, **self.options}
-        options |= {name: getattr(self.run_options, name) for name in RUN_OPTIONS}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+    def __repr__(self) -> str:
+        usual = vars(RunOptions())
+        own = {k: v for k, v in vars(self.run_options).items() if k == "gradient" or v != usual[k]}
+        facts = {"method": self.method, "seed": self.seed, **self.options}
+        if (t_star := methods.options(self.method).get("t_star")) is not None:
+            facts.setdefault("t_star", t_star)
+        facts |= own
+        said = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in facts.items())
+        return (
+            f"{type(self).__name__}({said})\n"
+            f"  plan: {self.plan}\n"
+            f"  score_model: {self.score_model}\n"
+            f"  classifier: {None if self.classifier is None else described(self.classifier)}"
+        )
 
 
 def _plan(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated
-from coup_fast._torch.modules import declared_channels, grad_leaf, in_dtype_of
+from coup_fast._torch.modules import declared_channels, described, grad_leaf, in_dtype_of
 from coup_fast._torch.transforms import refuse_scripting
 
 if TYPE_CHECKING:
@@ -111,8 +111,10 @@ class ScoreModel(nn.Module):
             x = in_dtype_of(self.network, x)
         return output_of(self.network(x, t))
 
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
+    def __repr__(self) -> str:
+        facts = f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
+        facts += "" if self.t_max is None else f", t_max={self.t_max:g}"
+        return f"{type(self).__name__}({described(self.network)}, {facts})"
 
 
 class EnergyModel(nn.Module):
@@ -143,6 +145,9 @@ class EnergyModel(nn.Module):
     def in_channels(self) -> int | None:
         """Image channels the network declares, or None."""
         return declared_channels(self.network)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({described(self.network)})"
 
     def energy(self, x: Tensor, t: Tensor) -> Tensor:
         """E(x, t), [B]. Raises ValueError if the network returns other than one number a sample."""

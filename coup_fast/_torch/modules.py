@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def module_of(function: Any) -> nn.Module | None:
@@ -15,6 +17,27 @@ def module_of(function: Any) -> nn.Module | None:
         return function
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def name_of(function: Any) -> str:
+    """A callable in a few words: a module's class, a function's name."""
+    if isinstance(function, nn.Module):
+        return type(function).__name__
+    return str(getattr(function, "__qualname__", None) or reprlib.repr(function))
+
+
+def described(function: Any) -> str:
+    """A callable in one line: its name, and where it is a module, its parameters."""
+    module = module_of(function)
+    if module is None:
+        name = name_of(function)
+        return name if name.startswith("<") else f"<{name}>"
+    parameters = list(module.parameters())
+    count = sum(p.numel() for p in parameters if not is_lazy(p))
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
+    places = {str(p.device) for p in parameters}
+    facts = [f"{count:,} parameters" if parameters else "no parameters", *sorted(dtypes)]
+    return f"<{name_of(function)}: {', '.join([*facts, *sorted(places)])}>"
 
 
 def first_parameter(function: Any) -> Tensor | None:

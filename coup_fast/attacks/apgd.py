@@ -21,7 +21,7 @@ from coup_fast.attacks.objective import Evaluation
 from coup_fast.attacks.options import Keep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class APGD(Attack):
     """z ← P(x + η d), x ← P(x + α (z - x) + (1 - α) (x - x_before)).
 

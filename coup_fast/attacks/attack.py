@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
@@ -50,6 +50,7 @@ MAX_SEED = 2**29 - 1
 MAX_COUNT = 2**20 - 1
 NOISES = get_args(NoiseName)
 KEEPS = get_args(Keep)
+_ALWAYS_SAID = ("norm", "eps", "steps", "eot", "gradient", "step_size", "version")
 
 AttackType = TypeVar("AttackType", bound="Attack")
 P = ParamSpec("P")
@@ -105,7 +106,7 @@ def _images_of(
     return call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attack(ABC):
     """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
 
@@ -165,6 +166,15 @@ class Attack(ABC):
         ):
             value = checks.integer(name, getattr(self, name), low, high)
             object.__setattr__(self, name, value)  # for JSON, which knows no NumPy
+
+    def __repr__(self) -> str:
+        """As it could be written: what is not said has its default."""
+        said = [
+            f"{f.name}={_length(value) if f.name in ('eps', 'step_size') else repr(value)}"
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != f.default or f.name in _ALWAYS_SAID
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     @property
     def name(self) -> str:
@@ -256,6 +266,12 @@ class Attack(ABC):
         return search.result()
 
     __call__ = _images_of(run)
+
+
+def _length(value: float) -> str:
+    """8/255 rather than 0.03137254901960784."""
+    levels = round(value * 255)
+    return f"{levels}/255" if levels / 255 == value != 1 else repr(value)
 
 
 def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:

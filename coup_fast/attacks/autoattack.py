@@ -41,7 +41,7 @@ VERSIONS = get_args(Version)
 _DECIDED = ("loss", "through_vote", "random_start", "restarts", "keep", "targeted")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AutoAttack(Attack):
     """AutoAttack's `rand` (APGD-CE, APGD-DLR) or `standard` (APGD-CE, APGD-T, FAB-T, Square).
 

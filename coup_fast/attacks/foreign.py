@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import reprlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
-from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import reachable
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
@@ -190,13 +189,6 @@ def _like(defence: Defence) -> Defence:
         return defence.with_options()
     purifier = defence.purifier.with_options()
     return PurifiedClassifier(purifier, defence.classifier, defence.num_draws, defence.vote)
-
-
-def name_of(model: Any) -> str:
-    """A model in an error message."""
-    if isinstance(model, nn.Module):
-        return type(model).__name__
-    return str(getattr(model, "__qualname__", None) or reprlib.repr(model))
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast._torch.modules import in_dtype_of
+from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
 from coup_fast.attacks.eot import eot_gradient
-from coup_fast.attacks.foreign import Defence, Foreign, name_of
+from coup_fast.attacks.foreign import Defence, Foreign
 from coup_fast.attacks.losses import Loss
 from coup_fast.attacks.options import AttackGradient
 from coup_fast.options import PurifierOptions

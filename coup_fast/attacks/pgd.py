@@ -12,7 +12,7 @@ from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.objective import Evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PGD(Attack):
     """x ← P(x + step_size · d), where d = sign(g) for ℓ∞ and g / ‖g‖₂ for ℓ2.
 

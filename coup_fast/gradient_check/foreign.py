@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks
+from coup_fast._torch.modules import name_of
 from coup_fast.attacks.ball import l2_norms
-from coup_fast.attacks.foreign import Foreign, name_of
+from coup_fast.attacks.foreign import Foreign
 from coup_fast.attacks.losses import Loss
 from coup_fast.gradient_check.row import GradientRow, compared
 from coup_fast.noise import step_keys
