@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Mapping
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
 from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
 from coup_fast.evaluation.state import FORMAT, Unit
-from coup_fast.evaluation.tables import render_table
+from coup_fast.evaluation.tables import Style, render_table
 from coup_fast.files import write_text
 
 
@@ -122,7 +123,7 @@ class Report:
             *(f"average of {k}", f"worst of {k}", f"majority of {k}"),
         ]
 
-    def table(self, style: Literal["terminal", "markdown"] = "terminal") -> str:
+    def table(self, style: Style = "terminal") -> str:
         """One line per defence and attack, percentages with their intervals."""
         rows: list[list[object]] = []
         for line in self.lines:
@@ -133,6 +134,14 @@ class Report:
         align += ["right"] * (len(self.headers()) - 2)
         text = render_table(self.headers(), rows, style, align)
         return text.replace("WEAK ", "**weak:** ") if style == "markdown" else text
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not finished"
+        return f"<Report on {self.images} images, {len(self.config.rows)} rows, {state}>"
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes())
+        return f"<div><p>{escape(self.heading())}</p>{self.table('html')}<ul>{notes}</ul></div>"
 
     def heading(self) -> str:
         """What the table counts."""

@@ -1,20 +1,23 @@
-"""Tables for the terminal and for Markdown, through tabulate."""
+"""Tables for the terminal, for Markdown and for notebooks, through tabulate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-_FORMATS = {"terminal": "simple", "markdown": "github"}
+Style = Literal["terminal", "markdown", "html"]
+_FORMATS = {"terminal": "simple", "markdown": "github", "html": "html"}
 
 
 def render_table(
     headers: Sequence[str],
     rows: Sequence[Sequence[object]],
-    style: Literal["terminal", "markdown"] = "terminal",
+    style: Style = "terminal",
     align: Sequence[Literal["left", "right", "center"]] | None = None,
 ) -> str:
     """A table as text. Cells are printed as given, numbers included, and None is empty.
+
+    HTML is escaped, and sets alignments but no colours.
 
     `align` holds one word per column; by default the first column is left and the others right.
     """

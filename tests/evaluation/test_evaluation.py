@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -358,6 +359,27 @@ def test_a_report_in_all_forms(tmp_path: Path) -> None:
     assert float(rows[0]["clean_one_draw"]) == data["rows"][0]["clean"]["one_draw"]["rate"]
     assert "| coup t\\*=0.05" in report.table("markdown").replace("*", "\\*")
     assert "2 images are few" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_in_a_notebook(tmp_path: Path) -> None:
+    name = "<b>&\"'</td>"
+    defence = [{"method": "coup", "name": name, "options": {"num_steps": 1}}]
+    report = run(eval_models.tables(2, defence=defence), tmp_path, 2)
+    html = report._repr_html_()
+    assert "color" not in html
+    assert "background" not in html
+    shown = ElementTree.fromstring(html)
+    head, *rows = [["".join(c.itertext()).strip() for c in row] for row in shown.iter("tr")]
+    assert head == report.headers()
+    assert [row[:2] for row in rows] == [
+        [line.defence_label, line.attack_label] for line in report.lines
+    ]
+    assert name in {row[0] for row in rows}
+    for row, line in zip(rows, report.lines, strict=True):
+        assert row[2] == line.clean.one_draw.percent()
+    assert shown.findtext("p") == report.heading()
+    assert [note.text for note in shown.iter("li")] == report.notes()
+    assert repr(report) == f"<Report on 2 images, {len(report.config.rows)} rows, complete>"
 
 
 def test_curves_hold_rows_that_differ_in_one_value(tmp_path: Path) -> None:
