@@ -5,8 +5,9 @@ Type checkers and editors read `PurifierOptions` wherever options are handed on:
     options: PurifierOptions = {"t_star": 0.1, "solver": "exponential"}
     purifier = coup_fast.Purifier(score_model, classifier, method="coup", **options)
 
-The types allow what any method takes; whether this method takes it is checked at run time. `help`
-of a `listed` function shows these docstrings beside the defaults of each method.
+The types allow what any method takes. Whether the chosen method takes it is checked at run time. A
+method that you add to `METHODS` may have options that are not here; type checkers let them pass in
+a `dict[str, Any]`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
+from inspect import Parameter
 from typing import Any, TypedDict, TypeVar
 
 from coup_fast import methods
@@ -48,31 +50,32 @@ class MethodOptions(TypedDict, total=False):
         num_steps: steps of a run, at least 1; None: as many as published.
         step_size: length of a step in time, instead of num_steps; None: the published one.
         guidance_scale: λ >= 0, the weight of the classifier's confidence; 0 needs no classifier.
-        guidance_norm: "none", "normalised" (each sample's gradient divided by its norm) or
-            "clipped" (scaled down to guidance_max_norm where its norm is larger).
-        guidance_max_norm: the largest norm of a sample's gradient, > 0, with "clipped" only.
+        guidance_norm: "none"; "normalised" divides each sample's gradient by its norm; "clipped"
+            scales it down to guidance_max_norm where its norm is larger.
+        guidance_max_norm: the largest norm of a sample's gradient, > 0; with "clipped" only.
         forward_noise: diffuse the image to t_star before the first step.
         solver: "euler" as published, or "exponential" for 10 to 20 steps.
         clip_denoised: clamp the predicted clean image to [-1, 1] at each step.
         clamp_output: clamp the result to valid pixels.
         sigma2: σ² > 0, the variance of the tie to the attacked image.
         lambda_ld: λ > 0, the rate of the Langevin dynamics.
-        eta: scale of the noise: in [0, 1] for ddim and gradual, >= 0 for ldsde.
-        variance: "fixed-small" (posterior), "fixed-large" (β) or "learned" (2C-channel networks).
-        rounds: how often to diffuse and denoise (gdmp), or the number of indices of each round
-            (gradual).
-        mse_scale: the released guide scale of the gradient towards the attacked image, >= 0.
-        ptb: the attack's ε in units of 1/255, in (0, 255].
+        eta: scale of the noise; in [0, 1] for ddim and gradual, >= 0 for ldsde.
+        variance: "fixed-small" (of the posterior), "fixed-large" (β) or "learned" (by a network
+            with 2C output channels).
+        rounds: for gdmp, how often to diffuse and denoise, at least 1; for gradual, the number of
+            indices of each round, in [1, N].
+        mse_scale: scale of the gradient towards the attacked image as released, >= 0.
+        ptb: ε of the attack in units of 1/255, in (0, 255].
         image_shape: C, H, W of the images over which the squared error is averaged.
         stride: use every stride-th index of a round, at least 1.
-        sigma: noise level on pixels: >= 0 for adp; > 0 for one-shot, where None means 0.25 unless
+        sigma: noise level on pixels; for adp >= 0; for one-shot > 0, where None means 0.25 unless
             t_star is given.
-        noise_variant: "gaussian", or "binary": ±σ√(2/π).
-        step_lambda: λ > 0, from which the step size follows.
+        noise_variant: "gaussian", or "binary", which is ±σ√(2/π).
+        step_lambda: λ > 0, to which the step size is proportional.
         delta: δ > 0, how far ahead the second score is taken.
         tau: τ >= 0; a sample stops for good once its step size is at most τ.
-        alpha_min: smallest step size, >= 0.
-        alpha_max: largest step size, >= alpha_min.
+        alpha_min: the smallest step size, >= 0.
+        alpha_max: the largest step size, >= alpha_min.
         pixel_map_every_step: map pixels for the network at every step, as released; False: at the
             first step only.
     """
@@ -110,15 +113,15 @@ class PurifierOptions(MethodOptions, total=False):
     """The options of a run, which every purifier takes, beside those of its method.
 
     Attributes:
-        backend: "auto" (compiled operators; plain PyTorch for float64 images or without the
-            extension), "compiled" or "reference".
-        gradient: of a result with respect to images that require grad. "exact": of the run as it
-            was, in the memory of its states and one step (`coup_fast.run.exact_gradient`);
-            "autograd": the same from a graph of the whole run, which can be differentiated again;
-            "bpda": the purifier's Jacobian is taken as the identity; "none": the result is
-            detached.
-        states: where the exact gradient keeps the run's states: "device", "host", or "sqrt": every
-            √N-th on the device, the others computed once more.
+        backend: "auto" runs the compiled operators, and plain PyTorch for float64 images or where
+            the extension is missing; "compiled" and "reference" insist on one of the two.
+        gradient: how a result is differentiated by images that require grad. "exact" differentiates
+            the run as it was, in the memory of its states and one step
+            (`coup_fast.run.exact_gradient`). "autograd" does the same from a graph of the whole
+            run, which can be differentiated again. "bpda" takes the purifier's Jacobian as the
+            identity. "none" detaches the result.
+        states: where the exact gradient keeps the run's states: on the "device" or on the "host";
+            "sqrt" keeps every √N-th on the device and computes the others once more.
         verify_states: compare each state that the backward pass computes again with the kept one,
             bit for bit.
         graph_memory: bytes that a call's exact gradient may fill with the graphs of its last steps,
@@ -130,28 +133,29 @@ class PurifierOptions(MethodOptions, total=False):
             treats it as a constant, as the released COUP attack does.
         check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and NaN
             after it. Each look waits for the device once; False never waits.
-        compile: call the networks through `torch.compile` (True, or the name of one of its modes).
-            Values are those of the networks up to rounding. Where the gradient through the
-            guidance is "full", the exact gradient differentiates the classifier as it is. This is
-            the way to compiled networks: `torch.compile` of a model around a purifier leaves the
-            purifier's loop alone.
-        cuda_graph: of runs without gradient: capture a step (network, classifier and its
+        compile: call the networks through `torch.compile`; True, or the name of one of its modes.
+            Values are those of the networks up to rounding. Where the gradient through the guidance
+            is "full", the exact gradient differentiates the classifier as it is. Use this option to
+            compile networks: `torch.compile` of a model around a purifier does not compile the
+            purifier's loop.
+        cuda_graph: for runs without gradient, capture a step (network, classifier and its
             vector-Jacobian product on a second stream, update) once per kind of run and replay it
-            for every step. "auto": on CUDA, from the second run of its kind, where the models are
-            modules and can be captured; `graph_reason` says why not. True: at once, or an error. A
-            replay knows nothing of what else the models would have done: hooks, prints, values of
-            Python attributes at the time of a call.
-        precision: of the networks; state, step and noise are float32 in each. "fp32": float32 with
-            PyTorch's own flags as they are set (by default cuDNN's convolutions may use TF32).
-            "tf32": TF32 in products and convolutions; needs a GPU. "bf16": autocast to bfloat16
-            around each network call (works, slowly, on CPUs without bfloat16 instructions).
-        channels_last: the state's memory format, and so that of the networks' inputs: True, False
-            (as the images come), or "auto": where the score network's convolutions store their
-            weights so (`module.to(memory_format=torch.channels_last)`).
-        max_batch: images at a time; a larger batch is run in parts, one after the other, and so is
-            its gradient. None: all at once. Each image keeps its noise, so results are those of
-            the whole batch, bit for bit if the networks' own do not depend on the batch (the
-            convolutions of libraries may, in their last bits).
+            for every step. "auto" does so on CUDA from the second run of its kind, where the models
+            are modules and can be captured; `graph_reason` says why not. True does so at once, or
+            raises an error. A replay does nothing else that the models would have done: hooks,
+            prints, and values of Python attributes are those of the capture.
+        precision: of the networks; state, step and noise are float32 in each. "fp32" is float32
+            with PyTorch's own flags as they are set (by default cuDNN's convolutions may use TF32).
+            "tf32" uses TF32 in products and convolutions, and needs a GPU. "bf16" is autocast to
+            bfloat16 around each network call; it works, slowly, on CPUs without bfloat16
+            instructions.
+        channels_last: the memory format of the state and so of the networks' inputs: True, False
+            (as the images come), or "auto", which is True where the score network's convolutions
+            store their weights so (`module.to(memory_format=torch.channels_last)`).
+        max_batch: images at a time, at least 1. A larger batch is run in parts, one after the
+            other, and so is its gradient. None runs all at once. Each image keeps its noise, so
+            results are those of the whole batch, bit for bit if the networks' own do not depend on
+            the batch (those of libraries' convolutions may, in their last bits).
     """
 
     backend: Backend
@@ -168,10 +172,30 @@ class PurifierOptions(MethodOptions, total=False):
     max_batch: int | None
 
 
+class _OfMethod:
+    """Stands for a default that the method decides."""
+
+    def __repr__(self) -> str:
+        return "…"
+
+
 def listed(function: T) -> T:
-    """A decorator that adds to a docstring all options, with the methods that take them."""
+    """A decorator that names all options of a function with `**options`, or of a class.
+
+    Its docstring lists them, and its signature has them as parameters, because notebooks complete
+    what `inspect.signature` shows and cannot read `Unpack`.
+    """
     if function.__doc__ is not None:  # as it is under python -OO
         function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\n{_listing()}"
+    called: Any = vars(function)["__init__"] if isinstance(function, type) else function
+    signature = inspect.signature(called)
+    *own, keywords = signature.parameters.values()
+    usual, decided = RunOptions(), _OfMethod()
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=getattr(usual, name, decided))
+        for name in PurifierOptions.__annotations__
+    ]
+    called.__signature__ = signature.replace(parameters=[*own, *options, keywords])
     return function
 
 

@@ -84,7 +84,8 @@ class Purifier(Drivable, nn.Module):
             classifier that is defended, and only guided methods need it.
         method: a name in `coup_fast.methods`.
         seed: int in [0, 2^64); with an image's sample id and draw it decides that image's noise.
-        **options: of the run and of the method, as listed below (`coup_fast.options`).
+        **options: options of the run (`coup_fast.options.PurifierOptions`) and of the method
+            (`coup_fast.options.MethodOptions`).
 
     Both models are used as they are. Their parameters are not differentiated, and train/eval mode
     and requires_grad flags stay as they are. The flags are off during a run, in all threads, so

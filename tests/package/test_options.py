@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from helpers import tiny
 from helpers.scripts import ROOT, environment
 
 import coup_fast
@@ -98,8 +99,24 @@ def test_help_lists_every_option_with_its_methods_and_defaults(name: str) -> Non
     assert not [option for option, entry in of_methods.items() if entry.startswith("default")]
 
 
+@pytest.mark.parametrize("name", ["Purifier", "purify"])
+def test_signatures_name_every_option_for_notebooks(name: str) -> None:
+    signature = inspect.signature(getattr(coup_fast, name))
+    *named, rest = signature.parameters.values()
+    assert rest.kind is inspect.Parameter.VAR_KEYWORD
+    defaults = {p.name: p.default for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert set(get_type_hints(PurifierOptions)) < set(defaults)
+    assert {f.name: f.default for f in fields(RunOptions)}.items() <= defaults.items()
+    assert inspect.Parameter.empty not in defaults.values()
+    assert signature.return_annotation == ("None" if name == "Purifier" else "Tensor")
+    instance = inspect.signature(tiny.short_purifier())
+    assert set(instance.parameters) == {"args", "kwargs"}
+
+
 # What follows "# error" is in mypy's sentence on that line; no other line may have an error.
 SCRIPT = """
+from typing import Any
+
 import torch
 from typing_extensions import Unpack
 
@@ -115,6 +132,8 @@ other = purifier.with_options(precision="bf16", max_batch=None)
 purifier.gradient = "none"
 ours: PurifierOptions = {"rounds": (30, 50), "channels_last": "auto"}
 gradual = coup_fast.Purifier(score_model, method="gradual", seed=3, **ours)
+unknown: dict[str, Any] = {"levels": 3}
+mine = coup_fast.Purifier(score_model, method="mine", **unknown)
 attack = preset("pgd40", eps="4/255", norm="Linf").replace(gradient="bpda")
 
 
