@@ -148,6 +148,8 @@ class Purifier(Drivable, nn.Module):
 
         Options of the run (`gradient`, `precision`, …) leave the plan as it is. Options of the
         method make it anew.
+
+        Raises TypeError or ValueError as `Purifier` does for the same options.
         """
         own, of_method = split_options(options)
         joined, plan = self.options | of_method, self.plan
