@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from coup_fast.run.diagnosis import diagnose
 from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.first_look import look_at_run, looks_of
-from coup_fast.run.loop import final_state, joined_states
-from coup_fast.run.options import RUN_OPTIONS, RunOptions, split_options
+from coup_fast.run.loop import final_state, joined_states, parts_of
+from coup_fast.run.options import RUN_OPTIONS, RunOption, RunOptions, split_options
 from coup_fast.run.prepare import Kept, prepare
 from coup_fast.run.progress import ProgressOption, Tell, checked, watching
 from coup_fast.run.steps import RUNS, Run, State
@@ -31,30 +31,6 @@ _compiler_disable: Callable[..., Any] = torch.compiler.disable
 _NOT_COMPILED = (
     "the loop of a coup_fast.Purifier is not compiled; compile=True compiles its networks"
 )
-
-T = TypeVar("T")
-
-
-class _RunOption(Generic[T]):
-    """One of `Purifier.run_options` as an attribute; setting it checks the value."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, purifier: None, owner: type) -> _RunOption[T]: ...
-
-    @overload
-    def __get__(self, purifier: Purifier, owner: type) -> T: ...
-
-    def __get__(self, purifier: Purifier | None, owner: type) -> _RunOption[T] | T:
-        if purifier is None:
-            return self
-        value: T = getattr(purifier.run_options, self.name)
-        return value
-
-    def __set__(self, purifier: Purifier, value: T) -> None:
-        purifier.run_options = replace(purifier.run_options, **{self.name: value})  # type: ignore[arg-type]
 
 
 class Purifier(Drivable, nn.Module):
@@ -118,6 +94,9 @@ class Purifier(Drivable, nn.Module):
     differentiable; otherwise the run holds one state, which each step overwrites: a network that
     keeps its input must keep a copy.
 
+    Options of the run are attributes. A call goes by those that are set when it begins; several
+    threads may call, and set options, at the same time.
+
     An image's result depends on the image, the seed, its sample id and its draw; not on its batch,
     as far as that is true of the networks. Without `sample_ids` its id is its position.
 
@@ -125,18 +104,18 @@ class Purifier(Drivable, nn.Module):
     without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
 
-    backend = _RunOption[str]("backend")
-    gradient = _RunOption[str]("gradient")
-    states = _RunOption[str]("states")
-    verify_states = _RunOption[bool]("verify_states")
-    graph_memory = _RunOption[int]("graph_memory")
-    guidance_gradient = _RunOption[str]("guidance_gradient")
-    check_values = _RunOption[bool]("check_values")
-    compile_networks = _RunOption[bool | str]("compile")  # `nn.Module.compile` is a method
-    cuda_graph = _RunOption[bool | str]("cuda_graph")
-    precision = _RunOption[str]("precision")
-    channels_last = _RunOption[bool | str]("channels_last")
-    max_batch = _RunOption[int | None]("max_batch")
+    backend = RunOption[str]("backend")
+    gradient = RunOption[str]("gradient")
+    states = RunOption[str]("states")
+    verify_states = RunOption[bool]("verify_states")
+    graph_memory = RunOption[int]("graph_memory")
+    guidance_gradient = RunOption[str]("guidance_gradient")
+    check_values = RunOption[bool]("check_values")
+    compile_networks = RunOption[bool | str]("compile")  # `nn.Module.compile` is a method
+    cuda_graph = RunOption[bool | str]("cuda_graph")
+    precision = RunOption[str]("precision")
+    channels_last = RunOption[bool | str]("channels_last")
+    max_batch = RunOption[int | None]("max_batch")
 
     def __init__(
         self,
@@ -265,9 +244,10 @@ class Purifier(Drivable, nn.Module):
         progress = checked(progress)
         run = self.prepare(images, sample_ids, draw, noise)
         if images.numel() == 0:
-            return images.detach().clone() if self.gradient == "none" else images.clone()
-        parts = self._parts(images)
-        memory = self.graph_memory // len(parts)
+            detached = run.options.gradient == "none"
+            return images.detach().clone() if detached else images.clone()
+        parts = parts_of(images, run.options.max_batch)
+        memory = run.options.graph_memory // len(parts)
         watched = watching(progress, run.num_steps, len(parts), images.device, self.method)
         with frozen_parameters(*run.models), watched as watch:
             results = [
@@ -301,28 +281,21 @@ class Purifier(Drivable, nn.Module):
             kept=self._kept,
         )
 
-    def _parts(self, images: Tensor) -> list[tuple[slice, Tensor]]:
-        """The batch in parts of at most `max_batch` images, with their place in it."""
-        size = self.max_batch or len(images)
-        if len(images) <= size:
-            return [(slice(0, len(images)), images)]
-        places = [slice(first, first + size) for first in range(0, len(images), size)]
-        return [(rows, images[rows]) for rows in places]
-
     def _purified(
         self, run: Run, images: Tensor, first: int, graph_memory: int, tell: Tell | None
     ) -> Tensor:
         """The result for images that start at position `first` of the batch."""
         with run.calls.flags():
             state = self._final_state(run, images, graph_memory, tell)
-        if self.check_values and bool(run.suspect(state)):
+        if run.options.check_values and bool(run.suspect(state)):
             with torch.no_grad(), run.calls.flags():
                 message = diagnose(run, images, first)
             if message is not None:
                 raise FloatingPointError(message)
-        if self.check_values:
+        if run.options.check_values:
             with run.calls.flags():
-                through = self._wants_gradient(images) and self.gradient in ("exact", "autograd")
+                by_graph = run.options.gradient in ("exact", "autograd")
+                through = _wants_gradient(images) and by_graph
                 look_at_run(run, images.detach(), self._kept.looks, differentiated=through)
         result = state[0].to(images.dtype)
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
@@ -330,21 +303,18 @@ class Purifier(Drivable, nn.Module):
 
     def _final_state(self, run: Run, images: Tensor, graph_memory: int, tell: Tell | None) -> State:
         """The state after the last step, differentiable as `gradient` says."""
-        wanted = self._wants_gradient(images)
-        if wanted and self.gradient == "exact":
+        wanted, gradient = _wants_gradient(images), run.options.gradient
+        if wanted and gradient == "exact":
             return exact_final_state(run, images, graph_memory, self._kept.graph_bytes, tell)
-        if wanted and self.gradient == "autograd":
+        if wanted and gradient == "autograd":
             return final_state(run, images, tell=tell)
         with torch.no_grad():
             state = self._kept.graphs.final_state(run, images, tell)
             if state is None:
                 state = final_state(run, images, run.step_, tell)
-        if wanted and self.gradient == "bpda":
+        if wanted and gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
-
-    def _wants_gradient(self, images: Tensor) -> bool:
-        return torch.is_grad_enabled() and images.requires_grad
 
     @property
     def graph_reason(self) -> str | None:
@@ -365,7 +335,8 @@ class Purifier(Drivable, nn.Module):
         works in diffusion space shows (x+1)/2.
         """
         run = self.prepare(images, sample_ids, draw, noise)
-        states = joined_states([(run.of(rows), part) for rows, part in self._parts(images)])
+        parts = parts_of(images, run.options.max_batch)
+        states = joined_states([(run.of(rows), part) for rows, part in parts])
 
         def shown() -> Iterator[tuple[int, Tensor]]:
             while True:
@@ -383,6 +354,10 @@ class Purifier(Drivable, nn.Module):
         options = {"method": self.method, "seed": self.seed, **self.options}
         options |= {name: getattr(self.run_options, name) for name in RUN_OPTIONS}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _wants_gradient(images: Tensor) -> bool:
+    return torch.is_grad_enabled() and images.requires_grad
 
 
 def _plan(
