@@ -6,7 +6,7 @@ import copy
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from coup_fast.run.diagnosis import diagnose
 from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.first_look import look_at_run, looks_of
-from coup_fast.run.loop import final_state, joined_states
+from coup_fast.run.loop import final_state, joined_states, parts_of
 from coup_fast.run.options import (
     RUN_OPTIONS,
     AutoFlag,
@@ -30,6 +30,7 @@ from coup_fast.run.options import (
     Gradient,
     GuidanceGradient,
     Precision,
+    RunOption,
     RunOptions,
     States,
     split_options,
@@ -48,30 +49,6 @@ _compiler_disable: Callable[..., Any] = torch.compiler.disable
 _NOT_COMPILED = (
     "the loop of a coup_fast.Purifier is not compiled; compile=True compiles its networks"
 )
-
-T = TypeVar("T")
-
-
-class _RunOption(Generic[T]):
-    """One of `Purifier.run_options` as an attribute; setting it checks the value."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, purifier: None, owner: type) -> _RunOption[T]: ...
-
-    @overload
-    def __get__(self, purifier: Purifier, owner: type) -> T: ...
-
-    def __get__(self, purifier: Purifier | None, owner: type) -> _RunOption[T] | T:
-        if purifier is None:
-            return self
-        value: T = getattr(purifier.run_options, self.name)
-        return value
-
-    def __set__(self, purifier: Purifier, value: T) -> None:
-        purifier.run_options = replace(purifier.run_options, **{self.name: value})  # type: ignore[arg-type]
 
 
 @listed
@@ -93,6 +70,9 @@ class Purifier(Drivable, nn.Module):
     the result is differentiable. Otherwise the run holds one state, which each step overwrites, so
     a network that keeps its input must keep a copy.
 
+    Options of the run are attributes. A call goes by those that are set when it begins. Several
+    threads may call, and set options, at the same time.
+
     An image's result depends on the image, the seed, its sample id and its draw. It does not depend
     on its batch, as far as that is true of the networks. Without `sample_ids` an image's id is its
     position.
@@ -101,18 +81,18 @@ class Purifier(Drivable, nn.Module):
     method without a classifier; TypeError for a score_model that is not a `ScoreModel`.
     """
 
-    backend = _RunOption[Backend]("backend")
-    gradient = _RunOption[Gradient]("gradient")
-    states = _RunOption[States]("states")
-    verify_states = _RunOption[bool]("verify_states")
-    graph_memory = _RunOption[int]("graph_memory")
-    guidance_gradient = _RunOption[GuidanceGradient]("guidance_gradient")
-    check_values = _RunOption[bool]("check_values")
-    compile_networks = _RunOption[Compile]("compile")  # `nn.Module.compile` is a method
-    cuda_graph = _RunOption[AutoFlag]("cuda_graph")
-    precision = _RunOption[Precision]("precision")
-    channels_last = _RunOption[AutoFlag]("channels_last")
-    max_batch = _RunOption[int | None]("max_batch")
+    backend = RunOption[Backend]("backend")
+    gradient = RunOption[Gradient]("gradient")
+    states = RunOption[States]("states")
+    verify_states = RunOption[bool]("verify_states")
+    graph_memory = RunOption[int]("graph_memory")
+    guidance_gradient = RunOption[GuidanceGradient]("guidance_gradient")
+    check_values = RunOption[bool]("check_values")
+    compile_networks = RunOption[Compile]("compile")  # `nn.Module.compile` is a method
+    cuda_graph = RunOption[AutoFlag]("cuda_graph")
+    precision = RunOption[Precision]("precision")
+    channels_last = RunOption[AutoFlag]("channels_last")
+    max_batch = RunOption[int | None]("max_batch")
 
     def __init__(
         self,
@@ -246,9 +226,10 @@ class Purifier(Drivable, nn.Module):
         progress = checked(progress)
         run = self.prepare(images, sample_ids, draw, noise)
         if images.numel() == 0:
-            return images.detach().clone() if self.gradient == "none" else images.clone()
-        parts = self._parts(images)
-        memory = self.graph_memory // len(parts)
+            detached = run.options.gradient == "none"
+            return images.detach().clone() if detached else images.clone()
+        parts = parts_of(images, run.options.max_batch)
+        memory = run.options.graph_memory // len(parts)
         watched = watching(progress, run.num_steps, len(parts), images.device, self.method)
         with frozen_parameters(*run.models), watched as watch:
             results = [
@@ -282,28 +263,21 @@ class Purifier(Drivable, nn.Module):
             kept=self._kept,
         )
 
-    def _parts(self, images: Tensor) -> list[tuple[slice, Tensor]]:
-        """The batch in parts of at most `max_batch` images, with their place in it."""
-        size = self.max_batch or len(images)
-        if len(images) <= size:
-            return [(slice(0, len(images)), images)]
-        places = [slice(first, first + size) for first in range(0, len(images), size)]
-        return [(rows, images[rows]) for rows in places]
-
     def _purified(
         self, run: Run, images: Tensor, first: int, graph_memory: int, tell: Tell | None
     ) -> Tensor:
         """The result for images that start at position `first` of the batch."""
         with run.calls.flags():
             state = self._final_state(run, images, graph_memory, tell)
-        if self.check_values and bool(run.suspect(state)):
+        if run.options.check_values and bool(run.suspect(state)):
             with torch.no_grad(), run.calls.flags():
                 message = diagnose(run, images, first)
             if message is not None:
                 raise FloatingPointError(message)
-        if self.check_values:
+        if run.options.check_values:
             with run.calls.flags():
-                through = self._wants_gradient(images) and self.gradient in ("exact", "autograd")
+                by_graph = run.options.gradient in ("exact", "autograd")
+                through = _wants_gradient(images) and by_graph
                 look_at_run(run, images.detach(), self._kept.looks, differentiated=through)
         result = state[0].to(images.dtype)
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
@@ -311,21 +285,18 @@ class Purifier(Drivable, nn.Module):
 
     def _final_state(self, run: Run, images: Tensor, graph_memory: int, tell: Tell | None) -> State:
         """The state after the last step, differentiable as `gradient` says."""
-        wanted = self._wants_gradient(images)
-        if wanted and self.gradient == "exact":
+        wanted, gradient = _wants_gradient(images), run.options.gradient
+        if wanted and gradient == "exact":
             return exact_final_state(run, images, graph_memory, self._kept.graph_bytes, tell)
-        if wanted and self.gradient == "autograd":
+        if wanted and gradient == "autograd":
             return final_state(run, images, tell=tell)
         with torch.no_grad():
             state = self._kept.graphs.final_state(run, images, tell)
             if state is None:
                 state = final_state(run, images, run.step_, tell)
-        if wanted and self.gradient == "bpda":
+        if wanted and gradient == "bpda":
             return (straight_through(images, state[0]), *state[1:])
         return state
-
-    def _wants_gradient(self, images: Tensor) -> bool:
-        return torch.is_grad_enabled() and images.requires_grad
 
     @property
     def graph_reason(self) -> str | None:
@@ -346,7 +317,8 @@ class Purifier(Drivable, nn.Module):
         method that works in diffusion space shows (x+1)/2.
         """
         run = self.prepare(images, sample_ids, draw, noise)
-        states = joined_states([(run.of(rows), part) for rows, part in self._parts(images)])
+        parts = parts_of(images, run.options.max_batch)
+        states = joined_states([(run.of(rows), part) for rows, part in parts])
 
         def shown() -> Iterator[tuple[int, Tensor]]:
             while True:
@@ -374,6 +346,10 @@ class Purifier(Drivable, nn.Module):
             f"  score_model: {self.score_model}\n"
             f"  classifier: {None if self.classifier is None else described(self.classifier)}"
         )
+
+
+def _wants_gradient(images: Tensor) -> bool:
+    return torch.is_grad_enabled() and images.requires_grad
 
 
 def _plan(

@@ -13,10 +13,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from coup_fast.checks import nearest
 from coup_fast.cli.common import CommandError
+from coup_fast.cli.completion import INSTALL, SHELLS, print_script
 from coup_fast.files import FileError
 from coup_fast.malloc import keep_freed_memory
 
@@ -62,8 +64,16 @@ def build_parser() -> _Parser:
     parser = _Parser(
         prog="coup-fast",
         description="Purify adversarial images with diffusion and score models, fast and exactly.",
+        epilog=INSTALL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print the completion script of a shell ({', '.join(SHELLS)}) and exit",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"coup_fast.cli.{name}")
@@ -91,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(coup_fast.__version__)
         return 0
+    if args.print_completion is not None:
+        args.command, args.run = "--print-completion", partial(print_script, parser)
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2

@@ -54,14 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CPU threads; several numbers are measured in turn (default: torch's)",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    common.add_json_argument(parser)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
         help="write a plot (.png or .svg), and FILE-components with the shares of a loop's time",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     parser.add_argument(
         "--results",
         type=Path,
@@ -69,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also put the rows into FOLDER/DATE-DEVICE.json, replacing those of the same cases",
     )
     common.add_device_argument(parser)
+    common.add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
     from coup_fast.evaluation.provenance import environment
 
     if args.cases == ["list"]:
-        for family in catalogue.FAMILIES:
-            print(f"{family.name:16} {family.group}")
+        listed = [f"{family.name:16} {family.group}" for family in catalogue.FAMILIES]
+        groups = {family.name: family.group for family in catalogue.FAMILIES}
+        common.check_outputs([common.json_file(args)], args.force)
+        common.report(args, "\n".join(listed), {"cases": groups})
         return 0
     common.check_plot(args.plot)
     common.check_outputs([common.json_file(args), args.plot], args.force)
@@ -120,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
         f"coup_fast {about['versions']['coup_fast']} ({about['commit'] or 'installed'}), "
         f"torch {about['versions']['torch']}"
     )
-    data = {"command": command, "environment": about, "rows": [row.as_dict() for row in rows]}
-    common.print_or_write(f"{summary}\n\n{tables.tables(rows)}", data, args)
+    data = {"environment": about, "rows": [row.as_dict() for row in rows], "not_timed": wrong}
+    common.report(args, f"{summary}\n\n{tables.tables(rows)}", data)
     if args.plot is not None:
         for path in plots.plot(rows, args.plot, summary):
             common.say(f"wrote {path}")
@@ -152,7 +153,7 @@ def _measure(
     if args.quick and not args.batches:
         todo = [(f, n) for f, n in todo if n in f.sizes(device)[:2]]
     rows: list[Row] = []
-    with common.progress_bar(len(todo), "bench", "case") as bar:
+    with common.progress_bar(len(todo), "bench", "case", shown=not args.no_progress) as bar:
         for family, batch in todo:
             chosen = family.make(batch, device)
             if args.no_compile:

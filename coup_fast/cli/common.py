@@ -7,7 +7,7 @@ import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,20 +153,40 @@ def pixels(text: str) -> float:
 
 def file_path(text: str) -> Path:
     """argparse type: a path; an empty one, as of an unset shell variable, is no path."""
+    return Path(file_name(text))
+
+
+def file_name(text: str) -> str:
+    """argparse type: the name of a file as it was given."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
+    return text
 
 
-def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--json [FILE]`: JSON to FILE, or to stdout instead of text when FILE is left out."""
+def add_output_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    force: str = "overwrite files that exist",
+    progress: bool = True,
+) -> None:
+    """Add `--json [FILE]`, `--force` and, with `progress`, `--no-progress`.
+
+    What a command prints as a result goes through `report`, and nothing else to stdout.
+    """
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
+        type=file_name,
         metavar="FILE",
-        help="write all numbers as JSON to FILE; without FILE, print JSON instead of text",
+        help="write all numbers as JSON to FILE; without FILE, or for -, print JSON instead of "
+        "text",
     )
+    parser.add_argument("--force", action="store_true", help=force)
+    if progress:
+        parser.add_argument(
+            "--no-progress", action="store_true", help="no bars and no lines about how far it is"
+        )
 
 
 def json_file(args: argparse.Namespace) -> Path | None:
@@ -174,14 +194,23 @@ def json_file(args: argparse.Namespace) -> Path | None:
     return None if args.json in (None, "-") else Path(args.json)
 
 
-def print_or_write(text: str, data: object, args: argparse.Namespace) -> None:
-    """Print `text`, or `data` as JSON for a bare `--json`; `--json FILE` also writes the file."""
+def report(args: argparse.Namespace, text: str | None, data: Mapping[str, Any]) -> None:
+    """Print `text` and write `data` where `--json FILE` says; or print `data` for `--json -`.
+
+    The JSON begins with the command and the version of coup_fast.
+    """
+    import coup_fast
     from coup_fast.evaluation.provenance import to_json, write_json
 
-    print(to_json(data) if args.json == "-" else text)
+    command = command_line(args.argv)
+    whole = {"command": command, "version": coup_fast.__version__, **data}
+    if args.json == "-":
+        print(to_json(whole))
+    elif text is not None:
+        print(text)
     path = json_file(args)
     if path is not None:
-        write_json(path, data)
+        write_json(path, whole)
         say(f"wrote {path}")
 
 
@@ -238,22 +267,27 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def progress_bar(total: int, label: str, unit: str) -> Any:
-    """A tqdm bar on stderr where that is a terminal; a log gets no half-drawn bars."""
+def progress_bar(total: int, label: str, unit: str, *, shown: bool = True) -> Any:
+    """A tqdm bar on stderr where that is a terminal; a log gets no half-drawn bars.
+
+    shown: False for `--no-progress`.
+    """
     from tqdm import tqdm
 
-    hidden = not sys.stderr.isatty()
+    hidden = not (shown and sys.stderr.isatty())
     return tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden)
 
 
 @contextmanager
-def network_progress(network: torch.nn.Module, total: int, label: str) -> Iterator[None]:
+def network_progress(
+    network: torch.nn.Module, total: int, label: str, *, shown: bool = True
+) -> Iterator[None]:
     """Show a bar on stderr that advances with every forward call of `network`.
 
     `total` is the expected number of calls. Calls inside other threads or after an exception leave
     the bar where it is; the hook is always removed.
     """
-    with progress_bar(total, label, "call") as bar:
+    with progress_bar(total, label, "call", shown=shown) as bar:
         hook = network.register_forward_hook(lambda *_: bar.update() and None)
         try:
             yield

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=common.positive_int, default=50, help="images at once (default: 50)")
     common.add_device_argument(parser)
+    common.add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     device = common.choose_device(args.device)
     out: Path = args.out
+    common.check_outputs([common.json_file(args)], args.force)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         demo = demo_run.prepare(
             args.dataset, args.data, args.images, args.seed, args.methods, args.batch_size, device
         )
+    demo.progress = not args.no_progress
     demo_run.attack(demo)
     demo_run.measure(demo)
     demo_run.draw_images(demo, out / "images.png")
@@ -91,14 +94,13 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(out / "report.json", report)
     write_text(out / "report.md", _markdown(demo, report))
-    print(_text(demo))
-    print(f"\n{seconds:.0f} s in all; pictures and reports are in {out}/:")
-    print("  images.png  trajectory.png  report.json  report.md")
+    text = (
+        f"\n{demo.heading}\n\n{demo.table('terminal')}\n\n{demo.notes}\n\n"
+        f"{seconds:.0f} s in all; pictures and reports are in {out}/:\n"
+        "  images.png  trajectory.png  report.json  report.md"
+    )
+    common.report(args, text, report)
     return 0
-
-
-def _text(demo: Demo) -> str:
-    return f"\n{demo.heading}\n\n{demo.table('terminal')}\n\n{demo.notes}"
 
 
 def _markdown(demo: Demo, report: dict[str, Any]) -> str:

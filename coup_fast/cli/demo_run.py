@@ -50,6 +50,7 @@ class Demo:
     seed: int
     batch_size: int
     device: torch.device
+    progress: bool = True
     attacked: Tensor = field(default_factory=lambda: torch.empty(0))
     undefended: list[Score] = field(default_factory=list)  # clean, attacked
     results: list[DefenceResult] = field(default_factory=list)
@@ -232,7 +233,8 @@ def attack(demo: Demo) -> None:
     pgd = LinfPGD(steps=demo.settings.attack_steps, random_start=True)
     parts = []
     starts = range(0, len(demo.images), demo.batch_size)
-    with torch.random.fork_rng(), progress_bar(len(starts), "attack", "batch") as bar:
+    shown = progress_bar(len(starts), "attack", "batch", shown=demo.progress)
+    with torch.random.fork_rng(), shown as bar:
         torch.manual_seed(demo.seed)
         for start in starts:
             rows = slice(start, start + demo.batch_size)
@@ -254,7 +256,7 @@ def measure(demo: Demo) -> None:
     for name, defended in demo.defences.items():
         purifier = defended.purifier
         calls = (2 * batches + 1) * purifier.plan.num_network_calls + 1
-        with network_progress(purifier.score_model, calls, name):
+        with network_progress(purifier.score_model, calls, name, shown=demo.progress):
             result = measure_defence(
                 name,
                 defended,
@@ -266,7 +268,8 @@ def measure(demo: Demo) -> None:
             )
         demo.results.append(result)
         clean, attacked = result.clean.accuracy.rate, result.attacked.accuracy.rate
-        say(f"{name}: clean {100 * clean:.1f} %, under attack {100 * attacked:.1f} %")
+        if demo.progress:
+            say(f"{name}: clean {100 * clean:.1f} %, under attack {100 * attacked:.1f} %")
 
 
 def _first_of_each_class(labels: Tensor) -> list[int]:

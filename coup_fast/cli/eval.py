@@ -10,6 +10,7 @@ torchrun --nproc-per-node=4 -m coup_fast eval CONFIG --out DIR
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--report-only", action="store_true", help="only report what is finished")
     common.add_device_argument(parser)
+    common.add_output_arguments(parser)
     group = parser.add_argument_group("without CONFIG")
     add = group.add_argument
     add("--methods", nargs="+", metavar="METHOD", help=f"defences (default: {' '.join(_METHODS)})")
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from coup_fast.evaluation.evaluate import evaluate
     from coup_fast.evaluation.state import EvaluationError
 
+    common.check_outputs([common.json_file(args)], args.force)
     device = common.choose_device(args.device)
     with common.plain_errors():
         config = from_dict(_tables(args))
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 config,
                 args.out,
                 device=device,
-                say=common.say,
+                say=None if args.no_progress else common.say,
                 timeout=args.timeout,
                 report_only=args.report_only,
             )
@@ -148,9 +151,10 @@ def _show(report: Report, args: argparse.Namespace, device: str) -> None:
     if not report.images:
         raise CommandError("no batch is finished in every row yet, so there is nothing to report")
     paths = report.write(args.out, device, common.command_line(args.argv))
-    print(f"\n{report.heading()}\n\n{report.table()}\n")
-    print("\n".join(f"- {note}" for note in report.notes()))
-    print(f"\n{args.out}/: {'  '.join(path.name for path in paths)}")
+    notes = "\n".join(f"- {note}" for note in report.notes())
+    names = "  ".join(path.name for path in paths)
+    text = f"\n{report.heading()}\n\n{report.table()}\n\n{notes}\n\n{args.out}/: {names}"
+    common.report(args, text, json.loads(paths[0].read_text(encoding="utf-8")))
 
 
 def _tables(args: argparse.Namespace) -> dict[str, Any]:

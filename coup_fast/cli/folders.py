@@ -33,7 +33,7 @@ def find_images(source: Path, target: Path, recursive: bool | None) -> list[str]
     others = linked = 0
     for folder, folders, names in os.walk(source):
         place = Path(folder)
-        folders[:] = [n for n in folders if not _same(place / n, target)]
+        folders[:] = [n for n in folders if not same_file(place / n, target)]
         linked += sum((place / name).is_symlink() for name in folders)
         inside = place.relative_to(source)
         for name in names:
@@ -66,7 +66,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {first}{'s' * (number != 1)}{f' in {rest}' if rest else ''}"
 
 
-def _same(a: Path, b: Path) -> bool:
+def same_file(a: Path, b: Path) -> bool:
+    """Whether both are there and one file or folder, by whatever name."""
     return a.exists() and b.exists() and a.samefile(b)
 
 
@@ -79,7 +80,7 @@ def check_target(source: Path, target: Path, suffixes: tuple[str, ...]) -> None:
             f"{source} is a folder, and {target} has the ending of a file: name a folder for the "
             "results"
         )
-    if _same(source, target):
+    if same_file(source, target):
         raise CommandError(f"IN and OUT are the same folder, {source}: name another for results")
 
 

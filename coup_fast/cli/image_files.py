@@ -65,8 +65,10 @@ class ImageFile:
         return clipped
 
 
-def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
+def read_image(path: Path, target: Path, alpha: str | None, *, quiet: bool = False) -> ImageFile:
     """Read one picture. alpha: "keep", "drop" or None (a picture with alpha is then an error).
+
+    quiet: say no remarks, which have been said.
 
     Raises FileError for a file that cannot be read, CommandError for one that needs an option.
     """
@@ -74,7 +76,7 @@ def read_image(path: Path, target: Path, alpha: str | None) -> ImageFile:
 
     with open_picture(path) as image:
         picture = read_picture(image, str(path))
-    for remark in picture.remarks:
+    for remark in () if quiet else picture.remarks:
         say(remark)
     suffix = target.suffix.lower()
     if picture.alpha is not None and alpha is None:

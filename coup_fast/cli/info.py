@@ -14,20 +14,20 @@ from coup_fast.cli import common
 
 HELP = "say which versions, kernels and devices are in use"
 
+_CLI = ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "shtab")
 # Extra -> the modules it brings beyond the core.
 _EXTRAS = {
     "models": ("safetensors",),
-    "cli": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib"),
-    "demo": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "foolbox"),
-    "app": ("safetensors", "tqdm", "tabulate", "PIL", "matplotlib", "mlxtend", "gradio"),
+    "cli": _CLI,
+    "demo": (*_CLI, "mlxtend", "foolbox"),
+    "app": (*_CLI, "mlxtend", "gradio"),
     "bench": ("torchsde", "diffusers", "pytest_benchmark"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `coup-fast info`."""
-    common.add_json_argument(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite a FILE that exists")
+    common.add_output_arguments(parser, progress=False)
 
 
 def collect() -> dict[str, Any]:
@@ -172,5 +172,5 @@ def run(args: argparse.Namespace) -> int:
     table = lines(info)
     width = max(map(len, table))
     text = "\n".join(f"{name:<{width}}  {value}" for name, value in table.items())
-    common.print_or_write(text, info, args)
+    common.report(args, text, info)
     return 0

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coup_fast.cli import common, networks
+from coup_fast.cli.batches import Job
 from coup_fast.cli.common import CommandError
 from coup_fast.cli.fitting import Fit
-from coup_fast.cli.folders import Record, check_target, find_images
+from coup_fast.cli.folders import Record, check_target, find_images, same_file
 from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -35,13 +34,10 @@ from coup_fast.cli.image_files import (
     read_array,
     read_image,
 )
-from coup_fast.files import FileError, lock, memory
+from coup_fast.files import FileError, lock
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-    from coup_fast.purifier import Purifier
 
 HELP = "purify image files, folders of them, or .npy / .npz batches"
 
@@ -89,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="convert between RGB and grey, for the network and back",
     )
     add("--alpha", choices=["keep", "drop"], help="copy an alpha channel, or leave it out")
-    add("--force", action="store_true", help="overwrite files that exist")
     add(
         "--resume",
         action="store_true",
@@ -104,75 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-broken", action="store_true", help="exit with 0 even if pictures could not be read")
     networks.add_arguments(parser)
     common.add_device_argument(parser)
-
-
-@dataclass
-class _Job:
-    """The purifier with what applies to all of its batches."""
-
-    purifier: Purifier
-    fit: Fit
-    device: torch.device
-    draw: int
-    batch_size: int
-    settings: dict[str, Any]  # all that decides a result, for the record of a folder
-
-    def run(self, pictures: Sequence[Tensor], ids: Sequence[int]) -> Iterator[Tensor]:
-        """Purify pictures [c, h, w] in [0, 1]; yields them in order, each in its own shape.
-
-        ids: the sample id of each. A bar on stderr counts network calls.
-        """
-        import torch
-
-        parts = self._parts(pictures)
-        for rows in parts:
-            self.check_memory(len(rows), *pictures[rows.start].shape[1:])
-        calls = len(parts) * self.purifier.plan.num_network_calls
-        with common.network_progress(self.purifier.score_model, calls, self.purifier.method):
-            for rows in parts:
-                part, own = pictures[rows.start : rows.stop], list(ids[rows.start : rows.stop])
-                batch = torch.cat([self.fit.to_network(picture[None]) for picture in part])
-                with torch.no_grad(), self._plain_errors(batch):
-                    clean = self.purifier(batch.to(self.device), own, self.draw)
-                for picture, result in zip(part, clean.cpu(), strict=True):
-                    yield self.fit.from_network(result[None], picture.shape)[0]
-
-    def check_memory(self, count: int, height: int = 1, width: int = 1) -> None:
-        """Refuse a batch of pictures that does not fit into memory even before the network."""
-        height, width = self.fit.height or height, self.fit.width or width
-        size = 4 * count * self.fit.channels * height * width
-        if size > memory():
-            raise CommandError(
-                f"{count} picture{'s' * (count != 1)} of {height}x{width} take {size / 2**30:.0f} "
-                "GiB, more than the memory of this machine: choose a smaller --size or --batch-size"
-            )
-
-    @contextmanager
-    def _plain_errors(self, batch: Tensor) -> Iterator[None]:
-        """`common.plain_errors`; also of a network that cannot take a picture's own size."""
-        try:
-            with common.plain_errors():
-                yield
-        except (CommandError, RuntimeError) as error:
-            if self.fit.height is not None:
-                raise
-            size = "x".join(map(str, batch.shape[2:]))
-            raise CommandError(
-                f"a network failed on {size}, the picture's own size (--size HxW --resize shows "
-                f"it another): {' '.join(str(error).split())}"
-            ) from error
-
-    def _parts(self, pictures: Sequence[Tensor]) -> list[range]:
-        """Positions of the batches: at most batch_size pictures, of one shape for the network."""
-        parts: list[range] = []
-        for i, picture in enumerate(pictures):
-            last = parts[-1] if parts else range(0)
-            fits = self.fit.height is not None or picture.shape == pictures[i - 1].shape
-            if parts and fits and len(last) < self.batch_size:
-                parts[-1] = range(last.start, i + 1)
-            else:
-                parts.append(range(i, i + 1))
-        return parts
+    common.add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -193,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.recursive is not None or args.skip_broken:
         option = "--skip-broken" if args.recursive is None else "--recursive"
         raise CommandError(f"{option} is for a folder of pictures")
+    written = common.json_file(args)
+    if written is not None and any(same_file(written, path) for path in (source, args.target)):
+        raise CommandError(f"--json {written} is IN or OUT: name another file")
+    common.check_outputs([written], args.force)
     job = _prepare(args)
     start = time.perf_counter()
     broken: list[str] = []
@@ -206,6 +137,18 @@ def run(args: argparse.Namespace) -> int:
         f"purified {count} image{'s' * (count != 1)} with {args.method} ({plan.num_steps} steps, "
         f"seed {args.seed}, draw {args.draw}, {job.device}) in {seconds:.1f} s: {args.target}"
     )
+    data = {
+        "settings": job.settings,
+        "source": str(source),
+        "target": str(args.target),
+        "device": str(job.device),
+        "steps": plan.num_steps,
+        "images": count,
+        "clipped_values": clipped,
+        "left_out": broken,
+        "seconds": seconds,
+    }
+    common.report(args, None, data)
     if clipped:
         common.say(f"{clipped} values outside [0, 1] were clipped: the file holds whole numbers")
     for sentence in broken:
@@ -216,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> _Job:
+def _prepare(args: argparse.Namespace) -> Job:
     from coup_fast import Purifier
 
     device = common.choose_device(args.device)
@@ -253,7 +196,8 @@ def _prepare(args: argparse.Namespace) -> _Job:
         "convert_color": args.convert_color,
         "alpha": args.alpha,
     }
-    job = _Job(purifier, fit, device, args.draw, args.batch_size, settings)
+    shown = not args.no_progress
+    job = Job(purifier, fit, device, args.draw, args.batch_size, shown, settings)
     job.check_memory(1)
     return job
 
@@ -264,7 +208,7 @@ def _other_sets(channels: int) -> str:
     return f"; --bundled {others[0]} takes {networks.IMAGE_SHAPES[others[0]][0]}" if others else ""
 
 
-def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
+def _run_array(args: argparse.Namespace, job: Job) -> tuple[int, int]:
     """Purify one .npy or .npz file; returns the numbers of images and of clipped values."""
     import torch
 
@@ -273,29 +217,33 @@ def _run_array(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
         target = target / args.source.name
     if target.suffix.lower() != args.source.suffix.lower():
         raise CommandError(f"{target} must end in {args.source.suffix.lower()}, as {args.source}")
-    _prepare_target(target, [target], args.force)
+    _prepare_target(args.source, target, args.force)
     batch = read_array(args.source, job.fit, args.layout, args.key)
-    job.fit.check(batch.pixels.shape[1:], str(args.source))
-    purified = torch.stack(list(job.run(list(batch.pixels), range(len(batch.pixels)))))
+    shape = tuple(batch.pixels.shape[1:])
+    job.fit.check(shape, str(args.source))
+    ids = range(len(batch.pixels))
+    purified = torch.stack(list(job.run([shape] * len(ids), ids, batch.pixels.__getitem__)))
     return len(purified), batch.write(target, purified)
 
 
-def _run_picture(args: argparse.Namespace, job: _Job) -> tuple[int, int]:
+def _run_picture(args: argparse.Namespace, job: Job) -> tuple[int, int]:
     """Purify one picture; returns as `_run_array`."""
     target = image_target(args.source, args.target)
-    _prepare_target(target, [target], args.force)
+    _prepare_target(args.source, target, args.force)
     picture = read_image(args.source, target, args.alpha)
-    job.fit.check(picture.pixels.shape, str(picture.source))
-    return _purify(job, [picture], [0])
+    shape = tuple(picture.pixels.shape)
+    job.fit.check(shape, str(picture.source))
+    (purified,) = job.run([shape], [0], lambda _: picture.pixels)
+    clipped = picture.write(purified)
+    _warn_of_loss([target])
+    return 1, clipped
 
 
-def _run_folder(args: argparse.Namespace, job: _Job, broken: list[str]) -> tuple[int, int]:
+def _run_folder(args: argparse.Namespace, job: Job, broken: list[str]) -> tuple[int, int]:
     """Purify the pictures of a folder; returns as `_run_array`.
 
     What is wrong with those that cannot be read is added to `broken`.
     """
-    from coup_fast.integrations.pictures import picture_id
-
     source, target = args.source, args.target
     names = find_images(source, target, args.recursive)
     _make_folder(target)
@@ -309,25 +257,36 @@ def _run_folder(args: argparse.Namespace, job: _Job, broken: list[str]) -> tuple
             todo = names
             files = [target / name for name in names]
             common.refuse_to_overwrite([*files, record.path], args.force)
-        pictures: list[ImageFile] = []
-        ids: list[int] = []
-        for name in todo:
-            try:
-                picture = read_image(source / name, target / name, args.alpha)
-            except FileError as error:
-                broken.append(str(error))
-                continue
-            picture.record = record
-            pictures.append(picture)
-            ids.append(picture_id(name))
-        for picture in pictures:
-            job.fit.check(picture.pixels.shape, str(picture.source))
-            _make_folder(picture.target.parent)
+        names, shapes = _looked_through(args, job, todo, broken)
+        for name in names:
+            _make_folder((target / name).parent)
         record.begin()
-        return _purify(job, pictures, ids)
+        return _purify(args, job, record, names, shapes)
 
 
-def _made_with(job: _Job) -> dict[str, Any]:
+def _looked_through(
+    args: argparse.Namespace, job: Job, names: Sequence[str], broken: list[str]
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The pictures that can be purified, and their shapes; nothing is kept of their pixels.
+
+    So what needs another option is said before the first picture is purified.
+    """
+    good: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for name in names:
+        source, target = args.source / name, args.target / name
+        try:
+            picture = read_image(source, target, args.alpha)
+        except FileError as error:
+            broken.append(str(error))
+            continue
+        job.fit.check(picture.pixels.shape, str(source))
+        good.append(name)
+        shapes.append(tuple(picture.pixels.shape))
+    return good, shapes
+
+
+def _made_with(job: Job) -> dict[str, Any]:
     """The models and versions that decide a result."""
     from coup_fast.evaluation.fingerprints import fingerprint
     from coup_fast.evaluation.provenance import package_versions
@@ -340,28 +299,48 @@ def _made_with(job: _Job) -> dict[str, Any]:
     }
 
 
-def _purify(job: _Job, pictures: list[ImageFile], ids: list[int]) -> tuple[int, int]:
-    """Purify and write pictures; returns as `_run_array`."""
-    results = job.run([picture.pixels for picture in pictures], ids)
+def _purify(
+    args: argparse.Namespace,
+    job: Job,
+    record: Record,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[int, int]:
+    """Purify and write pictures, batch by batch; returns as `_run_array`."""
+    from coup_fast.integrations.pictures import picture_id
+
+    pending: list[ImageFile] = []  # of the present batch
+
+    def read(i: int) -> Tensor:
+        picture = read_image(args.source / names[i], args.target / names[i], args.alpha, quiet=True)
+        if tuple(picture.pixels.shape) != shapes[i]:
+            raise FileError(f"{picture.source} was changed while the folder was being purified")
+        picture.record = record
+        pending.append(picture)
+        return picture.pixels
+
     clipped = done = 0
     try:
-        for picture, purified in zip(pictures, results, strict=True):
-            clipped += picture.write(purified)
+        for purified in job.run(shapes, [picture_id(name) for name in names], read):
+            clipped += pending.pop(0).write(purified)
             done += 1
     except KeyboardInterrupt:
-        if pictures[0].record is not None:
-            common.say(
-                f"{done} of {len(pictures)} results are written; --resume goes on from there"
-            )
+        common.say(f"{done} of {len(names)} results are written; --resume goes on from there")
         raise
-    if any(picture.target.suffix.lower() in (".jpg", ".jpeg") for picture in pictures):
+    _warn_of_loss([args.target / name for name in names])
+    return len(names), clipped
+
+
+def _warn_of_loss(targets: Sequence[Path]) -> None:
+    if any(target.suffix.lower() in (".jpg", ".jpeg") for target in targets):
         common.say("JPEG is lossy: the files differ a little from the purified pixels")
-    return len(pictures), clipped
 
 
-def _prepare_target(target: Path, files: list[Path], force: bool) -> None:
-    """Refuse to overwrite, and make the folder that the files go to."""
-    common.refuse_to_overwrite(files, force)
+def _prepare_target(source: Path, target: Path, force: bool) -> None:
+    """Refuse to overwrite, the source itself above all, and make the folder that OUT goes to."""
+    if same_file(source, target):
+        raise CommandError(f"IN and OUT are the same file, {source}: name another for the result")
+    common.refuse_to_overwrite([target], force)
     _make_folder(target.parent)
 
 

@@ -43,21 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of the plot, .png or .svg (default: coup_fast_toy.png)",
     )
-    add("--force", action="store_true", help="overwrite files that exist")
-    common.add_json_argument(parser)
+    common.add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the rates, write the plot."""
-    common.require("cli", "matplotlib", "tabulate")
+    common.require("cli", "matplotlib", "tabulate", "tqdm")
     from coup_fast.cli import toy_plot, toy_run
     from coup_fast.evaluation.provenance import environment
     from coup_fast.evaluation.tables import render_table
 
     common.check_plot(args.plot)
     common.check_outputs([common.json_file(args), args.plot], args.force)
-    with common.plain_errors():
-        toy = toy_run.Toy(args.guidance_scale, args.t_star, args.seed)
+    shown = common.progress_bar(toy_run.RUNS, "toy", "flow", shown=not args.no_progress)
+    with common.plain_errors(), shown as bar:
+        toy = toy_run.Toy(args.guidance_scale, args.t_star, args.seed, bar.update)
         shifts = toy_run.label_shifts(toy, args.samples)
         toy_plot.draw(toy, args.samples, args.plot)
     headers = ["start points", "score flow alone", "guided flow", "number"]
@@ -68,13 +68,12 @@ def run(args: argparse.Namespace) -> int:
         f"{toy_run.mode_sentence(shifts[0])}"
     )
     data = {
-        "command": common.command_line(args.argv),
         "environment": environment(),
         "seed": args.seed,
         "guidance_scale": args.guidance_scale,
         "t_star": args.t_star,
         "label_shift": [shift.as_dict() for shift in shifts],
     }
-    common.print_or_write(text, data, args)
+    common.report(args, text, data)
     common.say(f"wrote {args.plot}")
     return 0

@@ -5,7 +5,7 @@ A pixel u in [0, 1] is the position x = 2u - 1 in [-1, 1]; the class boundary is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,15 +25,17 @@ from coup_fast.models.analytic import (
 
 NEAR = 0.25  # start points this close to the boundary are "near"
 CHUNK = 65536
+RUNS = 6  # of a flow: two from each set of start points, two for the curve
 
 
 @dataclass(frozen=True)
 class Toy:
-    """Both flows of one setting."""
+    """Both flows of one setting. done: called after each run of a flow."""
 
     guidance_scale: float
     t_star: float
     seed: int
+    done: Callable[[], object] = lambda: None
 
     @cached_property
     def mixture(self) -> GaussianMixture:
@@ -65,6 +67,14 @@ class Toy:
     def flows(self) -> tuple[Purifier, Purifier]:
         """Score flow alone, guided flow."""
         return self.purifier(0.0), self.purifier(self.guidance_scale)
+
+    def ends(self, x: Tensor) -> list[Tensor]:
+        """End points [N] of both flows from start points [N]."""
+        found = []
+        for flow in self.flows:
+            found.append(run_flow(flow, x))
+            self.done()
+        return found
 
     def describe(self) -> str:
         """The setting in words."""
@@ -147,7 +157,7 @@ def label_shifts(toy: Toy, samples: int) -> list[Shift]:
     """Both flows from every set of start points, with the same noise."""
     result = []
     for name, x in start_points(toy, samples).items():
-        ends = [run_flow(flow, x) for flow in toy.flows]
+        ends = toy.ends(x)
         alone, guided = (Proportion(int((side(e) != side(x)).sum()), samples) for e in ends)
         modes = (_modes(toy, ends[0]), _modes(toy, ends[1]))
         result.append(Shift(name, alone, guided, modes))
@@ -170,8 +180,8 @@ def shift_curve(toy: Toy, points: int, samples: int) -> tuple[Tensor, list[list[
     each = max(1, samples // points)
     x = grid.repeat_interleave(each)
     curves = []
-    for flow in toy.flows:
-        shifted = (side(run_flow(flow, x)) != side(x)).reshape(points, each).sum(1)
+    for ends in toy.ends(x):
+        shifted = (side(ends) != side(x)).reshape(points, each).sum(1)
         curves.append([Proportion(int(count), each) for count in shifted])
     return grid, curves
 

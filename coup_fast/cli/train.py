@@ -14,12 +14,16 @@ from typing import Any
 
 from coup_fast.cli.common import (
     CommandError,
+    add_output_arguments,
     check_folder,
+    check_outputs,
     choose_device,
     file_path,
+    json_file,
     non_negative_int,
     positive_int,
     positive_number,
+    report,
     require,
     say,
     thread_count,
@@ -73,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--no-progress", action="store_true")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT of another run")
+    add_output_arguments(parser, force="overwrite FILE, and OUT of another run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise CommandError(str(error)) from error
-    _print(facts)
+    report(args, _text(facts), {"out": str(args.out), **facts})
     say(f"wrote {args.out}")
     return 0
 
@@ -118,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_files(args: argparse.Namespace) -> None:
     """Refuse files that cannot be read or written before the training, not after it."""
     out: Path = args.out
+    check_outputs([json_file(args)], args.force)
     if out.suffix != ".safetensors":
         raise CommandError(f"--out {out} must end in .safetensors")
     check_folder(out.parent)
@@ -130,15 +134,16 @@ def _check_files(args: argparse.Namespace) -> None:
         raise CommandError(f"--init {args.init} is not a file")
 
 
-def _print(facts: dict[str, Any]) -> None:
-    print(f"{facts['images']} images, {facts['seconds']} s, loss {facts['loss']:.4f}")
-    report = facts["report"]
-    if "correct" in report:
-        print(f"{report['split']} accuracy {report['correct']} of {report['images']}")
-        return
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['images']} images, {facts['seconds']} s, loss {facts['loss']:.4f}"]
+    found = facts["report"]
+    if "correct" in found:
+        lines.append(f"{found['split']} accuracy {found['correct']} of {found['images']}")
+        return "\n".join(lines)
     name = "sigma" if facts["kind"] == "ncsn" else "t"
-    print(f"squared error of the noise\n{name:>8} {'train':>8} {'held out':>8}")
+    lines.append(f"squared error of the noise\n{name:>8} {'train':>8} {'held out':>8}")
     for level, seen, held_out in zip(
-        report["level"], report["train"], report["held_out"], strict=True
+        found["level"], found["train"], found["held_out"], strict=True
     ):
-        print(f"{level:8g} {seen:8.4f} {held_out:8.4f}")
+        lines.append(f"{level:8g} {seen:8.4f} {held_out:8.4f}")
+    return "\n".join(lines)

@@ -57,3 +57,12 @@ def joined_states(parts: Sequence[tuple[Run, Tensor]]) -> Iterator[tuple[int, Te
     for k, row in enumerate(zip_longest(*(states(run, images) for run, images in parts))):
         latest |= {i: item[1][0] for i, item in enumerate(row) if item is not None}
         yield k, torch.cat(list(latest.values()))
+
+
+def parts_of(images: Tensor, max_batch: int | None) -> list[tuple[slice, Tensor]]:
+    """The batch in parts of at most `max_batch` images, with their place in it."""
+    size = max_batch or len(images)
+    if len(images) <= size:
+        return [(slice(0, len(images)), images)]
+    places = [slice(first, first + size) for first in range(0, len(images), size)]
+    return [(rows, images[rows]) for rows in places]

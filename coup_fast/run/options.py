@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, overload
 
 from coup_fast import checks
+from coup_fast._torch.locks import ForkLock
 
 SELF_CAPTURING = ("reduce-overhead", "max-autotune")  # these modes capture CUDA graphs themselves
 
@@ -65,6 +66,38 @@ class RunOptions:
 
 
 RUN_OPTIONS = tuple(field.name for field in fields(RunOptions))
+
+
+class _HasOptions(Protocol):
+    run_options: RunOptions
+
+
+T = TypeVar("T")
+_lock = ForkLock()  # of everybody's `run_options`
+
+
+class RunOption(Generic[T]):
+    """One of a purifier's `run_options` as an attribute; setting it checks the value."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, purifier: None, owner: type) -> RunOption[T]: ...
+
+    @overload
+    def __get__(self, purifier: _HasOptions, owner: type) -> T: ...
+
+    def __get__(self, purifier: _HasOptions | None, owner: type) -> RunOption[T] | T:
+        if purifier is None:
+            return self
+        value: T = getattr(purifier.run_options, self.name)
+        return value
+
+    def __set__(self, purifier: _HasOptions, value: T) -> None:
+        with _lock.current:  # or an option that another thread sets meanwhile would be lost
+            changed: dict[str, Any] = {self.name: value}
+            purifier.run_options = replace(purifier.run_options, **changed)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

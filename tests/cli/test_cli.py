@@ -146,7 +146,7 @@ def test_info_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed["version"] == coup_fast.__version__
     path = tmp_path / "info.json"
     assert main(["info", "--json", str(path)]) == 0
-    assert json.loads(path.read_text()) == printed
+    assert json.loads(path.read_text()) == {**printed, "command": f"coup-fast info --json {path}"}
     capsys.readouterr()
     assert "--force" in fails(capsys, "info", "--json", path)
     assert main(["info", "--json", str(path), "--force"]) == 0

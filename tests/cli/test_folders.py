@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from helpers.commands import digits, fails
 from PIL import Image
+from torch import Tensor
 
 from coup_fast.cli import main
+from coup_fast.cli import purify as purify_module
 from coup_fast.cli.folders import RECORD
+from coup_fast.cli.image_files import ImageFile
 from coup_fast.files import lock
 from coup_fast.integrations.pictures import picture_id
 
@@ -123,6 +126,20 @@ def test_in_and_out_are_two_folders(
         assert "the same folder" in fails(capsys, "purify", source, target, *QUICK, *options)
 
 
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_in_and_out_are_two_files(
+    options: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture that is purified onto itself would be purified again by the next run."""
+    path, linked = source / "a.png", tmp_path / "linked.png"
+    linked.symlink_to(path)
+    content = path.read_bytes()
+    for target in (path, linked, source / ".." / "in" / "a.png", source):
+        sentence = fails(capsys, "purify", path, target, *QUICK, *options)
+        assert "IN and OUT are the same file" in sentence
+    assert path.read_bytes() == content
+
+
 def test_pictures_added_since_change_nobodys_noise(source: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert purify(source, out, "--resume") == 0  # with nothing there yet
@@ -223,3 +240,57 @@ def test_two_runs_do_not_share_a_folder(
     assert "another process is writing it" in capsys.readouterr().err
     assert purify(source, out) == 0
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", RECORD]
+
+
+# --- how much of it is in memory
+
+
+def test_a_folder_is_read_batch_by_batch(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("c.png", "d.png", "e.png"):
+        picture(source / name)
+    events: list[str] = []
+    read, write = purify_module.read_image, ImageFile.write
+
+    def reading(path: Path, target: Path, alpha: str | None, *, quiet: bool = False) -> ImageFile:
+        events.append(f"{'read' if quiet else 'look'} {path.stem}")
+        return read(path, target, alpha, quiet=quiet)
+
+    def writing(image: ImageFile, purified: Tensor) -> int:
+        events.append(f"write {image.source.stem}")
+        return write(image, purified)
+
+    monkeypatch.setattr(purify_module, "read_image", reading)
+    monkeypatch.setattr(ImageFile, "write", writing)
+    assert purify(source, tmp_path / "out", "--batch-size", "2") == 0
+    assert events[:5] == [f"look {stem}" for stem in "abcde"]
+    rest = " ".join(events[5:])
+    assert rest == ("read a read b write a write b read c read d write c write d read e write e")
+
+
+def test_what_the_last_picture_needs_is_said_before_the_first_is_purified(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (28, 28)).save(source / "z.png")
+    out = tmp_path / "out"
+    assert "--convert-color" in fails(capsys, "purify", source, out, *QUICK)
+    assert not list(out.iterdir())
+
+
+def test_a_picture_that_changes_meanwhile_is_an_error(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = ImageFile.write
+
+    def writing(image: ImageFile, purified: Tensor) -> int:
+        Image.new("L", (10, 10)).save(source / "b.png")
+        return write(image, purified)
+
+    monkeypatch.setattr(ImageFile, "write", writing)
+    sentence = fails(capsys, "purify", source, tmp_path / "out", "--batch-size", "1", *QUICK)
+    assert "b.png was changed while" in sentence
+    assert list(results(tmp_path / "out")) == ["a.png"]

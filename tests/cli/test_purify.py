@@ -279,6 +279,7 @@ def test_files_that_cannot_be_purified(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "two.npz", a=digits(1), b=digits(1))
     np.save(tmp_path / "one.npy", digits(1))
+    np.save(tmp_path / "again.npy", digits(1))
     Image.fromarray(np.zeros((28, 28), np.int32)).save(tmp_path / "deep.tif")
     cases: list[tuple[str, str, list[str], str]] = [
         ("none.png", "out.png", [], "does not exist"),
@@ -290,7 +291,8 @@ def test_files_that_cannot_be_purified(tmp_path: Path, capsys: pytest.CaptureFix
         ("two.npz", "out.npz", ["--key", "c"], "no array 'c'"),
         ("one.npy", "out.npy", ["--key", "a"], ".npz"),
         ("one.npy", "out.npz", [], ".npy"),
-        ("one.npy", "one.npy", [], "--force"),
+        ("one.npy", "again.npy", [], "--force"),
+        ("one.npy", "one.npy", ["--force"], "the same file"),
         ("one.npy", "out.npy", ["--method", "coop"], "coup"),
         ("one.npy", "out.npy", ["--set", "t_stra=1"], "t_star"),
         ("one.npy", "out.npy", ["--set", "t_star"], "key=value"),
