@@ -11,9 +11,10 @@ pip=(python -m pip install --constraint requirements/constraints.txt)
 "${pip[@]}" --no-deps torch==2.11.0
 if [ "${COUP_FAST_CUDA:-off}" = on ]; then
   "${pip[@]}" --requirement requirements/nvcc.txt
-  bin=$(dirname "$(command -v python)") # setup.py looks for tools here first
-  nvcc=$(python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')/bin/nvcc
-  printf '#!/bin/sh\nexec "%s" "$@"\n' "$nvcc" >"$bin/nvcc"
-  chmod +x "$bin/nvcc"
-  nvcc --version
+  cuda=$(python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')
+  ln -sfn lib "$cuda/lib64" # where nvcc looks for its libraries
+  nvcc=$(dirname "$(command -v python)")/nvcc # setup.py looks for tools here first
+  printf '#!/bin/sh\nexec "%s" "$@"\n' "$cuda/bin/nvcc" >"$nvcc"
+  chmod +x "$nvcc"
+  "$nvcc" --version
 fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from typing import Any
 
 from coup_fast.cli import common
@@ -78,23 +79,22 @@ def serves(gpu: str, archs: list[str], ptx: list[str]) -> bool:
     """Whether kernels run on this GPU: machine code of its generation, or PTX of an older one.
 
     Names as in "sm_86", "sm_90a", "compute_100": the last digit is the minor number. Code for "a"
-    runs on that very architecture, and code for "f" on its generation.
+    runs on that very architecture, and code for "f" on its generation. What CMake's other names
+    stand for, such as "native", is not known: they are taken to serve.
     """
-
-    def parts(name: str) -> tuple[int, int, str]:
-        number = name.partition("_")[2]
-        digits = number.rstrip("af")
-        return int(digits[:-1]), int(digits[-1]), number[len(digits) :]
-
-    major, minor, _ = parts(gpu)
+    parts = re.compile(r"[a-z]+_(\d+)(\d)([af]?)")
+    here = parts.fullmatch(gpu)
     for name in archs + ptx:
-        built_major, built_minor, suffix = parts(name)
-        if suffix == "a":
-            served = (built_major, built_minor) == (major, minor)
-        elif suffix == "f" or name in archs:
-            served = built_major == major and built_minor <= minor
+        built = parts.fullmatch(name)
+        if here is None or built is None:
+            return True
+        this, that = (int(here[1]), int(here[2])), (int(built[1]), int(built[2]))
+        if built[3] == "a":
+            served = that == this
+        elif built[3] == "f" or name in archs:
+            served = that[0] == this[0] and that[1] <= this[1]
         else:
-            served = (built_major, built_minor) <= (major, minor)
+            served = that <= this
         if served:
             return True
     return False

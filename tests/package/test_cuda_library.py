@@ -148,6 +148,7 @@ def test_info_says_what_the_kernels_cannot_serve() -> None:
         ("sm_103", ["sm_100f"], [], True),
         ("sm_120", [], ["compute_100f"], False),
         ("sm_75", [], [], False),
+        ("sm_75", ["sm_native"], [], True),
     ],
 )
 def test_which_gpus_the_kernels_run_on(
