@@ -72,13 +72,13 @@ def test_the_options_of_attacks_are_their_fields() -> None:
 
 @pytest.mark.parametrize("name", ["Purifier", "purify"])
 def test_help_lists_every_option_with_its_methods_and_defaults(name: str) -> None:
-    text = re.sub(r"^ \| ", "", pydoc.plain(pydoc.render_doc(getattr(coup_fast, name))), flags=re.M)
+    text = re.sub(r"^ \|", " ", pydoc.plain(pydoc.render_doc(getattr(coup_fast, name))), flags=re.M)
     lists = re.split(r"^ *Options that .* take.*:\n", text, flags=re.M)
     assert len(lists) == 3
     entries = re.compile(r"^ {5,8}(\w+): (.*(?:\n {9,}.*)*)", re.M)
     of_runs, of_methods = (
         {option: " ".join(rest.split()) for option, rest in entries.findall(part)}
-        for part in lists[1:]
+        for part in (re.split(r"\n *\n", after)[0] for after in lists[1:])
     )
     for field in fields(RunOptions):
         assert re.search(
