@@ -38,16 +38,21 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     """A scheduler that purifies: COUP, DiffPure and every other method but ADP.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type:
-            what the network was trained on, as in diffusers' own schedulers ("epsilon", "sample",
-            or "score").
+        num_train_timesteps: steps of the chain that the network was trained on, as in diffusers'
+            own schedulers, like the next four.
+        beta_start: first β.
+        beta_end: last β.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
+        trained_betas: all β, instead of the three.
+        prediction_type: what the network predicts: "epsilon", "sample" or "score".
         time_scale: None: the network is told the index, as diffusers' are. A number: it was
             trained on continuous time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
         method: a name in `coup_fast.methods.METHODS`.
         options: a dictionary of the method's options, `coup_fast.options.MethodOptions`.
 
-    Raises ValueError for an unknown method or option, a prediction type or noise schedule that
-    cannot be used, and for ADP, whose steps call the network twice.
+    Raises:
+        ValueError: the method or an option is unknown, the prediction type or noise schedule cannot
+            be used, or the method is ADP, whose steps call the network twice.
     """
 
     order = 1
@@ -181,7 +186,8 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
             keys: of `noise_keys`, or
             noise: [B, C, H, W]; default: torch's global generator.
 
-        Raises ValueError for a timestep out of turn, or missing guidance or reference.
+        Raises:
+            ValueError: the timestep is out of turn, or guidance or reference is missing.
         """
         row = self._row()
         expected = self.timesteps[self.step_index]

@@ -175,11 +175,13 @@ def purify_image(
         resize: (height, width) that the network is to see, one number for a square; the result is
             resized back. Default: the network sees the picture's own size.
         convert_color: allow a grey picture for an RGB network, and the reverse, and back.
-        sample_id, draw: of the noise.
+        sample_id: names the picture to the noise.
+        draw: which of its independent noises.
 
-    Raises TypeError for what is no picture (a tensor), ValueError for a picture of a kind that
-    cannot be read, of channels that the network does not take, or of a size at which it fails; and
-    what `Purifier` raises.
+    Raises:
+        TypeError: image is no picture, such as a tensor.
+        ValueError: the picture is of a kind that cannot be read, has channels that the network does
+            not take, or a size at which it fails. Other errors are those of `Purifier`.
     """
     if not isinstance(image, Image.Image | str | Path):
         raise TypeError(
