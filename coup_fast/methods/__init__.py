@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[..., AnyPlan]] = {
     "adp": adp,
     "one-shot": one_shot,
 }
+"""The function of each method, by the name that `Purifier(method=...)` takes."""
 
 __all__ = [
     "METHODS",
