@@ -45,6 +45,11 @@ PUBLIC = (
     "coup_fast.schedules",
     "coup_fast.training",
 )
+# What pages are made of. Markdown takes `<h, x>` in a docstring for a tag, and shows nothing.
+TAG = re.compile(
+    "a|abbr|autoref|b|blockquote|br|button|code|details|div|em|h[1-6]|hr|img|input|label|li|ol|p|"
+    "path|pre|small|span|strong|sub|summary|sup|svg|table|tbody|td|th|thead|tr|ul"
+)
 REMOTE = re.compile(r'<(?:script|img|link)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
 
 
@@ -139,6 +144,9 @@ def short_names() -> dict[str, str]:
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Turn `coup_fast.…` names, and in the reference bare public names, into links."""
+    for tag in sorted(set(re.findall(r"<([^\s/>!]+)", html))):
+        if not TAG.fullmatch(tag):
+            log.warning("%s: <%s> is no tag; write ⟨⟩, or put it in code", page.file.src_uri, tag)
     in_reference = page.file.src_uri.startswith("api/")
 
     def link(match: re.Match[str]) -> str:

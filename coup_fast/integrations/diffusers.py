@@ -140,7 +140,11 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     ) -> Tensor:
         """The state from which the loop starts, [-1, 1] and diffused where the method does that.
 
-        images: pixels [B, C, H, W] in [0, 1]. generator, keys, noise: as in `step`.
+        Args:
+            images: pixels [B, C, H, W] in [0, 1].
+            generator: as in `step`.
+            keys: as in `step`.
+            noise: as in `step`.
         """
         ops = choose_ops("auto", images)
         index = 0 if self.plan.start_noisy else None
@@ -152,7 +156,9 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     ) -> Tensor | None:
         """COUP's guidance at a state: ∇ₓ log max p of the classifier; None if the step takes none.
 
-        classifier: pixels [B, C, H, W] in [0, 1] -> logits [B, K].
+        Args:
+            classifier: pixels [B, C, H, W] in [0, 1] -> logits [B, K].
+            sample: the state.
         """
         if not self.guided:
             return None
@@ -182,9 +188,11 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
             sample: the state. float32; other dtypes are rounded after every step.
             guidance: [B, C, H, W], see `confidence_gradient`; needed where `guided`.
             reference: the attacked image in [-1, 1], for the methods that look back at it.
-            generator: torch generator (or a list of one for each sample), or
-            keys: of `noise_keys`, or
-            noise: [B, C, H, W]; default: torch's global generator.
+            generator: a torch generator, or a list of one for each sample. Give one of this, keys
+                and noise; without all three, noise comes from torch's global generator.
+            keys: those of `noise_keys`.
+            noise: [B, C, H, W].
+            return_dict: whether to return diffusers' `SchedulerOutput`, or a tuple.
 
         Raises:
             ValueError: the timestep is out of turn, or guidance or reference is missing.

@@ -1,7 +1,9 @@
 """One's own pictures: Pillow images as pixels and back, and purifying one; needs Pillow.
 
-from coup_fast.integrations.pictures import purify_image
-purify_image("in.png", purifier).save("out.png")
+    from coup_fast.integrations.pictures import purify_image
+    purify_image("in.png", purifier).save("out.png")
+
+A picture keeps its size, mode and format.
 """
 
 from __future__ import annotations
@@ -59,7 +61,10 @@ def with_size(pixels: Tensor, height: int, width: int) -> Tensor:
 def picture_id(name: str) -> int:
     """The sample id of a picture in a folder: 63 bits of the SHA-256 of its name there.
 
-    So its noise is its own, whatever other pictures there are. name: "a.png", or "sub/a.png".
+    So its noise is its own, whatever other pictures there are.
+
+    Args:
+        name: "a.png", or "sub/a.png".
     """
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -69,9 +74,12 @@ def picture_id(name: str) -> int:
 class Picture:
     """A picture as pixels, with what is needed to write it back in the same form.
 
-    pixels: [1 or 3, H, W] float32 in [0, 1]. alpha: [H, W] uint8, put back unchanged. bits: 8, or
-    16 (grey only). keep: options for pillow's `save`: EXIF and colour profile. remarks: what was
-    not read as it is, for the user.
+    Args:
+        pixels: [1 or 3, H, W] float32 in [0, 1].
+        alpha: [H, W] uint8, put back unchanged, or None.
+        bits: 8, or 16 (grey only).
+        keep: options for pillow's `save`: EXIF and colour profile.
+        remarks: what was not read as it is, for the user.
     """
 
     pixels: Tensor

@@ -178,7 +178,7 @@ class UNet(nn.Module):
 
 
 class EnergyUNet(nn.Module):
-    """A scalar energy E(x, t) = g(t) <x, f(x, t)>, where f is a `UNet`.
+    """A scalar energy E(x, t) = g(t) ⟨x, f(x, t)⟩, where f is a `UNet`.
 
     -dE/dx has the U-Net's resolution. g(t) is exp of a learned function of t and follows the
     growth of a score as the noise level falls; without time conditioning it is left out.

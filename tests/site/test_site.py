@@ -62,7 +62,7 @@ def test_every_public_module_is_asked_for(hooks: ModuleType) -> None:
 
 
 def test_a_build_fails_on_planted_faults(tmp_path: Path) -> None:
-    """One build with a name left out, a link to nowhere, an anchor to nowhere, a remote picture."""
+    """A name is left out, a link and an anchor lead nowhere, a picture is remote, a tag is none."""
     pytest.importorskip("mkdocs")
     for name in ("docs", ".ci", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -72,7 +72,7 @@ def test_a_build_fails_on_planted_faults(tmp_path: Path) -> None:
     page.write_text(page.read_text().replace("::: coup_fast.data.load_mnist\n", ""))
     front = tmp_path / "docs" / "index.md"
     front.write_text(
-        f"{front.read_text()}\n[a](nowhere.md) [b](methods.md#nothing)\n"
+        f"{front.read_text()}\n[a](nowhere.md) [b](methods.md#nothing) and <h, x>\n\n"
         '<img src="https://example.org/picture.png" alt="">\n'
     )
     done = subprocess.run(
@@ -88,7 +88,8 @@ def test_a_build_fails_on_planted_faults(tmp_path: Path) -> None:
         "no page of the reference shows coup_fast.data.load_mnist",
         "nowhere.md",
         "#nothing",
+        "<h,> is no tag",
         "index.html is not for reading offline",
     ):
         assert sum(words in line for line in warnings) == 1, done.stderr
-    assert len(warnings) == 4, done.stderr
+    assert len(warnings) == 5, done.stderr
