@@ -40,6 +40,7 @@ PUBLIC = (
     "coup_fast.models",
     "coup_fast.noise",
     "coup_fast.ops",
+    "coup_fast.options",
     "coup_fast.plan",
     "coup_fast.reference",
     "coup_fast.schedules",

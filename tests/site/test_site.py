@@ -14,6 +14,7 @@ import pytest
 from helpers.scripts import ROOT, environment, load_script
 
 import coup_fast
+from coup_fast.cli import COMMANDS
 
 griffe = pytest.importorskip("griffe", reason="the docs extra is not installed")
 
@@ -59,6 +60,12 @@ def test_every_public_module_is_asked_for(hooks: ModuleType) -> None:
         if module.name != "diffpure_files"  # a part of diffpure
     }
     assert set(hooks.PUBLIC) == modules | {"coup_fast"}
+
+
+def test_every_command_shows_its_help() -> None:
+    page = (ROOT / "docs" / "api" / "command_line.md").read_text()
+    for command in COMMANDS:
+        assert f"\n## {command}\n\n<!-- coup-fast {command} --help -->\n" in page, command
 
 
 def test_a_build_fails_on_planted_faults(tmp_path: Path) -> None:
