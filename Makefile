@@ -5,6 +5,7 @@
 #   make quick                          lint, types and the core of the tests: a minute on two cores
 #   make test                           all tests
 #   make test PYTEST_ARGS="-k philox"   part of them
+#   make docs                           the site, into site/; any broken link is an error
 #   make build COUP_FAST_CUDA=on        build options, see CONTRIBUTING.md
 #   make wheel                          dist/*.whl for other machines, checked and tried
 #
@@ -25,10 +26,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test build bench ratios lint format types cuda-check wheel clean distclean help
+.PHONY: demo quick test build bench ratios lint format types cuda-check docs wheel clean distclean help
 help:
 	@echo "make demo | build | quick (a minute) | test (all) | bench | ratios"
-	@echo "     lint | format | types | cuda-check | wheel | clean | distclean"
+	@echo "     lint | format | types | cuda-check | docs | wheel | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
@@ -67,6 +68,10 @@ types: $(STAMPS)/tools $(STAMPS)/extra-test
 cuda-check: $(STAMPS)/torch
 	$(BIN)/python .ci/cuda_check.py --jobs $(JOBS)
 
+# NO_MKDOCS_2_WARNING: Material for MkDocs advertises its successor in every build.
+docs: $(STAMPS)/extra-docs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # Built, repaired, checked, and installed where there is no compiler (RELEASING.md).
 wheel: $(STAMPS)/torch $(STAMPS)/wheel-tools
 	rm -rf build/wheel dist/*.whl
@@ -76,7 +81,7 @@ wheel: $(STAMPS)/torch $(STAMPS)/wheel-tools
 	PYTHON=$(BIN)/python TORCH='$(TORCH)' .ci/try_wheel.sh dist/*.whl
 
 clean:
-	rm -rf build dist *.egg-info coup_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info coup_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find coup_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -56,8 +56,11 @@ def _split(value: Any) -> tuple[Any, Any]:
 def words(keys: Tensor, numel: int) -> Tensor:
     """The first `numel` words of each row of keys, in order: int64 [B, numel] in [0, 2^32).
 
-    keys: int64 [B, 2], rows [key, offset] as 64-bit patterns. Word i is word i mod 4 of the block
-    at counter offset + i // 4 (mod 2^64), subsequence 0.
+    Word i is word i mod 4 of the block at counter offset + i // 4 (mod 2^64), subsequence 0.
+
+    Args:
+        keys: int64 [B, 2], rows [key, offset] as 64-bit patterns.
+        numel: how many words.
     """
     blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device)
     key_low, key_high = _split(keys[:, :1])
@@ -84,9 +87,14 @@ def sample_keys(seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tenso
     The key is words 0 (low) and 1 (high) of Philox under key `seed`, at the counter whose low half
     is the sample id and whose high half is the draw.
 
-    seed: int in [0, 2^64). sample_ids: int64 [B] or a sequence of ints. draw: int in [0, 2^63), or
-    an int64 tensor [B] of one draw per sample.
-    Raises TypeError or ValueError for anything else.
+    Args:
+        seed: int in [0, 2^64).
+        sample_ids: int64 [B] or a sequence of ints.
+        draw: int in [0, 2^63), or an int64 tensor [B] of one draw per sample.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
     """
     key = _split(checks.integer("seed", seed, 0, 2**64 - 1))
     ids = checks.ids("sample_ids", sample_ids)
@@ -126,7 +134,12 @@ def step_keys(
     it. Number k of a sample with `numel` elements starts at counter k * ceil(numel / 4), so no two
     of them share a block. `ops.normal(keys[k], shape)` is noise tensor k.
 
-    num_steps >= 0 and numel >= 0; the other arguments are those of `sample_keys`.
+    Args:
+        seed: as for `sample_keys`.
+        sample_ids: as for `sample_keys`.
+        draw: as for `sample_keys`.
+        num_steps: how many noise tensors, >= 0.
+        numel: elements of one sample, >= 0.
     """
     num_steps = checks.integer("num_steps", num_steps, 0, 2**31 - 1)
     numel = checks.integer("numel", numel, 0, 2**31 - 1)

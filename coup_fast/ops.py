@@ -90,8 +90,12 @@ def _apply(
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
 
-    keys: int64 [B, 2]. shape: sizes, with shape[0] == B. The normals come from Philox4x32-10 and
-    Box-Muller, and are within 2 ulp of the exact value for the same words. Not differentiable.
+    The normals come from Philox4x32-10 and Box-Muller, and are within 2 ulp of the exact value for
+    the same words. Not differentiable.
+
+    Args:
+        keys: int64 [B, 2].
+        shape: sizes, with shape[0] == B.
     """
     out: Tensor = _normal(keys, shape)
     return out
@@ -100,12 +104,21 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
 def perturb(
     images: Tensor, coeffs: Tensor, keys: Tensor | None = None, noise: Tensor | None = None
 ) -> Tensor:
-    """Pixel map and forward diffusion:
-    out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias.
+    """Pixel map and forward diffusion.
 
-    images: u, [B, C, ...]. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale, out_bias.
-    z is noise if that is given; else it is drawn under keys; without both its terms are left out.
-    sign(0) = 1. Returns float32. Differentiable with respect to images.
+        out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias
+
+    sign(0) is 1. Differentiable with respect to images.
+
+    Args:
+        images: u, [B, C, ...].
+        coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale, out_bias.
+        keys: int64 [B, 2], under which z is drawn where noise is None. Without both, the terms of z
+            are left out.
+        noise: z, shaped as images.
+
+    Returns:
+        float32, shaped as images.
     """
     tensors = (images, coeffs, noise)
     out: Tensor = _apply("perturb", _perturb, tensors, images, coeffs, keys, noise)
@@ -124,19 +137,30 @@ def reverse_step(
 ) -> Tensor:
     """One step of any method: a row of the coefficient table applied to the state.
 
-    x̂0 = clamp(p x + q m, x0_lo, x0_hi);
-    x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias.
+        x̂0 = clamp(p x + q m, x0_lo, x0_hi)
+        x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias
 
-    x: float32 state. model_out: m [B, C, ...], or [B, 2C, ...] with the variance channels s last;
-    None is m = 0. coeffs: [19]. guidance: G, reference: r, noise: z, each shaped as x. z is drawn
-    under keys where noise is None, and 0 where both are. guidance_norm: c_i is the row's c
-    ("none"), c / ||G_i|| ("normalised") or c min(1, g_max / ||G_i||) ("clipped"), one Euclidean
-    norm per sample; a zero norm gives 0.
+    With a learned variance, v + x_var V, c_i V, e V and sqrt(d² V + z_var² V²) replace v, c_i, e
+    and d, where (Nichol and Dhariwal 2021, eq. 15)
 
-    Learned variance: V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo)); then v + x_var V, c_i V,
-    e V and sqrt(d² V + z_var² V²) replace v, c_i, e and d (Nichol and Dhariwal 2021, eq. 15).
+        V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo))
 
     Differentiable with respect to x, model_out, guidance and reference.
+
+    Args:
+        x: the state, float32 [B, C, ...].
+        model_out: m, [B, C, ...], or [B, 2C, ...] with the variance channels s last; None is m = 0.
+        coeffs: [19], the columns of `coup_fast.plan`.
+        keys: int64 [B, 2], under which z is drawn where noise is None; without both, z is 0.
+        guidance: G, shaped as x.
+        reference: r, shaped as x.
+        noise: z, shaped as x.
+        guidance_norm: c_i is the row's c ("none"), c / ‖G_i‖ ("normalised") or
+            c min(1, g_max / ‖G_i‖) ("clipped"), with one Euclidean norm per sample; a zero norm
+            gives 0.
+
+    Returns:
+        x', float32, shaped as x.
     """
     tensors = (x, model_out, coeffs, guidance, reference, noise)
     rest = (keys, guidance, reference, noise, guidance_norm)
@@ -159,7 +183,8 @@ def reverse_step_(
     Another input may be x itself, but it may not share x's memory in any other way, because it
     would be read after x is written.
 
-    Raises RuntimeError if gradients are on and an input requires them.
+    Raises:
+        RuntimeError: gradients are on and an input requires them.
     """
     tensors = (x, model_out, coeffs, guidance, reference)
     rest = (keys, guidance, reference, noise, guidance_norm)
@@ -177,14 +202,23 @@ def adaptive_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of ADP: step sizes from the change of the score along itself, with a sticky stop.
 
-    1-γ_i = <h, h - h_ahead>_i / <h, h>_i; α_i = clip(numerator / (1-γ_i), alpha_min, alpha_max);
-    alive'_i = alive_i and α_i > tau; x'_i = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i
-    else x_i, bit for bit. A NaN α stops its sample.
+        1-γ_i    = ⟨h, h - h_ahead⟩_i / ⟨h, h⟩_i
+        α_i      = clip(numerator / (1-γ_i), alpha_min, alpha_max)
+        alive'_i = alive_i and α_i > tau
+        x'_i     = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i, else x_i bit for bit
 
-    x: float32. h = S(x), h_ahead = S(x + δh), shaped as x. alive: bool [B]. coeffs: [8] =
-    numerator, alpha_min, alpha_max, tau, scale, bias, lo, hi. Returns (x', alive' bool [B],
-    α float32 [B]). x' is differentiable with respect to x, h and h_ahead, through α where it is not
-    clipped; alive' and α are not. Source: Yoon, Hwang, Lee 2021, section 3.2.
+    A NaN α stops its sample. x' is differentiable with respect to x, h and h_ahead, through α where
+    it is not clipped; alive' and α are not. The source is Yoon, Hwang, Lee 2021, section 3.2.
+
+    Args:
+        x: the state, float32 [B, C, ...].
+        h: S(x), shaped as x.
+        h_ahead: S(x + δh), shaped as x.
+        alive: bool [B].
+        coeffs: [8] = numerator (λδ), alpha_min, alpha_max, tau, scale, bias, lo, hi.
+
+    Returns:
+        (x', alive' bool [B], α float32 [B]).
     """
     tensors = (x, h, h_ahead, coeffs)
     out: tuple[Tensor, Tensor, Tensor] = _apply(
@@ -196,8 +230,13 @@ def adaptive_step(
 def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log max softmax of each row, and its gradient with respect to the logits.
 
-    logits: [B, K] float32, float16 or bfloat16. Returns (log_confidence float32 [B], cotangent
-    [B, K] in the dtype of logits). The first index wins ties. Both are differentiable.
+    The first index wins ties. Both results are differentiable.
+
+    Args:
+        logits: [B, K] float32, float16 or bfloat16.
+
+    Returns:
+        (log_confidence float32 [B], cotangent [B, K] in the dtype of logits).
     """
     out: tuple[Tensor, Tensor] = _apply(
         "confidence_cotangent", _confidence_cotangent, (logits,), logits

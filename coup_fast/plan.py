@@ -44,12 +44,18 @@ DIFFUSION_KINDS = ("eps", "score", "x0")  # of `ScoreModel.kind`, those that `ne
 class Plan:
     """A purification run: a start row, then N rows of `reverse_step`.
 
-    method: its name. start: [8], the perturb row from pixels to the state; start_noisy: it draws
-    noise. coeffs: [N, 19]. times: [N], the network's time in [0, 1], NaN where a row calls no
-    network. guided, noisy: bool [N], rows that read the guidance gradient, rows that draw noise.
-    uses_attacked: rows read r, the attacked image in the state's space. guidance_norm: as in
-    `reverse_step`. learned_variance: rows read the second half of a 2C-channel output; otherwise
-    it is cut off.
+    Args:
+        method: its name.
+        start: [8], the row of `perturb` from pixels to the state.
+        start_noisy: whether the start draws noise.
+        coeffs: [N, 19], the rows of `reverse_step`.
+        times: [N], the network's time in [0, 1], NaN where a row calls no network.
+        guided: bool [N], which rows read the guidance gradient.
+        noisy: bool [N], which rows draw noise.
+        uses_attacked: whether rows read r, the attacked image in the state's space.
+        guidance_norm: as in `reverse_step`.
+        learned_variance: whether rows read the second half of a 2C-channel output, which is
+            otherwise cut off.
     """
 
     method: str
@@ -134,9 +140,15 @@ class Plan:
 class AdaptivePlan:
     """A run of ADP: a start row, then num_steps rows of `adaptive_step`.
 
-    coeffs: [num_steps, 8]. delta: how far ahead the second score is taken, S(x + δ S(x)). The state
-    is an image at every step, and nothing but the start draws noise. What a `Plan` says beyond that
-    is said here as well, so that a run of either kind is prepared in the same way.
+    The state is an image at every step, and nothing but the start draws noise. What a `Plan` says
+    beyond that is said here as well, so that a run of either kind is prepared in the same way.
+
+    Args:
+        method: its name.
+        start: [8], the row of `perturb` that injects the noise.
+        start_noisy: whether the start draws noise.
+        coeffs: [num_steps, 8], the rows of `adaptive_step`.
+        delta: how far ahead the second score is taken, S(x + δ S(x)).
     """
 
     method: str
@@ -312,8 +324,15 @@ def network_row(
 ) -> Array:
     """The row whose m is the raw output of a network at noise level ᾱ.
 
-    kind: "eps" (m = ε), "score" (m = -ε/σ) or "x0" (m = x̂0). clip_denoised clamps x̂0 to [-1, 1]
-    before it is used; then the step must use x̂0 (prediction.x0 not 0).
+    Args:
+        prediction: the step.
+        alpha_bar: ᾱ before the step.
+        kind: "eps" (m = ε), "score" (m = -ε/σ) or "x0" (m = x̂0).
+        clip_denoised: whether to clamp x̂0 to [-1, 1] before it is used; then the step must use x̂0
+            (prediction.x0 is not 0).
+
+    Raises:
+        ValueError: clip_denoised is set and the step does not use x̂0.
     """
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     row = blank_row()
@@ -364,7 +383,9 @@ def diffusion_row(alpha_bar: float) -> Array:
 def start_row(alpha_bar: float | None = None, *, clamp: bool = False) -> Array:
     """Pixels u to the state 2u - 1, then diffused to ᾱ where given: √ᾱ (2u - 1) + √(1-ᾱ) z.
 
-    clamp: to [-1, 1] (before any noise there is; pixels are in [0, 1] already).
+    Args:
+        alpha_bar: the noise level, or None for no noise.
+        clamp: whether to clamp to [-1, 1], where there is no noise; pixels are in [0, 1] already.
     """
     bound = 1.0 if clamp and alpha_bar is None else np.inf
     if alpha_bar is None:
@@ -397,7 +418,17 @@ def make_plan(
     guidance_max_norm: float | None = None,
     learned_variance: bool = False,
 ) -> Plan:
-    """Finish a plan: the last row maps the state back to pixels, (x + 1)/2, after its clamp."""
+    """Finish a plan: the last row maps the state back to pixels, (x + 1)/2, after its clamp.
+
+    Args:
+        method: the plan's name.
+        start: the row from pixels to the state, as `start_row` makes it.
+        rows: the steps.
+        clamp_output: whether the last row clamps the state to [-1, 1].
+        guidance_norm: as in `reverse_step`.
+        guidance_max_norm: the bound of "clipped".
+        learned_variance: whether rows read the variance channels.
+    """
     coeffs = rows.coeffs.copy()
     coeffs[-1, [OUT_SCALE, OUT_BIAS]] = 0.5
     if clamp_output:

@@ -29,8 +29,12 @@ GUIDANCE_NORMS = get_args(GuidanceNorm)
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals, float32 [B, ...] contiguous; sample i is drawn under keys[i].
 
-    keys: int64 [B, 2] (`noise.step_keys`); shape[0] == B. Box-Muller on the words of each block,
-    (0, 1) and (2, 3), evaluated in float64 and rounded once to float32.
+    Box-Muller on the words of each block, (0, 1) and (2, 3), evaluated in float64 and rounded once
+    to float32.
+
+    Args:
+        keys: int64 [B, 2] (`noise.step_keys`).
+        shape: sizes, with shape[0] == B.
     """
     if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != torch.int64:
         raise ValueError(f"keys must be int64 [B, 2], got {keys.dtype} {list(keys.shape)}")
@@ -84,12 +88,21 @@ def _per_sample(value: Tensor, ndim: int) -> Tensor:
 def perturb(
     images: Tensor, coeffs: Tensor, keys: Tensor | None = None, noise: Tensor | None = None
 ) -> Tensor:
-    """Pixel map and forward diffusion:
-    out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias.
+    """Pixel map and forward diffusion.
 
-    images: [B, ...] floating. coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale,
-    out_bias. keys: int64 [B, 2] or noise: [B, ...]; neither means z = 0 and no sign term.
-    Returns float32 (float64 for float64 images) in the layout of images. sign(0) is 1.
+        out_scale * clamp(scale u + bias + std z + sign_std sign(z), lo, hi) + out_bias
+
+    sign(0) is 1.
+
+    Args:
+        images: u, [B, ...] floating.
+        coeffs: [8] = scale, bias, std, sign_std, lo, hi, out_scale, out_bias.
+        keys: int64 [B, 2], under which z is drawn where noise is None. Without both, z is 0 and
+            there is no sign term.
+        noise: z, [B, ...].
+
+    Returns:
+        float32 (float64 for float64 images) in the layout of images.
     """
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     scale, bias, std, sign_std, low, high, out_scale, out_bias = coeffs.to(dtype).unbind()
@@ -129,19 +142,27 @@ def reverse_step(
 ) -> Tensor:
     """One step of any method: a row of the coefficient table applied to the state.
 
-    x̂0 = clamp(p x + q m, x0_lo, x0_hi);
-    x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias.
+        x̂0 = clamp(p x + q m, x0_lo, x0_hi)
+        x' = out_scale * clamp(u x̂0 + v x + w m + c_i G + e r + d z, out_lo, out_hi) + out_bias
 
-    x: [B, C, ...] float32 or float64. model_out: m, [B, C, ...], or [B, 2C, ...] with the variance
-    channels last; None means m = 0. coeffs: [19], columns of `coup_fast.plan`. guidance: G,
-    reference: r, noise: z, each shaped as x. keys: int64 [B, 2], used when noise is None; neither
-    means z = 0. guidance_norm: "none", "normalised" (c / ||G_i||) or "clipped"
-    (c min(1, g_max / ||G_i||)), one norm per sample.
+    With a learned variance, v + x_var V, c_i V, e V and sqrt(d² V + z_var² V²) replace v, c_i, e
+    and d, where s are the last C channels of m and
 
-    Learned variance: V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo)) with s the last C
-    channels; then v + x_var V, c_i V, e V and sqrt(d² V + z_var² V²) replace v, c_i, e and d.
+        V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo))
 
-    Returns x's dtype, shape and layout. Noise is not differentiated.
+    Args:
+        x: the state, [B, C, ...] float32 or float64.
+        model_out: m, [B, C, ...], or [B, 2C, ...] with the variance channels last; None is m = 0.
+        coeffs: [19], the columns of `coup_fast.plan`.
+        keys: int64 [B, 2], under which z is drawn where noise is None; without both, z is 0.
+        guidance: G, shaped as x.
+        reference: r, shaped as x.
+        noise: z, shaped as x; it is not differentiated.
+        guidance_norm: "none", "normalised" (c / ‖G_i‖) or "clipped" (c min(1, g_max / ‖G_i‖)), with
+            one norm per sample.
+
+    Returns:
+        x' in x's dtype, shape and layout.
     """
     checks.choice("guidance_norm", guidance_norm, GUIDANCE_NORMS)
     row = coeffs.to(x.dtype).unbind()
@@ -197,15 +218,24 @@ def adaptive_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of ADP: step sizes from the change of the score along itself, with a sticky stop.
 
-    1-γ_i = <h, h - h_ahead>_i / <h, h>_i; α_i = clip(numerator / (1-γ_i), alpha_min, alpha_max);
-    alive'_i = alive_i and α_i > tau; x'_i = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i
-    else x_i, bit for bit: the published loop ends before the update once nothing is alive, and
-    doing so per sample keeps an image's result independent of its batch.
+        1-γ_i    = ⟨h, h - h_ahead⟩_i / ⟨h, h⟩_i
+        α_i      = clip(numerator / (1-γ_i), alpha_min, alpha_max)
+        alive'_i = alive_i and α_i > tau
+        x'_i     = clamp(scale (x_i + α_i h_i) + bias, lo, hi) if alive'_i, else x_i bit for bit
 
-    x: [B, ...] float32 or float64; h = S(x), h_ahead = S(x + δh), shaped as x. alive: bool [B].
-    coeffs: [8] = numerator (λδ), alpha_min, alpha_max, tau, scale, bias, lo, hi.
-    Returns (x', alive', α [B]). Gradients reach h and h_ahead through x' and, where α is not
-    clipped, through α; alive and the returned α carry none. A NaN α stops its sample.
+    The published loop ends before the update once nothing is alive. Doing so per sample keeps an
+    image's result independent of its batch. A NaN α stops its sample. Gradients reach h and h_ahead
+    through x' and, where α is not clipped, through α; alive' and the returned α carry none.
+
+    Args:
+        x: the state, [B, ...] float32 or float64.
+        h: S(x), shaped as x.
+        h_ahead: S(x + δh), shaped as x.
+        alive: bool [B].
+        coeffs: [8] = numerator (λδ), alpha_min, alpha_max, tau, scale, bias, lo, hi.
+
+    Returns:
+        (x', alive', α [B]).
     """
     numerator, alpha_min, alpha_max, tau, scale, bias, low, high = coeffs.to(x.dtype).unbind()
     h, h_ahead = h.to(x.dtype), h_ahead.to(x.dtype)
@@ -231,11 +261,16 @@ def adaptive_step(
 def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log max softmax of each row, and its gradient with respect to the logits.
 
-    logits: [B, K] floating. Returns (log_confidence [B], float32 or float64 for float64 logits;
-    cotangent [B, K] in the dtype of logits). The first index wins ties. With S the sum of
-    exp(l_j - l_max) over the other classes these are -log1p(S) and, for the winner, S / (1 + S):
-    both keep their relative precision when the classifier is all but certain. NaN, or an infinite
-    largest logit, makes the row NaN.
+    The first index wins ties. With S the sum of exp(l_j - l_max) over the other classes the two are
+    -log1p(S) and, for the winner, S / (1 + S): both keep their relative precision when the
+    classifier is all but certain. NaN, or an infinite largest logit, makes the row NaN.
+
+    Args:
+        logits: [B, K] floating.
+
+    Returns:
+        (log_confidence [B], float32 or float64 for float64 logits; cotangent [B, K] in the dtype of
+            logits).
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     values = logits.to(dtype)

@@ -28,6 +28,13 @@ class VPSchedule:
 
     The source is appendix B of Song et al., "Score-based generative modeling through SDEs" (ICLR
     2021). The published networks are called with 999 t (`ScoreModel(time_scale=999)`).
+
+    Args:
+        beta_min: β(0) > 0.
+        beta_max: β(1) >= beta_min.
+
+    Raises:
+        ValueError: the numbers are out of range.
     """
 
     beta_min: float = 0.1
@@ -91,9 +98,15 @@ class VPSchedule:
 class DiscreteSchedule:
     """Discrete variance-preserving chain, q(x_i | x_{i-1}) = N(√(1-β_i) x_{i-1}, β_i).
 
-    betas: β_0 … β_{N-1}, each in (0, 1). The source is Ho et al., "Denoising diffusion
-    probabilistic models" (NeurIPS 2020). A network trained on it is told the index: use
-    `ScoreModel(time_scale=N)`, so that the times i / N given by `index_time` become i.
+    The source is Ho et al., "Denoising diffusion probabilistic models" (NeurIPS 2020). A network
+    trained on it is told the index: use `ScoreModel(time_scale=N)`, so that the times i / N given
+    by `index_time` become i.
+
+    Args:
+        betas: β_0 … β_{N-1}, each in (0, 1).
+
+    Raises:
+        ValueError: there are no betas, or one of them is out of range.
     """
 
     betas: tuple[float, ...] = tuple(np.linspace(1e-4, 0.02, 1000).tolist())
@@ -182,6 +195,12 @@ class EDMSchedule:
 
     The source is Karras et al., "Elucidating the design space of diffusion models" (NeurIPS 2022).
     Time is σ / sigma_max, so `ScoreModel(kind="x0", time_scale=sigma_max)` tells the network σ.
+
+    Args:
+        sigma_max: the largest σ, > 0.
+
+    Raises:
+        ValueError: sigma_max is not positive.
     """
 
     sigma_max: float = 80.0

@@ -25,10 +25,13 @@ from coup_fast.attacks.options import Keep
 class APGD(Attack):
     """z ← P(x + η d), x ← P(x + α (z - x) + (1 - α) (x - x_before)).
 
-    rho: the step is halved if a smaller share of a window's iterates raised the loss. momentum: α,
-    which is 1 in the first step. The defaults are those of AutoAttack's `rand` version: 100 steps
-    and 20 draws. `keep` is "best", because the algorithm returns that. `Attack` explains the other
-    options.
+    The defaults are those of AutoAttack's `rand` version: 100 steps and 20 draws. `keep` is "best",
+    because the algorithm returns that. `Attack` explains the other options.
+
+    Args:
+        rho: the step is halved if a smaller share of a window's iterates raised the loss; in
+            (0, 1].
+        momentum: α, in (0, 1]; it is 1 in the first step.
     """
 
     steps: int = 100

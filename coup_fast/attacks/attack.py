@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 FIRST_ATTACK_DRAW = 2**32
+"""Draws of a defence below this number are left to whoever measures it; attacks never use them."""
 FIRST_START_DRAW = 2**62
 MAX_SEED = 2**29 - 1
 MAX_COUNT = 2**20 - 1
@@ -58,7 +59,14 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `done` of `total` iterates, with the present mean loss and share fooled."""
+    """How far a run is.
+
+    Attributes:
+        done: iterates that are finished.
+        total: iterates of the whole run.
+        loss: mean loss over the images at the present iterate.
+        fooled: share of the draws that are misclassified there, in [0, 1].
+    """
 
     done: int
     total: int
@@ -70,15 +78,23 @@ class Progress:
 class AttackResult:
     """What an attack found.
 
-    images: [B, C, H, W], inside the ball. loss, fooled: float64 [B], averaged over the attack's
-    draws, at the last iterate that was evaluated (keep="last") or at the one returned. They say how
-    the attack went, and are no measure of robustness. zero_gradients: how often an image's gradient
-    was exactly 0, which is a sign of masked gradients. gradient_runs: images times draws that were
-    differentiated. score_evaluations, classifier_evaluations: images that passed through
-    the networks, guidance, recomputation and measuring of memory included (0 for a classifier in
-    which no module can be seen, behind a purifier); of a model that is not ours, its calls are
-    classifications. draws: forwards of the defence behind each gradient: `eot`, or 1 where the
-    defence is not random.
+    `loss` and `fooled` are averages over the attack's own draws. They say how the attack went, and
+    they are no measure of robustness.
+
+    Attributes:
+        images: [B, C, H, W], inside the ball.
+        loss: float64 [B], at the last iterate that was evaluated (keep="last") or at the one that
+            is returned.
+        fooled: float64 [B], share of draws that are misclassified there, in [0, 1].
+        zero_gradients: how often an image's gradient was exactly 0, which is a sign of masked
+            gradients.
+        gradient_runs: images times draws that were differentiated.
+        score_evaluations: images that passed through the score network, recomputation and the
+            measuring of memory included.
+        classifier_evaluations: the same of the classifier, guidance included; 0 for a classifier in
+            which no module can be seen, behind a purifier. For a model that is not ours, its calls.
+        draws: forwards of the defence behind each gradient: `eot`, or 1 where the defence is not
+            random.
     """
 
     images: Tensor
@@ -110,29 +126,34 @@ def _images_of(
 class Attack(ABC):
     """Options of every attack; `attack(defended, images, labels, sample_ids=ids)` runs it.
 
-    norm: "linf" or "l2", also written "Linf", "inf", math.inf or "L2". eps: the radius in pixels of
-    [0, 1], a number or a text such as "8/255"; at most 1 for ℓ∞. steps: the number of iterates.
-    eot: the draws behind each gradient. loss: "ce", "dlr" or "margin".
+    Args:
+        norm: "linf" or "l2", also written "Linf", "inf", math.inf or "L2".
+        eps: the radius in pixels of [0, 1], a number or a text such as "8/255"; at most 1 for ℓ∞.
+        steps: the number of iterates.
+        eot: the draws behind each gradient (expectation over transformation).
+        loss: "ce", "dlr" or "margin".
+        gradient: "exact" takes the gradient of the run as it was, and "autograd" the same from a
+            whole graph. Three others are weak and exist for comparison: "stopped" holds guidance
+            constant, as the released COUP attack does; "bpda" takes the purifier's Jacobian as the
+            identity; "classifier" leaves the purifier out.
+        noise: "fresh" takes new draws at every iterate. "fixed" takes draw 0 (to eot - 1)
+            throughout, which with eot=1 is the white-box attack on the defence as a deterministic
+            function.
+        through_vote: True takes the loss of the combined scores of the defence's `num_draws`, so
+            that the attack knows of the vote and costs eot · num_draws runs. False takes the mean
+            of the losses of the draws.
+        random_start: whether to begin at a random point of the ball.
+        restarts: how often to begin; the best result is kept.
+        keep: "last" returns the last iterate; "best" returns the one that fooled most draws, and
+            among equals the one of highest loss.
+        seed: of starts and draws, in [0, 2^29).
+        targeted: whether to aim at a wrong class. The class follows from the image's label, its
+            sample id and the number of the restart, and as many restarts as there are wrong classes
+            try all.
 
-    gradient: "exact" takes the gradient of the run as it was, and "autograd" the same from a whole
-    graph. Three others are weak and exist for comparison: "stopped" holds guidance constant, as the
-    released COUP attack does; "bpda" takes the purifier's Jacobian as the identity; "classifier"
-    leaves the purifier out.
-
-    noise: "fresh" takes new draws at every iterate. "fixed" takes draw 0 (to eot - 1) throughout,
-    which with eot=1 is the white-box attack on the defence as a deterministic function.
-
-    through_vote: True takes the loss of the combined scores of the defence's `num_draws`, so that
-    the attack knows of the vote and costs eot · num_draws runs. False takes the mean of the losses
-    of the draws.
-
-    random_start: whether to begin at a random point of the ball. restarts: how often to begin.
-    keep: "last" returns the last iterate; "best" returns the one that fooled most draws, and among
-    equals the one of highest loss. Of several restarts the best is kept either way. seed: of starts
-    and draws, in [0, 2^29).
-
-    targeted: whether to aim at a wrong class. The class follows from the image's label, its sample
-    id and the number of the restart, and as many restarts as there are wrong classes try all.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range; the message names it and what is possible.
     """
 
     norm: str = "linf"
@@ -229,7 +250,8 @@ class Attack(ABC):
                 module or callable from pixels to scores [B, K]. A random one is also run under
                 `eot` draws, as `coup_fast.attacks.foreign` describes. A purifier of this package
                 that it holds is found, and gets this attack's draws and gradient.
-            images: [B, C, H, W] in [0, 1], float32 or float64. labels: int64 [B].
+            images: [B, C, H, W] in [0, 1], float32 or float64.
+            labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
             targets: int64 [B], the classes that a targeted attack aims at, in place of those that
                 it would choose.
@@ -239,8 +261,10 @@ class Attack(ABC):
         An image's result depends on the image, its label and sample id, the attack and the
         defence; not on its batch or order, as far as that is true of the networks.
 
-        Raises TypeError or ValueError for bad input, and FloatingPointError for a loss or gradient
-        that is not finite, naming the image.
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range or does not fit the others.
+            FloatingPointError: a loss or gradient is not finite; the message names the image.
         """
         ids = check_inputs(images, labels, sample_ids)
         if targets is not None:

@@ -45,10 +45,14 @@ _DECIDED = ("loss", "through_vote", "random_start", "restarts", "keep", "targete
 class AutoAttack(Attack):
     """AutoAttack's `rand` (APGD-CE, APGD-DLR) or `standard` (APGD-CE, APGD-T, FAB-T, Square).
 
-    version: "rand" is for random defences, with `eot` draws for each gradient and noise="fresh".
-    "standard" assumes that two calls agree. It needs noise="fixed", which attacks the defence as it
-    is under draw 0, and eot=1. steps: those of APGD and FAB. queries: those of Square. Targeted
-    components try at most nine wrong classes.
+    Targeted components try at most nine wrong classes. `Attack` explains the other options.
+
+    Args:
+        version: "rand" is for random defences, with `eot` draws for each gradient and
+            noise="fresh". "standard" assumes that two calls agree. It needs noise="fixed", which
+            attacks the defence as it is under draw 0, and eot=1.
+        steps: those of APGD and FAB.
+        queries: those of Square.
     """
 
     steps: int = 100
@@ -94,8 +98,11 @@ class AutoAttack(Attack):
     ) -> AttackResult:
         """Attack images; takes and raises what `Attack.run` does, but for `targets`.
 
-        progress is called after each image; zero gradients are not counted. Raises ImportError
-        without pyautoattack, and ValueError for fewer classes than its losses need.
+        progress is called after each image; zero gradients are not counted.
+
+        Raises:
+            ImportError: pyautoattack is not installed.
+            ValueError: there are fewer classes than its losses need.
         """
         if targets is not None:
             raise ValueError("AutoAttack chooses its targets")

@@ -92,8 +92,12 @@ class MemoryModel:
 class EotGradient:
     """What `eot_gradient` returns.
 
-    gradient: [B, C, H, W], of the mean loss over draws. losses: [draws, B]. scores: [draws, B, K].
-    micro_batch: how many runs went at a time. memory: the model that chose it, or None.
+    Attributes:
+        gradient: [B, C, H, W], of the mean loss over draws.
+        losses: [draws, B].
+        scores: [draws, B, K].
+        micro_batch: how many runs went at a time.
+        memory: the model that chose it, or None.
     """
 
     gradient: Tensor
@@ -127,8 +131,9 @@ def eot_gradient(
         labels: int64 [B], handed to the loss.
         loss: (scores [b, K], labels [b]) -> [b], where each entry depends only on its row. The
             caller maximises or minimises it.
-        sample_ids: as for `Purifier`.
         draws: >= 1, counted from `draw` (and from `next_draw` with `fresh_draws`).
+        sample_ids: as for `Purifier`.
+        draw: the first draw.
         memory_budget: bytes for the runs of one micro-batch, without the result and states kept in
             host memory. The default is 80 % of the free memory of a GPU, or 25 % of the machine's
             free memory on a CPU. What a run takes is measured once for each defence and kind of
@@ -140,8 +145,9 @@ def eot_gradient(
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
     of the draws in float32 (float64 for float64 images), whatever the micro-batch is.
 
-    Raises ValueError for a loss that is not one number per image, for a budget too small for one
-    run, and for a purifier with gradient="none"; else as `Purifier`.
+    Raises:
+        ValueError: the loss is not one number per image, the budget is too small for one run, or
+            the purifier has gradient="none". Other errors are those of `Purifier`.
     """
     checks.integer("draws", draws, 1)
     if micro_batch is not None:

@@ -54,6 +54,9 @@ def _top_spread(scores: Tensor) -> Tensor:
 
 
 LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+"""What `Attack(loss=...)` names: functions of scores [B, K] and labels [B]; larger is worse for the
+defence. "ce" is cross-entropy, "dlr" the difference of logits ratio (Croce and Hein 2020), "margin"
+the best wrong score minus the right one (Carlini and Wagner 2017)."""
 
 # The same for attacks that want the label for an answer: larger is nearer to it. The DLR loss has
 # the best other score where Croce & Hein have that of the right class.

@@ -27,7 +27,6 @@ from coup_fast.run.first_look import is_looking
 
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
-# How the gradient is taken -> the purifier's options. "classifier" does without the purifier.
 GRADIENTS: dict[AttackGradient, PurifierOptions] = {
     "exact": {"gradient": "exact", "guidance_gradient": "full"},
     "autograd": {"gradient": "autograd", "guidance_gradient": "full"},
@@ -35,13 +34,16 @@ GRADIENTS: dict[AttackGradient, PurifierOptions] = {
     "bpda": {"gradient": "bpda"},
     "classifier": {},
 }
+"""How an attack takes its gradient, and the purifier's options that do it. "classifier" does
+without the purifier."""
 
-# Why a gradient makes an attack weak, for tables; the others are those of the run itself.
 WEAK_GRADIENTS: dict[AttackGradient, str] = {
     "stopped": "treats the guidance as a constant",
     "bpda": "takes the purifier's Jacobian as the identity",
     "classifier": "attacks the bare classifier and ignores the purifier",
 }
+"""Why a gradient makes an attack weak, in words for tables. The other gradients are those of the
+run itself."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ class PGD(Attack):
     """x ← P(x + step_size · d), where d = sign(g) for ℓ∞ and g / ‖g‖₂ for ℓ2.
 
     The defaults are the field's strong attack on purification: 200 steps of 0.007 with 20 draws in
-    an ℓ∞ ball of 8/255. step_size is in pixels, as `eps` is. `Attack` explains the other options.
+    an ℓ∞ ball of 8/255 (Lee and Kim, ICCV 2023). `Attack` explains the other options.
+
+    Args:
+        step_size: length of a step in pixels of [0, 1], a number or a text as for `eps`.
     """
 
     step_size: float = 0.007

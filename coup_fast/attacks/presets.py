@@ -50,6 +50,7 @@ PRESETS: dict[str, Attack] = {
     "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),
     "classifier": PGD(gradient="classifier", steps=40, step_size=2 / 255, eot=1),
 }
+"""The attack of each name; the module's table says what they are and where they come from."""
 
 
 def preset(name: str, **changes: Unpack[AttackOptions]) -> Attack:
@@ -58,8 +59,14 @@ def preset(name: str, **changes: Unpack[AttackOptions]) -> Attack:
     Unless step_size is given, PGD's step keeps its proportion to eps (for "pgd-l2" to eps / steps):
     half the radius halves the step.
 
-    Raises ValueError for an unknown name, listing those that exist; TypeError for an option that
-    the attack does not have.
+    Args:
+        name: a key of `PRESETS`.
+        **changes: options of the attack, as `PGD`, `APGD` or `AutoAttack` takes them.
+
+    Raises:
+        ValueError: the name is unknown (the message lists those that exist), or an option is out of
+            range.
+        TypeError: the attack does not have such an option.
     """
     checks.choice("attack", name, PRESETS)
     attack = PRESETS[name]

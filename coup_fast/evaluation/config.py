@@ -32,11 +32,15 @@ DECIDED_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Data:
-    """Which images: name is "digits" (the held-out MNIST digits), "mnist", "cifar10", or a .npz
-    file with `images` [N, C, H, W] (uint8, or floats in [0, 1]) and `labels` [N].
+    """Which images are evaluated.
 
-    images: how many, the first of a permutation by `seed`. split: "report" or "validation" of the
-    digits, "test" or "train" of the others; folder: where the files of mnist and cifar10 are.
+    Args:
+        name: "digits" (the held-out MNIST digits), "mnist", "cifar10", or a .npz file with `images`
+            [N, C, H, W] (uint8, or floats in [0, 1]) and `labels` [N].
+        images: how many, the first of a permutation by `seed`.
+        seed: of that permutation.
+        split: "report" or "validation" of the digits, "test" or "train" of mnist and cifar10.
+        folder: where the files of mnist and cifar10 are.
     """
 
     name: str = "digits"
@@ -48,12 +52,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Defence:
-    """A purifier in front of the classifier; method "none" is the bare classifier, and
-    "module:function" a defence that is not ours, from pixels to scores (`options` are the
-    function's).
+    """A purifier in front of the classifier.
 
-    options: of the `Purifier` and its method. num_draws, vote: of the `PurifiedClassifier`. base:
-    the name without the values that a sweep added to it.
+    Args:
+        name: in the table.
+        method: a name in `coup_fast.methods`; "none" for the bare classifier; "module:function" for
+            a defence that is not ours, from pixels to scores.
+        options: of the `Purifier` and its method, or of that function.
+        num_draws: purified copies for each prediction, as in `PurifiedClassifier`.
+        vote: how they are combined, as in `PurifiedClassifier`.
+        base: the name without the values that a sweep added to it.
     """
 
     name: str
@@ -93,13 +101,19 @@ class Row:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The whole configuration of an evaluation.
+    """The whole configuration of an evaluation; `from_dict` makes one from the tables of a file.
 
-    models: "mnist" or "cifar10" (bundled), or "module:function" or "./file.py:function", a function
-    that is called with "vp" or (for ADP) "ncsn" and returns (ScoreModel, classifier). rows: the
-    work, in order. draws: how many fresh draws each image is classified under. batch_size: images
-    at once. seed: of the defences' noise. threads: of each process. memory_budget: bytes that an
-    attack's gradients may take at once.
+    Args:
+        data: which images.
+        models: "mnist" or "cifar10" (bundled), or "module:function" or "./file.py:function", a
+            function that is called with "vp" or (for ADP) "ncsn" and returns (ScoreModel,
+            classifier).
+        rows: the work, in order: each a defence on clean images or under an attack.
+        draws: how many fresh draws each image is classified under.
+        batch_size: images at once.
+        seed: of the defences' noise.
+        threads: of each process.
+        memory_budget: bytes that an attack's gradients may take at once.
     """
 
     data: Data
@@ -257,7 +271,13 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
 def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     """The configuration that a dictionary describes, with the keys of a TOML file.
 
-    Raises ValueError or TypeError, naming the key, what was given and what is possible.
+    Args:
+        given: tables and values as docs/evaluation.md lists them; a list of `eps`, `eot`, `steps`,
+            `t_star`, `num_steps` or `guidance_scale` becomes one row for each value.
+
+    Raises:
+        ValueError: a key or value is unknown or out of range; the message says what is possible.
+        TypeError: a value is of the wrong kind.
     """
     plain = {f.name: f.default for f in fields(EvalConfig) if f.name not in ("data", "rows")}
     known = [*plain, "data", "defence", "attack", "controls"]
@@ -291,7 +311,12 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. Raises FileNotFoundError, or FileError (a ValueError)."""
+    """The tables of a TOML file, for `from_dict`.
+
+    Raises:
+        FileError: the file is not TOML; this is a ValueError.
+        FileNotFoundError: there is no such file.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:

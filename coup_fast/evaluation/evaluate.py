@@ -60,12 +60,16 @@ def evaluate(
         report_only: compute nothing; report the batches that all rows have finished.
         interval: seconds after which `say` also hears how far an unfinished unit is.
 
-    Under torchrun (or with a process group) the ranks share the work. Only rank 0 returns the
-    report, and the others return None.
+    Returns:
+        The report on rank 0, and None on the others. Under torchrun (or with a process group) the
+        ranks share the work.
 
-    Raises ValueError or TypeError for a wrong configuration, StateError for a state that does not
-    belong to it, and EvaluationError for what stops it on the way (a full disk, NaN from a network,
-    a rank that died). What was finished before an error stays.
+    Raises:
+        ValueError: the configuration is wrong.
+        TypeError: a value of the configuration is of the wrong kind.
+        StateError: the state in `out` does not belong to this configuration, or is damaged.
+        EvaluationError: something stopped the run on its way, such as a full disk, NaN from a
+            network or a rank that died. What was finished before stays.
     """
     say = say or (lambda _: None)
     ticker = _Ticker(say, interval)

@@ -51,7 +51,16 @@ class Share(ABC):
 
 @dataclass(frozen=True)
 class Proportion(Share):
-    """`successes` out of `total`."""
+    """`successes` out of `total`, with its Wilson interval.
+
+    Args:
+        successes: how many, in [0, total].
+        total: of how many; 0 gives the rate nan and the interval [0, 1].
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        ValueError: the counts are no proportion, or confidence is out of range.
+    """
 
     successes: int
     total: int
@@ -90,7 +99,16 @@ class Average(Share):
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, confidence: float = 0.95) -> Proportion:
-    """Top-1 accuracy of `logits` [B,K] (or labels already predicted, int64 [B]) on `labels` [B]."""
+    """Top-1 accuracy.
+
+    Args:
+        logits: [B, K], or int64 [B] for labels that are predicted already.
+        labels: int64 [B].
+        confidence: of the interval.
+
+    Raises:
+        ValueError: there are not as many predictions as labels.
+    """
     predicted = logits.argmax(dim=1) if logits.ndim == 2 else logits
     if predicted.shape != labels.shape:
         raise ValueError(

@@ -25,10 +25,14 @@ from coup_fast.files import write_text
 
 
 class Report:
-    """The finished part of an evaluation.
+    """The finished part of an evaluation; `evaluate` returns one.
 
-    units: what the state holds of each unit, a batch of a row. Only images for which every row is
-    finished count, so that all rows are about the same images.
+    Only images for which every row is finished count, so that all rows are about the same images.
+
+    Args:
+        config: of the evaluation.
+        identity: what the results depend on: configuration, data, networks, versions.
+        units: what the state holds of each finished batch of each row.
     """
 
     def __init__(

@@ -19,7 +19,14 @@ def render_table(
 
     HTML is escaped, and sets alignments but no colours.
 
-    `align` holds one word per column; by default the first column is left and the others right.
+    Args:
+        headers: one for each column.
+        rows: as many cells each as there are headers.
+        style: "terminal", "markdown" or "html".
+        align: one word for each column; by default the first is "left" and the others "right".
+
+    Raises:
+        ValueError: a row has another number of cells.
     """
     from tabulate import tabulate
 

@@ -39,9 +39,15 @@ CHAINS = ("longer steps", "first steps")
 class GradientCheck:
     """The table of `check_gradient`; `str()` prints it.
 
-    method, steps, full_steps: the short chain has `steps` of the purifier's `full_steps`. chain:
-    how it was shortened. batch, draws: images, and draws of the vote. tolerance: the largest
-    relative error that the exact gradient may have. rows: the ways, autograd first.
+    Attributes:
+        method: of the purifier.
+        steps: of the short chain.
+        full_steps: of the purifier.
+        chain: how it was shortened.
+        batch: number of images.
+        draws: of the vote.
+        tolerance: the largest relative error that the exact gradient may have.
+        rows: one for each way to differentiate, plain autograd first.
     """
 
     method: str
@@ -115,7 +121,8 @@ def check_gradient(
         chain: "longer steps" covers the same times in fewer steps (methods without `num_steps` run
             their first steps); "first steps" runs the first steps as they are.
         loss: (scores [B, K], labels [B]) -> [B].
-        sample_ids, draw: as for `PurifiedClassifier`.
+        sample_ids: as for `PurifiedClassifier`.
+        draw: as for `PurifiedClassifier`.
         directions: how many random directions the finite differences of a foreign model take; each
             costs ten forwards.
         reference: for a foreign model: the same model differentiated in another way, such as by
@@ -126,8 +133,9 @@ def check_gradient(
     the reverse VP-SDE. The adjoint's error falls with the step length, so with few steps it is
     larger than on the full chain.
 
-    Raises what `Purifier` raises, such as ValueError for models in a training mode and
-    RuntimeError for models that do not repeat themselves.
+    Raises:
+        ValueError: an argument is out of range, or a model is in training mode.
+        RuntimeError: a model does not repeat itself, and whatever else `Purifier` raises.
     """
     with torch.inference_mode(False):
         images, labels, sample_ids = map(recordable, (images, labels, sample_ids))

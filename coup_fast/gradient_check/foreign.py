@@ -39,11 +39,16 @@ TOLERANCE = 0.05
 class ForeignGradientCheck:
     """What `check_gradient` found of a model that is not ours. `str()` prints it.
 
-    model: its name. batch: images. repeats: whether the same draw gave the same scores twice, bit
-    for bit. seeding: what drove its noise. resolution: how far the finite differences agree among
-    themselves, relative to their size; a smaller error than this cannot be seen. tolerance: what
-    the errors may be. rows: as of `GradientCheck`; "finite differences" (random directions), "along
-    the gradient" and, if one was given, "reference".
+    Attributes:
+        model: its name.
+        batch: number of images.
+        repeats: whether the same draw gave the same scores twice, bit for bit.
+        seeding: what drove its noise.
+        resolution: how far the finite differences agree among themselves, relative to their size;
+            a smaller error than this cannot be seen.
+        tolerance: what the errors may be.
+        rows: "finite differences" (random directions), "along the gradient" and, if one was given,
+            "reference".
     """
 
     model: str

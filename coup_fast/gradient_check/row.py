@@ -14,10 +14,14 @@ Timed = tuple[Tensor, float]
 class GradientRow:
     """One way to differentiate, against plain autograd.
 
-    name. relative_error: ||g - g*|| / ||g*|| over the batch. cosine: mean over images of the cosine
-    between g and g*. sign_agreement: share of pixels where the signs are equal, which is what a
-    signed attack step uses. seconds: of forward and backward. note: why it was not run (the
-    numbers are None then), or what to know about it.
+    Attributes:
+        name: of this way.
+        relative_error: ‖g - g*‖ / ‖g*‖ over the batch, with g* the gradient of plain autograd.
+        cosine: mean over images of the cosine between g and g*.
+        sign_agreement: share of pixels where the signs are equal, which is what a signed attack
+            step uses.
+        seconds: of forward and backward.
+        note: why it was not run (the numbers are None then), or what to know about it.
     """
 
     name: str

@@ -38,16 +38,21 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     """A scheduler that purifies: COUP, DiffPure and every other method but ADP.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type:
-            what the network was trained on, as in diffusers' own schedulers ("epsilon", "sample",
-            or "score").
+        num_train_timesteps: steps of the chain that the network was trained on, as in diffusers'
+            own schedulers, like the next four.
+        beta_start: first β.
+        beta_end: last β.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
+        trained_betas: all β, instead of the three.
+        prediction_type: what the network predicts: "epsilon", "sample" or "score".
         time_scale: None: the network is told the index, as diffusers' are. A number: it was
             trained on continuous time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
         method: a name in `coup_fast.methods.METHODS`.
         options: a dictionary of the method's options, `coup_fast.options.MethodOptions`.
 
-    Raises ValueError for an unknown method or option, a prediction type or noise schedule that
-    cannot be used, and for ADP, whose steps call the network twice.
+    Raises:
+        ValueError: the method or an option is unknown, the prediction type or noise schedule cannot
+            be used, or the method is ADP, whose steps call the network twice.
     """
 
     order = 1
@@ -135,7 +140,11 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     ) -> Tensor:
         """The state from which the loop starts, [-1, 1] and diffused where the method does that.
 
-        images: pixels [B, C, H, W] in [0, 1]. generator, keys, noise: as in `step`.
+        Args:
+            images: pixels [B, C, H, W] in [0, 1].
+            generator: as in `step`.
+            keys: as in `step`.
+            noise: as in `step`.
         """
         ops = choose_ops("auto", images)
         index = 0 if self.plan.start_noisy else None
@@ -147,7 +156,9 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     ) -> Tensor | None:
         """COUP's guidance at a state: ∇ₓ log max p of the classifier; None if the step takes none.
 
-        classifier: pixels [B, C, H, W] in [0, 1] -> logits [B, K].
+        Args:
+            classifier: pixels [B, C, H, W] in [0, 1] -> logits [B, K].
+            sample: the state.
         """
         if not self.guided:
             return None
@@ -177,11 +188,14 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
             sample: the state. float32; other dtypes are rounded after every step.
             guidance: [B, C, H, W], see `confidence_gradient`; needed where `guided`.
             reference: the attacked image in [-1, 1], for the methods that look back at it.
-            generator: torch generator (or a list of one for each sample), or
-            keys: of `noise_keys`, or
-            noise: [B, C, H, W]; default: torch's global generator.
+            generator: a torch generator, or a list of one for each sample. Give one of this, keys
+                and noise; without all three, noise comes from torch's global generator.
+            keys: those of `noise_keys`.
+            noise: [B, C, H, W].
+            return_dict: whether to return diffusers' `SchedulerOutput`, or a tuple.
 
-        Raises ValueError for a timestep out of turn, or missing guidance or reference.
+        Raises:
+            ValueError: the timestep is out of turn, or guidance or reference is missing.
         """
         row = self._row()
         expected = self.timesteps[self.step_index]

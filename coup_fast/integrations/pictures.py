@@ -1,7 +1,9 @@
 """One's own pictures: Pillow images as pixels and back, and purifying one; needs Pillow.
 
-from coup_fast.integrations.pictures import purify_image
-purify_image("in.png", purifier).save("out.png")
+    from coup_fast.integrations.pictures import purify_image
+    purify_image("in.png", purifier).save("out.png")
+
+A picture keeps its size, mode and format.
 """
 
 from __future__ import annotations
@@ -59,7 +61,10 @@ def with_size(pixels: Tensor, height: int, width: int) -> Tensor:
 def picture_id(name: str) -> int:
     """The sample id of a picture in a folder: 63 bits of the SHA-256 of its name there.
 
-    So its noise is its own, whatever other pictures there are. name: "a.png", or "sub/a.png".
+    So its noise is its own, whatever other pictures there are.
+
+    Args:
+        name: "a.png", or "sub/a.png".
     """
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -69,9 +74,12 @@ def picture_id(name: str) -> int:
 class Picture:
     """A picture as pixels, with what is needed to write it back in the same form.
 
-    pixels: [1 or 3, H, W] float32 in [0, 1]. alpha: [H, W] uint8, put back unchanged. bits: 8, or
-    16 (grey only). keep: options for pillow's `save`: EXIF and colour profile. remarks: what was
-    not read as it is, for the user.
+    Args:
+        pixels: [1 or 3, H, W] float32 in [0, 1].
+        alpha: [H, W] uint8, put back unchanged, or None.
+        bits: 8, or 16 (grey only).
+        keep: options for pillow's `save`: EXIF and colour profile.
+        remarks: what was not read as it is, for the user.
     """
 
     pixels: Tensor
@@ -175,11 +183,13 @@ def purify_image(
         resize: (height, width) that the network is to see, one number for a square; the result is
             resized back. Default: the network sees the picture's own size.
         convert_color: allow a grey picture for an RGB network, and the reverse, and back.
-        sample_id, draw: of the noise.
+        sample_id: names the picture to the noise.
+        draw: which of its independent noises.
 
-    Raises TypeError for what is no picture (a tensor), ValueError for a picture of a kind that
-    cannot be read, of channels that the network does not take, or of a size at which it fails; and
-    what `Purifier` raises.
+    Raises:
+        TypeError: image is no picture, such as a tensor.
+        ValueError: the picture is of a kind that cannot be read, has channels that the network does
+            not take, or a size at which it fails. Other errors are those of `Purifier`.
     """
     if not isinstance(image, Image.Image | str | Path):
         raise TypeError(

@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[..., AnyPlan]] = {
     "adp": adp,
     "one-shot": one_shot,
 }
+"""The function of each method, by the name that `Purifier(method=...)` takes."""
 
 __all__ = [
     "METHODS",
@@ -86,9 +87,15 @@ def options(name: str) -> dict[str, Any]:
 
 
 def check_options(name: str, chosen: Iterable[str], others: Iterable[str] = ()) -> None:
-    """Raises ValueError, listing those that exist, for an option that the method does not take.
+    """Refuse an option that the method does not take.
 
-    others: options that the caller takes beside the method's, for the list.
+    Args:
+        name: of the method.
+        chosen: names of options.
+        others: options that the caller takes beside the method's, for the message.
+
+    Raises:
+        ValueError: an option does not exist; the message lists those that do.
     """
     known = options(name)
     unknown = [option for option in chosen if option not in known]
@@ -103,8 +110,16 @@ def check_options(name: str, chosen: Iterable[str], others: Iterable[str] = ()) 
 def plan(name: str, schedule: Schedule, kind: str, **chosen: Unpack[MethodOptions]) -> AnyPlan:
     """The plan of a method for networks of this schedule and kind.
 
-    Raises ValueError for an unknown method or option, listing those that exist, and ValueError or
-    TypeError for values that are out of range or contradict each other.
+    Args:
+        name: of the method.
+        schedule: of the network.
+        kind: what the network predicts, as in `ScoreModel`.
+        **chosen: options of the method.
+
+    Raises:
+        ValueError: the method or an option is unknown (the message lists those that exist), or
+            values are out of range or contradict each other.
+        TypeError: a value is of the wrong kind.
     """
     check_options(name, chosen)
     return METHODS[name](schedule, kind, **chosen)

@@ -44,16 +44,20 @@ def adp(
         kind: "ncsn", the unscaled output of an NCSN or an energy's -∇E.
         sigma: the noise level in pixels, >= 0.
         noise_variant: "gaussian", or "binary" for ±σ√(2/π).
-        num_steps: the steps of a run.
-        step_lambda: λ > 0.
-        delta: δ > 0.
-        tau: τ >= 0.
-        alpha_min, alpha_max: bounds of the step size, 0 <= alpha_min <= alpha_max.
+        num_steps: the steps of a run, at least 1.
+        step_lambda: λ > 0, from which the step size follows.
+        delta: δ > 0, how far ahead the second score is taken.
+        tau: τ >= 0; a sample stops once its step size is at most τ.
+        alpha_min: smallest step size, >= 0.
+        alpha_max: largest step size, >= alpha_min.
         pixel_map_every_step: True applies T⁻¹ at every step, as the released code does, although
             the state is in pixel space after the first; this stretches contrast a little each
             time. False applies T⁻¹ once, at the first step.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     if kind != "ncsn":
         raise ValueError(

@@ -53,13 +53,17 @@ def ddpm(
         num_steps: in [1, t_star N], for a respaced chain; by default every index is used.
         variance: "fixed-small" (posterior), "fixed-large" (β), or "learned" (a 2C-channel network).
         guidance_scale: λ >= 0, shifts the mean by λ Var g (Dhariwal and Nichol 2021, algorithm 1).
-        guidance_norm, guidance_max_norm: as for `coup`.
+        guidance_norm: as for `coup`.
+        guidance_max_norm: as for `coup`.
         forward_noise: whether to diffuse the image to t_star first.
         clip_denoised: whether to clamp x̂0 to [-1, 1]. The posterior mean then takes x and the
             clamped x̂0.
         clamp_output: whether to clamp the result to valid pixels.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("ddpm", schedule, kind)
     chain = model.discrete()
@@ -118,12 +122,16 @@ def ddim(
     solver of `coup` and its relatives, the same step without clipping, and `ddpm` use the ε that
     belongs to the clamped x̂0. Where nothing is clamped the two agree.
 
+    The arguments that are not listed are those of `ddpm`; guidance adds λ g to the score (Dhariwal
+    and Nichol 2021, algorithm 2).
+
     Args:
         eta: in [0, 1]; 0 is deterministic, and 1 has DDPM's small variance.
-        The other options are those of `ddpm`. Guidance adds λ g to the score (Dhariwal and Nichol
-        2021, algorithm 2).
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("ddim", schedule, kind)
     chain = model.discrete()
@@ -161,14 +169,18 @@ def gradual(
     2023): T = 30 (four rounds), 50 (two), 125 (two), every index, η = 1 (DDPM), x̂0 not clipped. Ten
     runs vote by majority (`PurifiedClassifier(num_draws=10, vote="majority")`).
 
+    The arguments that are not listed are those of `ddim`.
+
     Args:
         rounds: T of each round, indices in [1, N]; round T diffuses to index T - 1.
         stride: use every stride-th index (about, where it does not divide T). A round has
             T/stride steps, rounded down. The released attack differentiates another setting as
             its surrogate: rounds (30, 50, 125) in 1, 1 and 5 steps.
-        The other options are those of `ddim`.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("gradual", schedule, kind)
     chain = model.discrete()

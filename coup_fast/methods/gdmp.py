@@ -56,16 +56,25 @@ def gdmp(
     caller batches.
 
     Args:
+        schedule: as for `ddpm`.
+        kind: as for `ddpm`.
         t_star: 1000 t_star is the index that a round diffuses to, and the steps of a round.
-        rounds: how many rounds.
+        rounds: how many rounds, at least 1.
         mse_scale: the released guide scale, >= 0.
-        ptb: the attack's ε in units of 1/255, > 0.
+        ptb: the attack's ε in units of 1/255, in (0, 255].
         image_shape: C, H, W of the loss's mean; published: (3, 32, 32). Other images under the
             default keep the strength per pixel that CIFAR-10 images had.
-        variance, guidance_scale (of a classifier, beside the MSE), guidance_norm,
-        guidance_max_norm, clip_denoised, clamp_output: as for `ddpm`.
+        variance: as for `ddpm`.
+        guidance_scale: λ >= 0, of a classifier, beside the MSE.
+        guidance_norm: as for `coup`.
+        guidance_max_norm: as for `coup`.
+        clip_denoised: as for `ddpm`.
+        clamp_output: as for `ddpm`.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("gdmp", schedule, kind)
     chain = model.discrete()

@@ -47,13 +47,19 @@ def one_shot(
     Args:
         schedule: `VPSchedule`, `DiscreteSchedule` (the first index with at least that much noise)
             or `EDMSchedule` (kind "x0").
+        kind: what the network predicts: "eps", "score" or "x0".
         sigma: the noise on pixels, > 0; default 0.25.
         t_star: the time to noise to, in (0, 1], in place of sigma. For an EDMSchedule it is σ in
             diffusion space over sigma_max.
-        guidance_scale, guidance_norm, guidance_max_norm: as for `coup`; guidance adds to the score.
+        guidance_scale: λ >= 0; guidance adds to the score.
+        guidance_norm: as for `coup`.
+        guidance_max_norm: as for `coup`.
         clip_denoised: whether to clamp x̂0 to [-1, 1].
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     if sigma is not None and t_star is not None:
         raise ValueError(f"give sigma or t_star, not both: got {sigma!r} and {t_star!r}")

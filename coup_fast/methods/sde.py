@@ -157,14 +157,17 @@ def coup(
         guidance_scale: λ >= 0. With 0 no classifier is needed.
         guidance_norm: "none" leaves each sample's gradient as it is, "normalised" divides it by
             its norm, and "clipped" scales it down to guidance_max_norm where its norm is larger.
-        guidance_max_norm: the bound of "clipped".
+        guidance_max_norm: the bound of "clipped", > 0.
         forward_noise: whether to diffuse the image to t_star first (with DiffPure's discrete ᾱ).
         solver: "euler" as published, or "exponential" for 10 to 20 steps (see the module).
         clip_denoised: whether to clamp the predicted clean image to [-1, 1] at each step. ε is
             then that of the clamped image, (x - √ᾱ x̂0)/σ; `ddim` leaves ε as predicted.
         clamp_output: whether to clamp the result, and an unnoised start, to valid pixels.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("coup", schedule, kind)
     times, lengths = _grid(t_star, num_steps, step_size)
@@ -300,13 +303,18 @@ def ldsde(
     are those of the released code: σ² = 1e-3, λ = 1e-2, η = 5, dt = 1e-2 over t* = 0.1 (10 steps,
     the last of 0.999e-2). There is no forward noise, and nothing is clamped.
 
-    Args:
-        sigma2: σ² > 0, variance of the tie to the attacked image. lambda_ld: λ > 0, the rate.
-        eta: η >= 0, scale of the noise.
-        t_star, num_steps, step_size (default 1e-2), guidance_scale, guidance_norm,
-        guidance_max_norm, clamp_output: as for `coup`; guidance adds to the score.
+    The arguments that are not listed are those of `coup`; guidance adds to the score.
 
-    Raises TypeError or ValueError, naming the option, what was given and what is possible.
+    Args:
+        step_size: the step length, default 1e-2.
+        sigma2: σ² > 0, variance of the tie to the attacked image.
+        lambda_ld: λ > 0, the rate.
+        eta: η >= 0, scale of the noise.
+
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
     """
     model = diffusion_model("ldsde", schedule, kind)
     if num_steps is None and step_size is None:

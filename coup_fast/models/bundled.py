@@ -64,6 +64,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 BUNDLED = tuple(_SETTINGS)
+"""The names that `load_bundled` takes."""
 
 
 def load_bundled(
@@ -76,11 +77,14 @@ def load_bundled(
         score: which score network: "vp" predicts the noise of the VP-SDE, for every method but
             ADP; "ncsn" is the unconditional NCSNv2 network for ADP.
         device: where both models go.
+
     Returns:
         (score_model, classifier). The classifier maps pixels in [0, 1], [B, 1, 28, 28] or
         [B, 3, 32, 32], to logits [B, 10].
+
     Raises:
-        ValueError: unknown name or score. RuntimeError: a weights file is damaged.
+        ValueError: the name or score is unknown.
+        RuntimeError: a weights file is damaged.
         ImportError: safetensors is missing.
     """
     _check_name(name)
@@ -102,7 +106,8 @@ def bundled_settings(name: str = "mnist") -> dict[str, Any]:
     `epsilon` and `attack_steps` are those of the weak attack. `methods` maps a method's name to
     the options chosen for it.
 
-    Raises ValueError for an unknown name.
+    Raises:
+        ValueError: the name is unknown.
     """
     _check_name(name)
     return copy.deepcopy(_SETTINGS[name])

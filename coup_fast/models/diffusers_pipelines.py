@@ -91,9 +91,11 @@ def load_diffusers(
         source: a folder of `save_pretrained`, a hub id ("google/ddpm-cifar10-32"), or a pipeline.
             `DDPMPipeline` and others of a UNet2DModel with one of the schedulers `DISCRETE`, and
             `ScoreSdeVePipeline`.
-        dtype: of the network. device: where it goes.
+        dtype: of the network.
+        device: where it goes.
         **options: of `DiffusionPipeline.from_pretrained` (revision, cache_dir,
             local_files_only, ...).
+
     Returns:
         For a discrete scheduler, a ScoreModel on its `DiscreteSchedule` that is told the index.
         Its kind is "eps", or "x0" for prediction_type "sample"; v-prediction is turned into ε.
@@ -102,9 +104,11 @@ def load_diffusers(
         For `ScoreSdeVeScheduler`, the same network as a noise network (kind "eps") of
         `VPSchedule()` (`AtVPTimes`), which every method but `adp` takes. Its noise levels on
         pixels, sigma_min … sigma_max, are asked at √((1-ᾱ)/ᾱ)/2.
+
     Raises:
-        ImportError: diffusers is missing. FileNotFoundError: no pipeline there. ValueError: a
-        pipeline, or a field of its configuration, that is not supported; it is named.
+        ImportError: diffusers is missing.
+        FileNotFoundError: there is no pipeline.
+        ValueError: the pipeline, or a field of its configuration, is not supported; it is named.
     """
     pipeline = _pipeline(source, options)
     unet, scheduler = pipeline.unet, pipeline.scheduler

@@ -138,8 +138,9 @@ def load_edm(
         training never did, so prefer an unconditional one.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: the configuration is unknown, or the
-        file is a pickle, no state dict, or does not fit; it says what was found and expected.
+        FileNotFoundError: there is no such file.
+        ValueError: the configuration is unknown, or the file is a pickle, no state dict, or does
+            not fit; the message says what was found and expected.
     """
     if isinstance(config, str):
         config = CONFIGS[checks.choice("config", config, CONFIGS)]

@@ -155,10 +155,12 @@ def load_guided_diffusion(
             on a GPU for the released setting.
         device: where the network goes.
         **flags: flags beyond the configuration, or in place of its flags.
+
     Returns:
         ScoreModel of kind "eps" ("x0" for `predict_xstart`) on a `DiscreteSchedule`. The network
         takes [B, 3, H, W] in [-1, 1] and returns [B, 6, H, W] where the variance is learned.
         Methods use it with `variance="learned"` and otherwise cut the variance channels off.
+
     Raises:
         ValueError: the flags contradict each other or the file; its keys and shapes are listed.
         FileNotFoundError: no such file.

@@ -166,6 +166,7 @@ class GuidedDiffusionUNet(nn.Module):
         scale_shift: the time enters as scale and shift rather than as a sum.
         resblock_updown: residual blocks change the resolution rather than plain convolutions.
         new_attention_order: see `AttentionBlock`. dropout: rate, in training mode only.
+
     Raises:
         ValueError: widths that 32 groups or the heads do not divide.
     """

@@ -87,6 +87,7 @@ class NAFNet(nn.Module):
         patch: side of the pixel squares folded into channels before the first level (and unfolded
             after the last).
         time_conditioned: False builds a network that ignores t (an unconditional NCSNv2).
+
     Raises:
         ValueError: if the channels or the input's height or width do not fit.
     """

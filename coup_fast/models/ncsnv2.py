@@ -60,11 +60,14 @@ def load_ncsnv2(
         activation: elu (all released configurations), relu, lrelu or swish; not in the file.
         centre: False for networks trained with `rescaled` or `logit_transform` data.
         device: where the network goes.
+
     Returns:
         ScoreModel, whose network has the noise levels on pixels in `.sigmas` [L].
+
     Raises:
-        ValueError: an unknown option, or a file that does not fit, with what was found and
-        expected. FileNotFoundError: no such file.
+        ValueError: an option is unknown, or the file does not fit; the message says what was found
+            and expected.
+        FileNotFoundError: there is no such file.
     """
     checks.choice("kind", kind, ("ncsn", "eps"))
     checks.choice("activation", activation, ACTIVATIONS)

@@ -42,9 +42,13 @@ def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
 def save_network(
     path: Path, network: nn.Module, facts: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a network of this package and `facts` about it to a .safetensors file.
+    """Write a network of this package and what is known about it to a .safetensors file.
 
-    Floating weights are stored as dtype.
+    Args:
+        path: the file; it is written whole or not at all.
+        network: a `UNet`, `NAFNet`, `EnergyUNet`, `Classifier` or `ConvNet`.
+        facts: for JSON; `load_network` returns them.
+        dtype: in which floating-point weights are stored.
     """
     from safetensors.torch import save
 
@@ -64,7 +68,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     The weights are in channels_last, in which convolutions are faster (docs/design.md, The loop).
 
     Raises:
-        FileError, a ValueError: if the file was not written by `save_network`, or is damaged.
+        FileError: the file was not written by `save_network`, or is damaged; this is a ValueError.
     """
     from safetensors import safe_open
 

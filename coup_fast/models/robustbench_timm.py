@@ -66,13 +66,16 @@ def load_classifier(
             A path is a `.safetensors` file of `save_network`, or a state dict for `architecture`.
         architecture: for a file, the module to fill, or a function that builds it.
         key: for a file that holds more than a state dict, the entry to take ("a.b" is nested).
-        mean, std: for a file or timm, one number per channel: the network takes
-            (pixels - mean)/std.
+        mean: for a file or timm, one number per channel: the network takes (pixels - mean)/std.
+        std: goes with mean.
         device: where it goes.
+        **options: of RobustBench's `load_model` or timm's `create_model`.
+
     Raises:
-        ImportError: the named package is missing. FileNotFoundError: no such file. ValueError: an
-        unknown name, an option that has no use here, or a file that does not fit, with what was
-        found and expected.
+        ImportError: the named package is missing.
+        FileNotFoundError: there is no such file.
+        ValueError: the name is unknown, an option has no use here, or the file does not fit; the
+            message says what was found and expected.
     """
     package, colon, name = str(source).partition(":")
     if colon and package in PACKAGES:

@@ -118,8 +118,9 @@ def load_score_sde(
     every shape are checked.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: the configuration is unknown, or the
-        file is not such a checkpoint or does not fit; it says what was found and expected.
+        FileNotFoundError: there is no such file.
+        ValueError: the configuration is unknown, or the file is not such a checkpoint or does not
+            fit; the message says what was found and expected.
     """
     if isinstance(config, str):
         config = CONFIGS[checks.choice("config", config, CONFIGS)]

@@ -28,6 +28,7 @@ def read_state(path: str | Path) -> Any:
 
     Args:
         path: a file of `torch.save` (either format), or `.safetensors`.
+
     Raises:
         FileNotFoundError: no such file. FileError, a ValueError: not a checkpoint, or one that
         holds objects other than dense tensors and plain containers. ImportError: safetensors is
@@ -93,6 +94,7 @@ def as_state(found: Any, what: str) -> State:
 
     Args:
         found: an object of a checkpoint. what: names it in the error ("model of file.pth").
+
     Raises:
         ValueError: it is something else.
     """
@@ -121,6 +123,7 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
 
     Args:
         module: on any device, meta included. what: names the state in the error.
+
     Raises:
         ValueError: lists what is missing, what is left over, and which entries differ or are NaN.
     """
@@ -171,6 +174,7 @@ def build_with(
             in the state dict (a buffer that is not, `persistent=False`, would stay empty).
         state: its whole state dict. what: names it in the error.
         dtype: for floating-point entries; None keeps the file's.
+
     Raises:
         ValueError: names or shapes differ (`check_fits`).
     """

@@ -26,6 +26,7 @@ def time_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     Args:
         t: [B] float, 0 to 999 for the usual `time_scale`.
         dim: number of features, even.
+
     Returns:
         [B, dim] float32: cosines, then sines, of t at dim/2 geometric frequencies.
     """
@@ -77,6 +78,7 @@ class UNet(nn.Module):
         patch: side of the pixel squares folded into channels before the first level (and unfolded
             after the last): 2 does the work of a 28x28 image at 14x14, where a CPU is at home.
         time_conditioned: False builds a network that ignores t (an unconditional NCSNv2).
+
     Raises:
         ValueError: if the channels or the input's height or width do not fit.
     """
@@ -176,11 +178,16 @@ class UNet(nn.Module):
 
 
 class EnergyUNet(nn.Module):
-    """A scalar energy E(x, t) = g(t) <x, f(x, t)>, where f is a `UNet` with these arguments.
+    """A scalar energy E(x, t) = g(t) ⟨x, f(x, t)⟩, where f is a `UNet`.
 
     -dE/dx has the U-Net's resolution. g(t) is exp of a learned function of t and follows the
     growth of a score as the noise level falls; without time conditioning it is left out.
     `EnergyModel` turns the energy into a score network.
+
+    Args:
+        in_channels: image channels C.
+        channels: as for `UNet`.
+        **arguments: the other arguments of `UNet`.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int] = (32, 64, 64), **arguments: Any):

@@ -17,9 +17,18 @@ from torch import Tensor, nn
 class VPNoise:
     """The VP-SDE's marginals for training, and how often each time is trained on.
 
-    alpha_bar(t) = exp(-(beta_max - beta_min) t^2 / 2 - beta_min t). Times lie in [t_min, t_last];
-    `focus_share` of them are drawn from [t_min, t_focus] alone, since purification seldom visits
-    later times, and the rest from the whole interval, so that every time stays covered.
+    alpha_bar(t) = exp(-(beta_max - beta_min) t^2 / 2 - beta_min t). Purification seldom visits late
+    times, so most times are drawn from [t_min, t_focus], and the others from the whole interval, so
+    that every time stays covered.
+
+    Args:
+        beta_min: β(0).
+        beta_max: β(1).
+        t_min: the earliest time.
+        t_focus: end of the interval that most times are drawn from.
+        t_last: the latest time.
+        focus_share: share of the times that are drawn from [t_min, t_focus].
+        time_scale: the network is called with t times this.
     """
 
     beta_min: float = 0.1
@@ -55,7 +64,13 @@ class VPNoise:
 
 @dataclass(frozen=True)
 class NCSNNoise:
-    """Geometric noise levels in pixel space; the defaults are NCSNv2's and ADP's for CIFAR-10."""
+    """Geometric noise levels in pixel space; the defaults are NCSNv2's and ADP's for CIFAR-10.
+
+    Args:
+        sigma_max: the first level.
+        sigma_min: the last level.
+        num_levels: how many there are.
+    """
 
     sigma_max: float = 50.0
     sigma_min: float = 0.01
@@ -80,6 +95,7 @@ def vp_error(
         t: [B] float64 times. z: standard normal of images' shape.
         kind: "eps", or "score" for a network that returns the score (energy models do); the
             predicted noise is then -sqrt(1 - alpha_bar) times its output.
+
     Returns:
         [B] float32: the mean over C, H, W of (z - predicted)^2.
     """

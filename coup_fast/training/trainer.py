@@ -37,7 +37,17 @@ class TrainConfig:
     The learning rate rises linearly over `warmup` steps and falls to zero along a half cosine. With
     `cooldown` it stays constant and falls to zero linearly over that share of the steps, the last
     ones: a run can then be given more or fewer steps until its fall begins.
-    `precision` is "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
+
+    Args:
+        steps: of the optimiser.
+        batch_size: images in each step.
+        learning_rate: of Adam, at its highest.
+        warmup: steps over which it rises.
+        ema: decay of the averaged weights, per step.
+        grad_clip: largest norm of a step's gradient.
+        seed: of the order of images and of the noise.
+        precision: "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
+        cooldown: share of the steps, in (0, 1], or None for the half cosine.
     """
 
     steps: int
@@ -143,16 +153,23 @@ class Trainer:
     Args:
         network: initialised module; trained in place.
         objective: see the module's docstring; images and labels arrive on `device`.
-        images: [N, C, H, W] uint8. labels: [N] int64.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64.
+        config: the numbers of the run.
         checkpoint: file to resume from if it exists; written after the first step that ends more
             than `save_every` seconds after the last writing, and at the end.
         identity: what else decides the result (network configuration, data set); a checkpoint
             of another identity or configuration is refused, unless the only difference is in
             the learning rates of steps that it has not taken yet.
+        device: where to train.
+        save_every: seconds between two writings of the checkpoint.
+        log_every: steps between two entries of the history.
+        progress: show a bar.
+
     Raises:
-        ValueError: if the checkpoint is damaged, without a checksum, or belongs to another run, or
-            an argument is out of range.
-        FloatingPointError: if the loss is not finite.
+        ValueError: the checkpoint is damaged, without a checksum, or belongs to another run, or an
+            argument is out of range.
+        FloatingPointError: the loss is not finite.
         BlockingIOError: in `run`, while another process trains with this checkpoint.
     """
 

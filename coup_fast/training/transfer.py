@@ -25,6 +25,7 @@ def ncsn_from_vp(network: UNet, noise: VPNoise, t: float) -> UNet:
     Args:
         network: time-conditioned `UNet` that predicts the noise. It is not modified.
         noise: its marginals. t: time in (0, 1].
+
     Raises:
         ValueError: if the network is not conditioned on time.
     """
