@@ -65,6 +65,7 @@ cudaError_t last_error = cudaSuccess;
 uint64_t loaded_bytes = 0;  // by vectors
 uint64_t settings = 0;
 std::set<const void*> kernels_run;
+std::map<const void*, Translation> translations;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %u,%u thread %u)\n", message, blockIdx.x, blockIdx.y,
@@ -196,6 +197,13 @@ int run(const Launch& launch, const std::function<void()>& thread_body) {
   return last_error = cudaSuccess;
 }
 
+Translation translation(const void* kernel) {
+  if (translations.empty()) return nullptr;
+  const auto found = translations.find(kernel);
+  if (found == translations.end()) fail("a kernel without PTX is launched");
+  return found->second;
+}
+
 void block_barrier() { wait_at(blocks[current->block].barrier); }
 void warp_barrier() { wait_at(blocks[current->block].warp_barriers[current->thread.x / kWarp]); }
 void cluster_arrive() {
@@ -295,6 +303,12 @@ extern "C" __attribute__((visibility("default"))) uint64_t emulated_loaded_bytes
 // For tests: whether the kernel at this address has run.
 extern "C" __attribute__((visibility("default"))) bool emulated_has_run(const void* kernel) {
   return emulator::kernels_run.count(kernel) != 0;
+}
+
+// For ptx.py: what runs from now on in the place of the kernel at this address.
+extern "C" __attribute__((visibility("default"))) void emulated_translate(
+    const void* kernel, emulator::Translation translation) {
+  emulator::translations[kernel] = translation;
 }
 
 // --- what torch_cuda would export (prelude.h renames the calls to these) ------------------------
