@@ -59,6 +59,11 @@ int run(const Launch& launch, const std::function<void()>& thread_body);
 using Translation = void (*)(const void* const* parameters);  // their addresses
 Translation translation(const void* kernel);                  // null while no kernel has one
 
+
+// PTX instructions that threads have executed, by kind, where the translation counts them.
+enum Executed { kFloat, kInteger, kMemory, kOther, kExecutedKinds };
+extern uint64_t executed[kExecutedKinds];
+
 }  // namespace emulator
 
 extern emulator::Index threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs now

@@ -166,6 +166,8 @@ bool refused(const Launch& launch) {
 
 }  // namespace
 
+uint64_t executed[kExecutedKinds] = {};
+
 // Of compute capability 9.0, or of 7.5, the least of those torch supports.
 int max_shared_bytes() {
   return (std::getenv("COUP_FAST_EMULATOR_SMALL") != nullptr ? 64 : 227) * 1024;
@@ -309,6 +311,11 @@ extern "C" __attribute__((visibility("default"))) bool emulated_has_run(const vo
 extern "C" __attribute__((visibility("default"))) void emulated_translate(
     const void* kernel, emulator::Translation translation) {
   emulator::translations[kernel] = translation;
+}
+
+// For tests: PTX instructions of a kind that have been executed since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t emulated_executed(int kind) {
+  return std::exchange(emulator::executed[kind], uint64_t{0});
 }
 
 // --- what torch_cuda would export (prelude.h renames the calls to these) ------------------------

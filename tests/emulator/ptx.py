@@ -67,10 +67,14 @@ def ptx_files(arch: str, jobs: int) -> list[Path]:
     return [path for source in sources() if (path := found(source))]
 
 
-def ptx_library(arch: str, jobs: int) -> Path:
-    """The emulator's library with the translations of all kernels beside their text."""
+def ptx_library(arch: str, jobs: int, counted: bool = False) -> Path:
+    """The emulator's library with the translations of all kernels beside their text.
+
+    counted: of a library that counts the instructions it executes.
+    """
     files = ptx_files(arch, jobs)
-    folder = build.BUILD / f"ptx_{arch}"
+    folder = build.BUILD / f"ptx_{arch}{'_counted' if counted else ''}"
+    folder.mkdir(exist_ok=True)
     target = folder / "emulated.so"
     build.library()
     with build.one_process():
@@ -84,12 +88,13 @@ def ptx_library(arch: str, jobs: int) -> Path:
             build.compile_source(text, text.with_suffix(".o"), *flags)
             return text.with_suffix(".o")
 
-        fma = ["-mfma"] if os.uname().machine == "x86_64" else []
+        flags = ["-mfma"] if os.uname().machine == "x86_64" else []
+        flags += ["-DCOUP_FAST_COUNTED"] if counted else []
         control = next(path for path in files if path.name.startswith(f"{CONTROL}."))
         with ThreadPoolExecutor(jobs) as pool:
             # The largest first, so that no core is left waiting.
             ordered = sorted(files, key=lambda path: path.stat().st_size, reverse=True)
-            parts = list(pool.map(lambda path: compiled(path, "ptx_", *fma), ordered))
+            parts = list(pool.map(lambda path: compiled(path, "ptx_", *flags), ordered))
         parts.append(compiled(control, "unfused_", "-DCOUP_FAST_UNFUSED"))
         build.link([*build.objects(), *parts], target)
     return target

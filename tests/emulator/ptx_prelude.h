@@ -1,6 +1,6 @@
 // What translated PTX (ptx_translate.py) is made of: the instructions that C++ has no operator for,
 // and the emulator's memory and threads. With COUP_FAST_UNFUSED, fma rounds twice: the comparison
-// with the CPU has to see that.
+// with the CPU has to see that. With COUP_FAST_COUNTED, instructions are counted.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -11,6 +11,12 @@
 #include <cstring>
 
 #include "cuda_runtime.h"
+
+#ifdef COUP_FAST_COUNTED
+#define COUNT(kind) ++emulator::executed[emulator::kind];
+#else
+#define COUNT(kind)
+#endif
 
 namespace ptx {
 

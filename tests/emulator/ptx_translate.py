@@ -111,8 +111,11 @@ class Kernel:
         for line, text in self.statements:
             try:
                 lines.append(self._statement(text))
-            except PtxError as error:
-                raise PtxError(f"{line}: {error} in `{text}`") from None
+            except (
+                TypeError,
+                ValueError,
+            ) as error:  # other operands than the method of its name has
+                raise PtxError(f"{line}: {error} in `{text}`") from error
         return "\n".join([*lines, "}"])
 
     # --- operands ---------------------------------------------------------------------------
@@ -187,7 +190,8 @@ class Kernel:
             raise PtxError("unknown statement")
         guard, instruction, rest = match.groups()
         done = self._instruction(instruction, _operands(rest))
-        return f"if ({self._read(guard, 'pred')}) {{ {done} }}" if guard else done
+        done = f"if ({self._read(guard, 'pred')}) {{ {done} }}" if guard else done
+        return f"COUNT({_class_of(instruction)}) {done}"
 
     def _instruction(self, name: str, operands: list[str]) -> str:
         first, *modifiers = name.split(".")
@@ -333,6 +337,16 @@ class Kernel:
         arguments = ", ".join(self._read(token, "u32") for token in operands)
         done = self._write(value, "u32", f"ptx::butterfly({arguments})")
         return f"{done} {self._write(took_part or '_', 'pred', 'true')}"
+
+
+def _class_of(instruction: str) -> str:
+    """Under which of emulator::Executed an instruction is counted, when instructions are."""
+    first = instruction.split(".")[0]
+    if first in ("ld", "st", "shfl") and not instruction.startswith("ld.param"):
+        return "kMemory"
+    if first in ("ld", "mov", "cvta", "mapa", "bra", "ret", "bar", "barrier"):
+        return "kOther"
+    return "kFloat" if re.search(r"\.b?f(16|32)\b", instruction) else "kInteger"
 
 
 def _identifier(token: str) -> str:

@@ -9,6 +9,7 @@ import struct
 import pytest
 from emulator.ptx_translate import PtxError, translate
 
+COUNTED = "-DCOUP_FAST_COUNTED"
 NAN, MINUS_ZERO = 0x7FC00000, 0x80000000
 
 
@@ -144,21 +145,37 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     parts = []
     for path in (source, build.HERE / "emulator.cpp"):
         parts.append(folder / f"{path.stem}.o")
-        build.compile_source(path, parts[-1], "-fvisibility=default", "-Werror")
+        build.compile_source(path, parts[-1], "-fvisibility=default", "-Werror", COUNTED)
     build.link(parts, folder / "cases.so")
     return ctypes.CDLL(str(folder / "cases.so"))
+
+
+def run(library: ctypes.CDLL, name: str) -> list[int]:
+    """The buffer after the case's kernel has run."""
+    _, first, second, _ = CASES[name]
+    buffer = (ctypes.c_uint32 * 8)(first, second, 0, 0, 7, 7, 7, 7)
+    pointer = ctypes.c_uint64(ctypes.addressof(buffer))
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(pointer))
+    getattr(library, f"ptx_k{list(CASES).index(name)}")(parameters)
+    return list(buffer)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_instruction(library: ctypes.CDLL, name: str) -> None:
     _, first, second, expected = CASES[name]
-    buffer = (ctypes.c_uint32 * 8)(first, second, 0, 0, 7, 7, 7, 7)
-    pointer = ctypes.c_uint64(ctypes.addressof(buffer))
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(pointer))
-    getattr(library, f"ptx_k{list(CASES).index(name)}")(parameters)
-    assert f"{buffer[4]:#010x}" == f"{expected:#010x}"
-    assert list(buffer[:4]) == [first, second, 0, 0]
-    assert list(buffer[5:]) == [7, 7, 7]
+    *given, result = run(library, name)[:5]
+    assert f"{result:#010x}" == f"{expected:#010x}"
+    assert given == [first, second, 0, 0]
+
+
+def test_instructions_are_counted(library: ctypes.CDLL) -> None:
+    """Floats, integers, memory, others: of a start, five turns of a loop and an end."""
+    count = library.emulated_executed
+    count.restype = ctypes.c_uint64
+    for kind in range(4):
+        count(kind)
+    run(library, "a loop")
+    assert [count(kind) for kind in range(4)] == [0, 5 * 3, 1 + 1, 5 + 5 + 1]
 
 
 @pytest.mark.parametrize(
