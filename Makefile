@@ -18,6 +18,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+PTX_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -26,10 +27,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test build bench ratios lint format types cuda-check docs wheel clean distclean help
+.PHONY: demo quick test build bench ratios lint format types cuda-check ptx-check docs wheel clean \
+  distclean help
 help:
 	@echo "make demo | build | quick (a minute) | test (all) | bench | ratios"
-	@echo "     lint | format | types | cuda-check | docs | wheel | clean | distclean"
+	@echo "     lint | format | types | cuda-check | ptx-check | docs | wheel | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
@@ -67,6 +69,10 @@ types: $(STAMPS)/tools $(STAMPS)/extra-test
 
 cuda-check: $(STAMPS)/torch
 	$(BIN)/python .ci/cuda_check.py --jobs $(JOBS)
+
+# PTX_ARGS="--arch 80 90 100" for more than compute_90.
+ptx-check: $(STAMPS)/extra-test build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/emulator/ptx.py --jobs $(JOBS) $(PTX_ARGS)
 
 # NO_MKDOCS_2_WARNING: Material for MkDocs advertises its successor in every build.
 docs: $(STAMPS)/extra-docs build

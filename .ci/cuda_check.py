@@ -84,11 +84,19 @@ def torch_include() -> Path:
     return Path(spec.origin).parent / "include"
 
 
+def nvcc_command(nvcc: Path, source: Path, target: Path) -> list[str | Path]:
+    """All but what is to be made of the source, and for which architectures."""
+    command: list[str | Path] = [nvcc, source, "-o", target, "-O3", "-std=c++17", "-DUSE_CUDA"]
+    command += ["-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-isystem", torch_include()]
+    return [*command, "-Xcompiler=-fPIC", *cuda_flags()]
+
+
+def kept_ptx(source: Path, arch: str) -> Path:
+    return BUILD / source.stem / f"{source.stem}.compute_{arch}.ptx"
+
+
 def compile_source(nvcc: Path, source: Path) -> tuple[Path, int, str]:
-    command: list[str | Path] = [nvcc, "-c", source, "-o", BUILD / f"{source.stem}.o", "-O3"]
-    command += ["-std=c++17", "-Werror=all-warnings", "-Xptxas=-v", "-DUSE_CUDA"]
-    command += [f"-I{ROOT / 'csrc'}"]
-    command += ["-isystem", torch_include(), "-Xcompiler=-fPIC", *cuda_flags()]
+    command = [*nvcc_command(nvcc, source, BUILD / f"{source.stem}.o"), "-c", "-Xptxas=-v"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     intermediates = BUILD / source.stem
     shutil.rmtree(intermediates, ignore_errors=True)

@@ -1,13 +1,15 @@
 // A stand-in for <cuda_runtime.h> with which g++ compiles csrc/cuda/*.cu, so that tests can run the
 // text of the kernels and of their launchers on the CPU and compare every bit with the CPU ops.
 // Threads are fibers; barriers, shuffles, clusters and shared memory behave as on a device, and a
-// launch a device would refuse is refused. It says nothing about speed, code generation or memory
-// ordering between blocks that don't synchronise.
+// launch a device would refuse is refused. It says nothing about speed, code generation (unless
+// ptx.py puts the kernels' PTX in the place of their text) or memory ordering between blocks that
+// don't synchronise.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <tuple>
 
 #define COUP_FAST_EMULATED 1
 #define __global__
@@ -52,6 +54,15 @@ struct Launch {
   const void* kernel;
 };
 int run(const Launch& launch, const std::function<void()>& thread_body);
+
+// A kernel's PTX, translated to C++ (ptx_translate.py): runs one thread.
+using Translation = void (*)(const void* const* parameters);  // their addresses
+Translation translation(const void* kernel);                  // null while no kernel has one
+
+
+// PTX instructions that threads have executed, by kind, where the translation counts them.
+enum Executed { kFloat, kInteger, kMemory, kOther, kExecutedKinds };
+extern uint64_t executed[kExecutedKinds];
 
 }  // namespace emulator
 
@@ -142,5 +153,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                           reinterpret_cast<const void*>(kernel)};
   for (unsigned i = 0; i < config->numAttrs; ++i)
     launch.cluster = config->attrs[i].val.clusterDim.x;
-  return static_cast<cudaError_t>(emulator::run(launch, [=] { kernel(args...); }));
+  const std::tuple<Params...> values(args...);
+  const auto run = [&](const auto&... value) {
+    if (const emulator::Translation ptx = emulator::translation(launch.kernel)) {
+      const void* parameters[] = {&value...};
+      return emulator::run(launch, [&] { ptx(parameters); });
+    }
+    return emulator::run(launch, [&] { kernel(value...); });
+  };
+  return static_cast<cudaError_t>(std::apply(run, values));
 }

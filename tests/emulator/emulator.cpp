@@ -65,6 +65,7 @@ cudaError_t last_error = cudaSuccess;
 uint64_t loaded_bytes = 0;  // by vectors
 uint64_t settings = 0;
 std::set<const void*> kernels_run;
+std::map<const void*, Translation> translations;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %u,%u thread %u)\n", message, blockIdx.x, blockIdx.y,
@@ -165,6 +166,8 @@ bool refused(const Launch& launch) {
 
 }  // namespace
 
+uint64_t executed[kExecutedKinds] = {};
+
 // Of compute capability 9.0, or of 7.5, the least of those torch supports.
 int max_shared_bytes() {
   return (std::getenv("COUP_FAST_EMULATOR_SMALL") != nullptr ? 64 : 227) * 1024;
@@ -194,6 +197,13 @@ int run(const Launch& launch, const std::function<void()>& thread_body) {
     }
   }
   return last_error = cudaSuccess;
+}
+
+Translation translation(const void* kernel) {
+  if (translations.empty()) return nullptr;
+  const auto found = translations.find(kernel);
+  if (found == translations.end()) fail("a kernel without PTX is launched");
+  return found->second;
 }
 
 void block_barrier() { wait_at(blocks[current->block].barrier); }
@@ -295,6 +305,17 @@ extern "C" __attribute__((visibility("default"))) uint64_t emulated_loaded_bytes
 // For tests: whether the kernel at this address has run.
 extern "C" __attribute__((visibility("default"))) bool emulated_has_run(const void* kernel) {
   return emulator::kernels_run.count(kernel) != 0;
+}
+
+// For ptx.py: what runs from now on in the place of the kernel at this address.
+extern "C" __attribute__((visibility("default"))) void emulated_translate(
+    const void* kernel, emulator::Translation translation) {
+  emulator::translations[kernel] = translation;
+}
+
+// For tests: PTX instructions of a kind that have been executed since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t emulated_executed(int kind) {
+  return std::exchange(emulator::executed[kind], uint64_t{0});
 }
 
 // --- what torch_cuda would export (prelude.h renames the calls to these) ------------------------

@@ -1,6 +1,7 @@
 """The CUDA kernels, run on the CPU by the emulator, against the CPU ops: every bit.
 
-What this can't see, only a device can: code generation, real concurrency, memory limits, speed.
+What this can't see, only a device can: real concurrency, memory limits, speed. Code generation as
+far as PTX is seen by ptx.py, which runs these tests on what nvcc makes of the kernels.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def emulated():
-    from emulator.build import library
+    from emulator.build import load
 
-    torch.ops.load_library(str(library()))
-    return torch.ops.coup_fast_emulated
+    return load()
 
 
 def assert_same(emulated, case: Case) -> None:
