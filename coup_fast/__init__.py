@@ -45,6 +45,7 @@ _EXPORTS: dict[str, str] = {
 
 # Public packages and modules, `coup_fast.attacks` without an import of it too.
 _SUBMODULES = (
+    "app",
     "attacks",
     "benchmarking",
     "cli",
