@@ -255,7 +255,7 @@ def _variant(
     # Votes that are counted have no slope; the mean of their softmax stands in for them.
     vote = "softmax" if defended.vote == "majority" else defended.vote
     return PurifiedClassifier(
-        defended.purifier.with_options(**GRADIENTS[gradient]),
+        _differentiated(defended.purifier, gradient),
         defended.classifier,
         defended.num_draws if through_vote else 1,
         vote,
@@ -297,4 +297,15 @@ def _stand_in(defence: Defence, gradient: AttackGradient, through_vote: bool) ->
         return _Bare(defence.classifier) if bare else _variant(defence, gradient, through_vote)
     if gradient == "classifier":
         return _not_purified
-    return defence.with_options(**GRADIENTS[gradient])
+    return _differentiated(defence, gradient)
+
+
+def _differentiated(purifier: Purifier, gradient: AttackGradient) -> Purifier:
+    """The purifier with this gradient.
+
+    It measures the graphs of its steps anew, so that the evaluations of an attack are counted alike
+    whatever ran before it in this process.
+    """
+    other = purifier.with_options(**GRADIENTS[gradient])
+    other._kept.graph_bytes = {}
+    return other

@@ -256,6 +256,16 @@ def test_classifications_are_counted_whatever_stands_around_the_classifier(
     assert counts == counts[:1] * 4
 
 
+def test_the_second_attack_of_a_process_counts_as_the_first(images: Tensor) -> None:
+    model = tiny.defended("coup")
+    attack = PGD(eps=0.1, steps=2, eot=1)
+    counts = [
+        (found.score_evaluations, found.classifier_evaluations)
+        for found in (attack.run(model, images, LABELS) for _ in range(3))
+    ]
+    assert counts == counts[:1] * 3
+
+
 def test_the_defence_is_left_as_it_was(images: Tensor) -> None:
     model = tiny.defended(fresh_draws=True)
     model.reset_draws(5)
