@@ -57,7 +57,8 @@ def test_bash_completes_commands_options_and_names(bash: Path) -> None:
     assert "pgd40" in offered(bash, "eval", "--attacks", "pg")
     assert offered(bash, "train", "nc") == ["ncsn"]
     for command in COMMANDS:
-        assert offered(bash, command, "--js") == ["--json"]
+        assert "--help" in offered(bash, command, "--he")
+    assert offered(bash, "eval", "--js") == ["--json"]
 
 
 def test_bash_completes_files(bash: Path) -> None:
