@@ -49,7 +49,7 @@ def test_names_without_docstring_are_found(hooks: ModuleType, tmp_path: Path) ->
 
 def test_every_public_module_is_asked_for(hooks: ModuleType) -> None:
     """Those of `dir(coup_fast)`, but for tools behind the command line, and each integration."""
-    tools = {"benchmarking", "cli", "files", "malloc"}
+    tools = {"app", "benchmarking", "cli", "files", "malloc"}
     modules = {
         f"coup_fast.{name}" for name in set(coup_fast._SUBMODULES) - tools - {"integrations"}
     }
