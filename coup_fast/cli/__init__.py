@@ -114,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, FileError) as error:
         print(f"coup-fast {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not str(error).startswith("COUP_FAST_CPU"):
+            raise
+        print(f"coup-fast {args.command}: error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # as in `coup-fast info | head -1`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the last flush must not fail too
         return 141

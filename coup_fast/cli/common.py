@@ -214,9 +214,22 @@ def report(args: argparse.Namespace, text: str | None, data: Mapping[str, Any]) 
         say(f"wrote {path}")
 
 
-def check_outputs(files: Sequence[Path | None], force: bool) -> None:
-    """Raise a `CommandError` if an output file exists (without `force`) or cannot be made."""
+def check_outputs(
+    files: Sequence[Path | None], force: bool, results: Sequence[Path | None] = ()
+) -> None:
+    """Raise a `CommandError` if an output file exists (without `force`) or cannot be made.
+
+    results: the files or folders that the command writes beside these. An output that is one of
+    them, or lies inside, would take the place of a result.
+    """
     paths = [path for path in files if path is not None]
+    places = [path.resolve() for path in paths]
+    for place, path in zip(places, paths, strict=True):
+        if places.count(place) > 1:
+            raise CommandError(f"{path} is named for two outputs: name another file")
+        for result in results:
+            if result is not None and result.resolve() in (place, *place.parents):
+                raise CommandError(f"{path} is where results go ({result}): name another file")
     refuse_to_overwrite(paths, force)
     for path in paths:
         if path.is_dir():

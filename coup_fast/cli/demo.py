@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     device = common.choose_device(args.device)
     out: Path = args.out
-    common.check_outputs([common.json_file(args)], args.force)
+    common.check_outputs([common.json_file(args)], args.force, [out])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from coup_fast.evaluation.evaluate import evaluate
     from coup_fast.evaluation.state import EvaluationError
 
-    common.check_outputs([common.json_file(args)], args.force)
+    common.check_outputs([common.json_file(args)], args.force, [args.out])
     device = common.choose_device(args.device)
     with common.plain_errors():
         config = from_dict(_tables(args))

@@ -121,9 +121,9 @@ def run(args: argparse.Namespace) -> int:
         option = "--skip-broken" if args.recursive is None else "--recursive"
         raise CommandError(f"{option} is for a folder of pictures")
     written = common.json_file(args)
-    if written is not None and any(same_file(written, path) for path in (source, args.target)):
-        raise CommandError(f"--json {written} is IN or OUT: name another file")
-    common.check_outputs([written], args.force)
+    if written is not None and same_file(written, source):
+        raise CommandError(f"--json {written} is IN: name another file")
+    common.check_outputs([written], args.force, [args.target])
     job = _prepare(args)
     start = time.perf_counter()
     broken: list[str] = []

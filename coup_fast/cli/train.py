@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_files(args: argparse.Namespace) -> None:
     """Refuse files that cannot be read or written before the training, not after it."""
     out: Path = args.out
-    check_outputs([json_file(args)], args.force)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    check_outputs([json_file(args)], args.force, [out, checkpoint])
     if out.suffix != ".safetensors":
         raise CommandError(f"--out {out} must end in .safetensors")
     check_folder(out.parent)

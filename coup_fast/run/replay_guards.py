@@ -76,7 +76,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _likely_reason(run: Run) -> str:
-    training = [name for name, module in named_modules(run.models) if module.training]
+    training = [
+        name
+        for name, module in named_modules(run.models)
+        if module.training and module is not run.calls.score_model  # it does nothing by itself
+    ]
     if training:
         return f"modules in training mode ({training[0]}) may be random: call .eval()"
     return (

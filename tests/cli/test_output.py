@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import digits, fails
-from helpers.scripts import ROOT
+from helpers.scripts import ROOT, environment
+from PIL import Image
 from torch import Tensor
 
 import coup_fast
@@ -162,7 +165,7 @@ def test_json_does_not_go_over_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = prepare_purify(tmp_path, monkeypatch)
-    assert "is IN or OUT" in fails(capsys, *words, "--json", tmp_path / "in.npy")
+    assert "is IN" in fails(capsys, *words, "--json", tmp_path / "in.npy")
 
 
 def test_pictures_that_were_left_out_are_in_the_json(
@@ -187,3 +190,39 @@ def test_the_page_names_every_command_and_option() -> None:
         assert f"| `{command}" in page
     for word in ("--json FILE", "--json -", "--force", "--no-progress", "--print-completion bash"):
         assert word in page
+
+
+def test_json_does_not_take_the_place_of_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of one that will be there, nor of one in the folder of results."""
+    image, folder, out = tmp_path / "a.png", tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for path in (image, folder / "a.png"):
+        Image.new("L", (28, 28)).save(path)
+    target = tmp_path / "b.png"
+    for words in (
+        ["purify", image, target, "--force", "--json", tmp_path / "in" / ".." / "b.png"],
+        ["purify", folder, out, "--force", "--json", out / "a.png"],
+        ["purify", folder, out, "--force", "--json", out / "coup-fast-purify.jsonl"],
+        ["eval", "--out", out, "--force", "--json", out / "report.json"],
+        ["demo", "--out", out, "--force", "--json", out / "report.json"],
+        ["toy", "--plot", target, "--force", "--json", target],
+    ):
+        assert "name another file" in fails(capsys, *words)
+        assert not target.exists()
+        assert not out.exists()
+
+
+def test_an_instruction_set_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", digits(1))
+    done = subprocess.run(
+        [sys.executable, "-m", "coup_fast", "purify", "in.npy", "out.npy"],
+        cwd=tmp_path,
+        env=environment() | {"COUP_FAST_CPU": "garbage"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "\ncoup-fast purify: error: COUP_FAST_CPU must be" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -329,3 +329,18 @@ def test_calls_of_purify_look_once_at_the_same_models() -> None:
         purify(images(), score_model, classifier, num_steps=2)
         counts.append(len(calls))
     assert counts[0] > counts[1] == counts[2] == 2
+
+
+def test_an_image_that_decides_for_the_others_is_seen() -> None:
+    """The largest logit of the batch is the first image's, which sees no change by itself."""
+    model, u = TinyClassifier().eval(), images()
+    with torch.no_grad():
+        largest = int(model(u).abs().amax(1).argmax())
+    u = u.roll(-largest, 0)
+
+    def scaled(pixels: Tensor) -> Tensor:
+        logits = model(pixels)
+        return logits / logits.detach().abs().max()
+
+    with pytest.warns(UserWarning, match=r"classifier's answer .* other images"):
+        guided(scaled)(u)
