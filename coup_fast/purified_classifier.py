@@ -147,9 +147,14 @@ class PurifiedClassifier(Drivable, nn.Module):
     ) -> Tensor:
         """Scores [B, K] of the images, combined over draws; in the dtype of the logits.
 
-        images, sample_ids, progress: as for `Purifier`. draw: the first of the `num_draws`
-        consecutive draws that are used; with `fresh_draws`, counted from `next_draw`. Errors as
-        `Purifier`'s.
+        Args:
+            images: as for `Purifier`.
+            sample_ids: as for `Purifier`.
+            draw: the first of the `num_draws` consecutive draws that are used; with `fresh_draws`,
+                counted from `next_draw`.
+            progress: as for `Purifier`.
+
+        Errors are those of `Purifier`.
         """
         if (driver := self.driver) is not None:
             noise = driver.noise_of(images, sample_ids, draw)

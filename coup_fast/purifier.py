@@ -77,8 +77,10 @@ class Purifier(Drivable, nn.Module):
     on its batch, as far as that is true of the networks. Without `sample_ids` an image's id is its
     position.
 
-    Raises ValueError for an unknown method or option (listing those that exist), or for a guided
-    method without a classifier; TypeError for a score_model that is not a `ScoreModel`.
+    Raises:
+        ValueError: the method or an option is unknown (the message lists those that exist), an
+            option is out of range, or a guided method has no classifier.
+        TypeError: score_model is not a `ScoreModel`, or an option is of the wrong kind.
     """
 
     backend = RunOption[Backend]("backend")
@@ -129,7 +131,9 @@ class Purifier(Drivable, nn.Module):
         Options of the run (`gradient`, `precision`, …) leave the plan as it is. Options of the
         method make it anew.
 
-        Raises TypeError or ValueError as `Purifier` does for the same options.
+        Raises:
+            TypeError: as `Purifier` does for the same options.
+            ValueError: as `Purifier` does for the same options.
         """
         own, of_method = split_options(options)
         joined, plan = self.options | of_method, self.plan
@@ -143,8 +147,13 @@ class Purifier(Drivable, nn.Module):
     def with_plan(self, plan: AnyPlan) -> Purifier:
         """A purifier of the same models, seed and options that runs this plan.
 
-        Raises TypeError for what is no plan, and ValueError for one that needs a classifier that
-        there is not, or times that the score model was not trained for.
+        Args:
+            plan: what a function of `coup_fast.methods` returns, or a plan of your own.
+
+        Raises:
+            TypeError: plan is no plan.
+            ValueError: the plan needs a classifier that there is not, or times that the score model
+                was not trained for.
         """
         if type(plan) not in RUNS:
             raise TypeError(f"plan must be a Plan or an AdaptivePlan, got {type(plan).__name__}")
@@ -196,15 +205,19 @@ class Purifier(Drivable, nn.Module):
                 passes report nothing. True shows a bar of tqdm, where stderr is a terminal or a
                 notebook.
 
-        Returns [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1]
-        where the method as published does not clamp.
+        Doubtful models cause warnings; docs/assumptions.md has the list.
 
-        Raises TypeError or ValueError for bad input and RuntimeError for images on a device without
-        kernels, all before any network is called. Raises FloatingPointError if the result is not
-        finite, ValueError for models with batch norm or dropout in training mode, and RuntimeError
-        for models that change their input or themselves. Doubtful models cause warnings
-        (docs/assumptions.md has the list). With `gradient="exact"` it also raises what
-        `exact_final_state` lists.
+        Returns:
+            [B, C, H, W] in the dtype, device and layout of images. Values may leave [0, 1] where
+            the method as published does not clamp.
+
+        Raises:
+            TypeError: bad input, before any network is called.
+            ValueError: bad input, before any network is called, or a model with batch norm or
+                dropout in training mode.
+            RuntimeError: the images are on a device without kernels, or a model changes its input
+                or itself. With `gradient="exact"` also what `exact_final_state` lists.
+            FloatingPointError: the result is not finite.
         """
         if (driver := self.driver) is not None:
             sample_ids, draw = driver.noise_of(images, sample_ids, draw)

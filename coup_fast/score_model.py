@@ -101,10 +101,15 @@ class ScoreModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, converted: bool = False) -> Tensor:
         """The network's raw output at x [B, C, ...] and times t [B] in [0, 1].
 
-        converted: whether x has the network's dtype and t its units already, as in a run's loop.
+        Args:
+            x: in the network's space; [-1, 1] with noise for diffusion networks.
+            t: float [B].
+            converted: whether x has the network's dtype and t its units already, as in a run's
+                loop.
 
-        Raises TypeError if the network returns anything but a tensor (or an object with a tensor
-        `.sample`).
+        Raises:
+            TypeError: the network returns anything but a tensor, or an object with a tensor
+                `.sample`.
         """
         if not converted:
             t = in_network_units(t, self.time_scale, torch.promote_types(x.dtype, torch.float32))
