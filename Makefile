@@ -27,11 +27,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo quick test build bench ratios lint format types cuda-check ptx-check docs wheel clean \
-  distclean help
+.PHONY: demo quick test build bench ratios lint format types cuda-check ptx-check sanitize docs wheel
+.PHONY: clean distclean help
 help:
 	@echo "make demo | build | quick (a minute) | test (all) | bench | ratios"
-	@echo "     lint | format | types | cuda-check | ptx-check | docs | wheel | clean | distclean"
+	@echo "     lint | format | types | cuda-check | ptx-check | sanitize | docs | wheel | clean | distclean"
 
 demo: build
 	$(BIN)/coup-fast demo
@@ -73,6 +73,10 @@ cuda-check: $(STAMPS)/torch
 # PTX_ARGS="--arch 80 90 100" for more than compute_90.
 ptx-check: $(STAMPS)/extra-test build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/emulator/ptx.py --jobs $(JOBS) $(PTX_ARGS)
+
+# The operators' tests on libraries that report errors of memory and undefined behaviour.
+sanitize: $(STAMPS)/extra-test
+	$(BIN)/python .ci/sanitize.py --jobs $(JOBS)
 
 # NO_MKDOCS_2_WARNING: Material for MkDocs advertises its successor in every build.
 docs: $(STAMPS)/extra-docs build
