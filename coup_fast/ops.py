@@ -69,7 +69,10 @@ def _has_gradient(name: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """
     if FORWARD_MODE._current_level >= 0:
         refuse_tangents(f"coup_fast.ops.{name}", tensors)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    try:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    except AttributeError:  # what is no tensor is the operator's to refuse, by its name
+        return False
 
 
 def _apply(

@@ -92,7 +92,8 @@ def _refuse(name: str, args: tuple[Any, ...]) -> None:
             f"coup_fast.ops.{name} cannot be differentiated inside a transform of torch.func; use "
             "torch.autograd.grad, or coup_fast.reference, which is plain PyTorch"
         )
-    if name in _COEFFS and args[_COEFFS[name]].requires_grad:
+    coeffs = args[_COEFFS[name]] if name in _COEFFS else None
+    if isinstance(coeffs, Tensor) and coeffs.requires_grad:
         raise RuntimeError(
             f"coup_fast.ops.{name} does not differentiate its coefficients; detach coeffs, or "
             "use coup_fast.reference, which does"
@@ -126,9 +127,9 @@ def _record_in_place(keyset: Any, *args: Any) -> None:
 
 def _count_in_place(keyset: Any, x: Tensor, *args: Any) -> None:
     """Tells autograd that x is written over, so that a graph that holds it says so."""
-    torch.autograd.graph.increment_version(x)
     below: Any = torch._C._after_ADInplaceOrView_keyset
     _kernels.reverse_step_.default.redispatch(keyset & below, x, *args)
+    torch.autograd.graph.increment_version(x)
 
 
 _library: _Library | None = None  # what it registers ends with it

@@ -45,6 +45,7 @@ class _Arguments:
 
     def __init__(self, op: str, name: str, state: Tensor) -> None:
         self.op, self.name, self.state = op, name, state
+        self.given(name, state)
         self.require(
             state.ndim >= 2, name, "must be [B, C, ...] with two dimensions or more, got", state
         )
@@ -53,6 +54,13 @@ class _Arguments:
     def require(self, condition: Any, name: str, expected: str, given: Tensor) -> None:
         """condition: a bool, or a SymBool, which becomes a guard of the compiled program."""
         _check(condition, lambda: f"coup_fast::{self.op}: {name} {expected} {_text(given)}")
+
+    def given(self, name: str, tensor: Tensor | None) -> None:
+        """PyTorch lets None pass for a tensor."""
+        _check(
+            tensor is not None,
+            lambda: f"coup_fast::{self.op}: {name} must be a tensor, got None",
+        )
 
     def shape(self, name: str, given: Tensor, sizes: Sequence[Any], expected: str) -> None:
         self.require(given.ndim == len(sizes), name, expected, given)
@@ -81,12 +89,16 @@ class _Arguments:
         expected = "must be float32, float16 or bfloat16, got"
         self.require(tensor.dtype in FLOATS, name, expected, tensor)
 
-    def same_shape(self, name: str, tensor: Tensor | None) -> None:
+    def same_shape(self, name: str, tensor: Tensor) -> None:
+        self.given(name, tensor)
+        sizes = self.state.shape
+        expected = f"must have the shape of {self.name}, {_sizes(sizes)}, got"
+        self.shape(name, tensor, sizes, expected)
+        self.any_float(name, tensor)
+
+    def same_shape_if_given(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
-            sizes = self.state.shape
-            expected = f"must have the shape of {self.name}, {_sizes(sizes)}, got"
-            self.shape(name, tensor, sizes, expected)
-            self.any_float(name, tensor)
+            self.same_shape(name, tensor)
 
     def model_out(self, tensor: Tensor | None) -> None:
         if tensor is not None:
@@ -100,6 +112,7 @@ class _Arguments:
     def row_of(
         self, name: str, tensor: Tensor, dtype: torch.dtype, sizes: Sequence[Any], expected: str
     ) -> None:
+        self.given(name, tensor)
         self.require(tensor.dtype == dtype, name, expected, tensor)
         self.shape(name, tensor, sizes, expected)
         self.same_device(name, tensor)
@@ -172,7 +185,7 @@ def _perturb(
 ) -> _Arguments:
     arguments = _Arguments(op, "images", images)
     arguments.any_float("images", images)
-    arguments.same_shape("noise", noise)
+    arguments.same_shape_if_given("noise", noise)
     arguments.keys(keys)
     arguments.coeffs(coeffs, PERTURB_COLUMNS)
     return arguments
@@ -206,9 +219,9 @@ def _reverse_step(
     arguments = _Arguments(op, "x", x)
     arguments.float32_state()
     arguments.model_out(model_out)
-    arguments.same_shape("guidance", guidance)
-    arguments.same_shape("reference", reference)
-    arguments.same_shape("noise", noise)
+    arguments.same_shape_if_given("guidance", guidance)
+    arguments.same_shape_if_given("reference", reference)
+    arguments.same_shape_if_given("noise", noise)
     arguments.keys(keys)
     arguments.coeffs(coeffs, STEP_COLUMNS)
     arguments.guidance_norm(guidance_norm)

@@ -19,7 +19,11 @@ class Arguments {
  public:
   // state: the tensor that sets device and shape, called `name` in messages.
   Arguments(const char* op, const char* name, const Tensor& state)
-      : op_(op), name_(name), state_(state), sizes_(state.sizes()), on_cpu_(state.is_cpu()) {
+      : op_(op),
+        name_(name),
+        state_(given(op, name, state)),
+        sizes_(state.sizes()),
+        on_cpu_(state.is_cpu()) {
     require(sizes_.size() >= 2, name, "must be [B, C, ...] with two dimensions or more, got ",
             state);
     if (!sizes_fit(sizes_.data(), state.dim())) {
@@ -83,6 +87,7 @@ class Arguments {
 
   // A row of coefficients.
   const float* row(const Tensor& tensor, int64_t columns) {
+    given(op_, "coeffs", tensor);
     const bool right =
         tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == columns;
     if (!right) {
@@ -108,6 +113,7 @@ class Arguments {
 
   // One bool for each sample.
   const bool* flags(const char* name, const Tensor& tensor) {
+    given(op_, name, tensor);
     const bool right =
         tensor.scalar_type() == ScalarType::Bool && tensor.dim() == 1 && tensor.size(0) == batch;
     if (!right) {
@@ -126,6 +132,12 @@ class Arguments {
     return kept_.back().data_ptr();
   }
 
+  // The tensor itself; PyTorch lets None pass for one.
+  static const Tensor& given(const char* op, const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.defined(), "coup_fast::", op, ": ", name, " must be a tensor, got None");
+    return tensor;
+  }
+
   void require(bool condition, const char* name, std::string_view expected,
                const Tensor& given) const {
     STD_TORCH_CHECK(condition, "coup_fast::", op_, ": ", name, " ", expected, text_of(given));
@@ -141,6 +153,7 @@ class Arguments {
   }
 
   View shaped(const char* name, const Tensor& tensor, int64_t expected_channels) {
+    given(op_, name, tensor);
     const auto sizes = tensor.sizes();
     bool same = sizes.size() == sizes_.size() && sizes[1] == expected_channels;
     for (size_t dim = 0; same && dim < sizes_.size(); ++dim) {

@@ -41,6 +41,7 @@ Tensor confidence_cotangent_backward(const Tensor& grad_log_confidence,
   params.logits = arguments.any_float_state();
   params.batch = arguments.batch;
   params.classes = arguments.channels;
+  arguments.given(arguments.op(), "grad_log_confidence", grad_log_confidence);
   arguments.require(
       grad_log_confidence.scalar_type() == ScalarType::Float && grad_log_confidence.dim() == 1 &&
           grad_log_confidence.size(0) == params.batch,

@@ -104,15 +104,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   const WarpRow grads{params.grad_cotangent, sample, static_cast<int>(params.classes)};
   int winner;
   const ConfidenceRow row = row_of(logits, winner);
+  const float g_winner = grads[winner];
   float dot = 0.0f;
-  logits.each(
-      [&](int j) { dot = Lanes<float>::fma(probability<float>(row, logits[j]), grads[j], dot); });
+  logits.each([&](int j) {
+    dot = Lanes<float>::fma(probability<float>(row, logits[j]), grads[j] - g_winner, dot);
+  });
   dot = sum_lanes(dot);
   const float grad_log = params.grad_log_confidence[sample];
   logits.each([&](int j) {
     const float p = probability<float>(row, logits[j]);
     const float cotangent = j == winner ? winner_cotangent(row) : -p;
-    const float grad = confidence_gradient<float>(grad_log, dot, cotangent, p, grads[j]);
+    const float h = grads[j] - g_winner;
+    const float grad = confidence_gradient<float>(grad_log, dot, cotangent, p, h);
     store_class(params.grad_logits, sample, j, grad);
   });
 }

@@ -65,12 +65,14 @@ COUP_FAST_FN F probability(const ConfidenceRow& row, F logit) {
 // The cotangent of the winner; that of every other class is -probability.
 COUP_FAST_FN float winner_cotangent(const ConfidenceRow& row) { return row.others / row.total; }
 
-// Gradient of grad_log log p_w + sum_j g_j cotangent_j with respect to one logit, where dot is
-// sum_j p_j g_j:  grad_log cotangent_j - p_j (g_j - dot).
+// Gradient of grad_log log p_w + sum_j g_j cotangent_j with respect to one logit:
+//   grad_log cotangent_j + p_j (dot - h_j),   h_j = g_j - g_w,   dot = sum_j p_j h_j.
+// The same without g_w, which cancels; but all that is left of dot when the classifier is all but
+// certain is what the other classes add, and p_w g_w would drown it.
 template <class F>
-COUP_FAST_FN F confidence_gradient(float grad_log, float dot, F cotangent, F p, F g) {
+COUP_FAST_FN F confidence_gradient(float grad_log, float dot, F cotangent, F p, F h) {
   using L = Lanes<F>;
-  return L::fma(p, L::set(dot) - g, L::set(grad_log) * cotangent);
+  return L::fma(p, L::set(dot) - h, L::set(grad_log) * cotangent);
 }
 
 }  // namespace coup_fast

@@ -141,6 +141,17 @@ def test_gradient_is_that_of_the_formula(shape) -> None:
     assert float(error.max()) <= 1e-5 * float(expected.abs().max()) + 1e-7
 
 
+@pytest.mark.parametrize("margin", [8.0, 14.0, 20.0, 60.0])
+def test_gradient_keeps_its_precision_where_the_classifier_is_all_but_certain(margin) -> None:
+    logits = torch.tensor([[0.0, margin, 1.0, -2.0, 0.5]])
+    grads = torch.tensor([0.25]), torch.tensor([[-1.0, 2.0, 0.5, 0.25, -0.75]])
+    exact = logits.double().requires_grad_()
+    outputs = reference.confidence_cotangent(exact)
+    (expected,) = torch.autograd.grad(outputs, exact, [g.double() for g in grads])
+    actual = backward(*grads, logits).double()
+    assert float(((actual - expected) / expected).abs().max()) <= 1e-5
+
+
 def test_autograd_through_the_op() -> None:
     logits = logits_of((5, 10)).requires_grad_()
     log_confidence, cotangent = ops.confidence_cotangent(logits)

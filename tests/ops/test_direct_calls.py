@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers.sampling import perturb_row, step
 
-import coup_fast  # noqa: F401  # loads and registers the operators
+from coup_fast import ops  # and loads and registers the operators
 
 kernels = torch.ops.coup_fast
 ADAPTIVE_ROW = torch.tensor([5e-5, 1e-5, 0.1, 1e-3, 1, 0, 0, 1])
@@ -92,6 +92,15 @@ def test_the_step_in_place_counts_as_a_change() -> None:
         kernels.reverse_step_(y, None, row)
         kernels.reverse_step_(images(), None, row)
     assert y._version == 1
+
+
+@pytest.mark.parametrize("wrong", [None, images().numpy(), "images"], ids=["None", "array", "text"])
+def test_what_is_no_tensor_is_refused_by_its_name(wrong: object) -> None:
+    row = OPERATORS["perturb"][1]
+    for module in (ops, kernels):
+        for args, name in (((wrong, row), "images"), ((images(), wrong), "coeffs")):
+            with pytest.raises((RuntimeError, TypeError), match=rf"\b{name}\b"):
+                module.perturb(*args)
 
 
 def test_all_is_registered_by_the_import_of_the_package() -> None:

@@ -36,7 +36,8 @@ def calls() -> dict[str, tuple]:
 
 
 CALLS = calls()
-WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "nothing": lambda t: None,
     "float64": torch.Tensor.double,
     "int32": torch.Tensor.int,
     "one more dimension": lambda t: t[None],

@@ -141,16 +141,20 @@ void confidence_cotangent_backward_rows(const ConfidenceCotangentBackward& param
     row[winner] = 1.0f;
     float* data = row.data();
     const float* g = grads.data();
+    const float g_winner = grads[winner];
+    const auto relative = [=](int64_t j) __attribute__((always_inline)) {
+      return load(g + j) - Lanes<Vec>::set(g_winner);
+    };
     const float dot = sum_classes(row, [&](int64_t j, Vec lane) __attribute__((always_inline)) {
-      return Lanes<Vec>::fma(normalised<Vec>(sums, load(data + j)), load(g + j), lane);
+      return Lanes<Vec>::fma(normalised<Vec>(sums, load(data + j)), relative(j), lane);
     });
     const float grad_log = params.grad_log_confidence[i];
     const float p_winner = normalised<float>(sums, 1.0f);
-    const float at_winner =
-        confidence_gradient<float>(grad_log, dot, winner_cotangent(sums), p_winner, grads[winner]);
+    const float at_winner = confidence_gradient<float>(grad_log, dot, winner_cotangent(sums),
+                                                       p_winner, g_winner - g_winner);
     for (int64_t j = 0; j < row.padded(); j += kWidth) {
       const Vec p = normalised<Vec>(sums, load(data + j));
-      store(data + j, confidence_gradient<Vec>(grad_log, dot, -p, p, load(g + j)));
+      store(data + j, confidence_gradient<Vec>(grad_log, dot, -p, p, relative(j)));
     }
     row[winner] = at_winner;
     row.write(params.grad_logits, i);
