@@ -82,7 +82,7 @@ def flag(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, choices: Collection[T]) -> T:
     """The one of `choices` that `value` equals."""
-    with suppress(ValueError):  # of an array, whose comparison is one
+    with suppress(ValueError, RuntimeError):  # of an array or tensor, whose comparison is one
         for known in choices:
             if value == known:
                 return known
@@ -112,7 +112,9 @@ def ids(
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.dtype != np.uint64:
         value = torch.from_numpy(value.astype(np.int64)).to(device or torch.get_default_device())
     if not isinstance(value, Tensor):
-        if isinstance(value, str | bytes | Set | Mapping) or not isinstance(value, Iterable):
+        one = isinstance(value, np.ndarray) and value.ndim == 0
+        unordered = isinstance(value, str | bytes | Set | Mapping)
+        if one or unordered or not isinstance(value, Iterable):
             raise TypeError(_sentence(name, expected, value))
         checked = [_id(f"each of {name}", item) for item in value]
         value = torch.tensor(checked, dtype=torch.int64, device=device)

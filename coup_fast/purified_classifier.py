@@ -25,6 +25,7 @@ from coup_fast.run.sample_ids import fresh_draw
 from coup_fast.score_model import ClassifierFunction
 
 VOTES = ("logits", "softmax", "majority")
+MAX_DRAWS = 2**20  # of one call; memory ends long before
 
 _lock = ForkLock()  # of every `next_draw`
 
@@ -67,8 +68,8 @@ class PurifiedClassifier(Drivable, nn.Module):
     Args:
         purifier: the `Purifier`.
         classifier: module or callable, pixels -> logits [B, K].
-        num_draws: independently purified copies of each image, run as one batch, or in parts of
-            the purifier's `max_batch`.
+        num_draws: independently purified copies of each image, in [1, 2^20], run as one batch, or
+            in parts of the purifier's `max_batch`.
         vote: "logits", "softmax" or "majority"; see `combine_votes`.
         fresh_draws: with False a call is a function of its arguments, so the same call twice gives
             the same scores; to an attack this is a defence with fixed noise. With True every call
@@ -106,7 +107,7 @@ class PurifiedClassifier(Drivable, nn.Module):
             )
         self.purifier = purifier
         self.classifier = classifier
-        self.num_draws = checks.integer("num_draws", num_draws, 1)
+        self.num_draws = checks.integer("num_draws", num_draws, 1, MAX_DRAWS)
         self.vote = checks.choice("vote", vote, VOTES)
         self.fresh_draws = checks.flag("fresh_draws", fresh_draws)
         self._next_draw: int | None = None
@@ -131,7 +132,7 @@ class PurifiedClassifier(Drivable, nn.Module):
 
     @next_draw.setter
     def next_draw(self, draw: int) -> None:
-        self._next_draw = checks.integer("next_draw", draw, 0)
+        self._next_draw = checks.integer("next_draw", draw, 0, checks.MAX_INT64)
 
     def reset_draws(self, next_draw: int = 0) -> None:
         """Let the next call with `fresh_draws` start at this draw."""
@@ -205,8 +206,8 @@ class PurifiedClassifier(Drivable, nn.Module):
             ids, each = sample_ids.repeat(count), draws.expand(count, batch).flatten()
             purified = self.purifier(copies, ids, each, progress=progress)
             parts = purified.split(self.purifier.max_batch or max(len(purified), 1))
-            with differentiated("the classifier"):
-                logits = [self._classify(part) for part in parts]
+            with differentiated("the classifier"):  # each in memory apart from the next one's
+                logits = [self._classify(part).clone() for part in parts]
             looks = self.purifier.check_values and len(images) > 0
             first_with_graph = looks and self._look_at(logits, parts[0])
         if first_with_graph:
@@ -254,13 +255,15 @@ class PurifiedClassifier(Drivable, nn.Module):
         With `fresh_draws` counted from `next_draw` as well, and then no other call, in any thread,
         gets these draws. A call that raises has used its draws up.
         """
-        draw = checks.integer("draw", draw, 0)
+        last = checks.MAX_INT64 - count
+        draw = checks.integer("draw", draw, 0, last)
         if not self.fresh_draws:
             return draw
         if in_backward():
             raise CalledAgainError
         with _lock.current:
             taken = self.next_draw
+            checks.integer("draw + next_draw", draw + taken, 0, last)
             self.next_draw = taken + count
         return draw + taken
 

@@ -21,7 +21,7 @@ from coup_fast.run.diagnosis import diagnose
 from coup_fast.run.driver import Drivable
 from coup_fast.run.exact_gradient import exact_final_state, straight_through
 from coup_fast.run.first_look import look_at_run, looks_of
-from coup_fast.run.loop import final_state, joined_states, parts_of
+from coup_fast.run.loop import final_state, parts_of, states_of_parts
 from coup_fast.run.options import (
     RUN_OPTIONS,
     AutoFlag,
@@ -282,19 +282,25 @@ class Purifier(Drivable, nn.Module):
         """The result for images that start at position `first` of the batch."""
         with run.calls.flags():
             state = self._final_state(run, images, graph_memory, tell)
-        if run.options.check_values and bool(run.suspect(state)):
-            with torch.no_grad(), run.calls.flags():
-                message = diagnose(run, images, first)
-            if message is not None:
-                raise FloatingPointError(message)
-        if run.options.check_values:
-            with run.calls.flags():
-                by_graph = run.options.gradient in ("exact", "autograd")
-                through = _wants_gradient(images) and by_graph
-                look_at_run(run, images.detach(), self._kept.looks, differentiated=through)
+        by_graph = run.options.gradient in ("exact", "autograd")
+        self._check_end(run, images, first, state, _wants_gradient(images) and by_graph)
         result = state[0].to(images.dtype)
         as_it_came = images.is_contiguous(memory_format=torch.channels_last)
         return result.contiguous() if run.calls.channels_last and not as_it_came else result
+
+    def _check_end(
+        self, run: Run, images: Tensor, first: int, state: State, differentiated: bool
+    ) -> None:
+        """Look at the final state and, once for each kind of run, at the models."""
+        if not run.options.check_values:
+            return
+        with run.calls.flags():
+            if bool(run.suspect(state)):
+                with torch.no_grad():
+                    message = diagnose(run, images, first)
+                if message is not None:
+                    raise FloatingPointError(message)
+            look_at_run(run, images.detach(), self._kept.looks, differentiated=differentiated)
 
     def _final_state(self, run: Run, images: Tensor, graph_memory: int, tell: Tell | None) -> State:
         """The state after the last step, differentiable as `gradient` says."""
@@ -327,21 +333,28 @@ class Purifier(Drivable, nn.Module):
 
         k = 0 is the start (after the forward noise, where the method has one), and the last state
         is the result. The arguments are those of `forward`. Nothing is differentiated or clamped. A
-        method that works in diffusion space shows (x+1)/2.
+        method that works in diffusion space shows (x+1)/2. Errors and warnings are those of
+        `forward`; what a run is looked at for when it has ended is said after the last state.
         """
         run = self.prepare(images, sample_ids, draw, noise)
         parts = parts_of(images, run.options.max_batch)
-        states = joined_states([(run.of(rows), part) for rows, part in parts])
+        runs = [(run.of(rows), part) for rows, part in parts]
+        states = states_of_parts(runs)
 
         def shown() -> Iterator[tuple[int, Tensor]]:
+            latest: list[State] = []
             while True:
                 with frozen_parameters(*run.models), run.calls.flags(), torch.no_grad():
                     item = next(states, None)
                     if item is None:
-                        return
-                    k, x = item
+                        break
+                    k, latest = item
+                    x = torch.cat([state[0] for state in latest])
                     pixels = x if run.plan.in_pixels(k) else 0.5 * x + 0.5
                 yield k, pixels
+            for (part, its_images), (rows, _), state in zip(runs, parts, latest, strict=True):
+                with frozen_parameters(*run.models):
+                    self._check_end(part, its_images, rows.start, state, differentiated=False)
 
         return shown()
 

@@ -83,13 +83,16 @@ class ScoreModel(nn.Module):
         if isinstance(network, ScoreModel):
             raise TypeError("network is a ScoreModel already; pass it on, or its .network")
         checks.choice("kind", kind, KINDS)
-        if schedule is None:
-            from coup_fast.schedules import VPSchedule
+        from coup_fast.schedules import Schedule, VPSchedule
 
-            schedule = VPSchedule()
+        if not isinstance(schedule, Schedule | None):
+            raise TypeError(
+                "schedule must be a VPSchedule, a DiscreteSchedule or an EDMSchedule, got "
+                f"{type(schedule).__name__}"
+            )
         self.network = network
         self.kind = kind
-        self.schedule = schedule
+        self.schedule = VPSchedule() if schedule is None else schedule
         self.time_scale = checks.number("time_scale", time_scale, 0, above=True)
         self.t_max = None if t_max is None else checks.number("t_max", t_max, 0, 1, above=True)
 

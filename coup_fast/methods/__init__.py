@@ -79,7 +79,7 @@ __all__ = [
 
 def options(name: str) -> dict[str, Any]:
     """The options of a method and their defaults. Raises ValueError for an unknown name."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         known = f"there are {', '.join(METHODS)}{checks.nearest(name, METHODS)}"
         raise ValueError(f"unknown method {name!r}; {known}")
     parameters = inspect.signature(METHODS[name]).parameters.values()

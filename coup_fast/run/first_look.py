@@ -77,13 +77,14 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
         timed = [k for k, called in enumerate(run.timed) if called]
         if timed:
             time = run.tables.times[timed[0]].expand(len(x))
-            _look_at_function(
+            answer = _look_at_function(
                 "score network",
                 lambda state: calls.network_alone(state, time),
                 x,
                 looks,
                 differentiated=differentiated,
             )
+            _refuse_infinities(run, timed[0], answer, x.shape[1])
         if calls.classifier is not None:
             look_at_classifier(calls.classify_alone, 0.5 * x + 0.5, looks, differentiated=True)
             _look_at_guidance(confidence_gradient(calls.classify_alone, x, run.ops), looks)
@@ -124,6 +125,20 @@ def is_looking() -> bool:
     return _looking.get()
 
 
+def _refuse_infinities(run: Run, k: int, answer: Tensor, channels: int) -> None:
+    """FloatingPointError if a network's answer at step k is not finite.
+
+    A NaN reaches the result, which is looked at after each run. An infinity becomes a pixel where
+    the method clamps.
+    """
+    used = answer if run.plan.learned_variance else answer[:, :channels]
+    if not bool(used.isfinite().all()):
+        raise FloatingPointError(
+            f"{run.plan.method}: the score network's output is inf or NaN at step {k + 1} of "
+            f"{run.num_steps}, where the method's clamp hides it from the result"
+        )
+
+
 def _look_at_weights(models: tuple[Any, ...], looks: Looks) -> None:
     """Warns of weights that are inf or NaN. Waits for the device once."""
     named = [
@@ -152,16 +167,16 @@ def _look_at_function(
     other images beside; derivatives that are not those of the values.
     """
     given = x.clone()
-    answer = function(given)
-    if not torch.equal(given, x):
-        raise RuntimeError(
-            f"the {name} changed its input in place, which is the state of the run; let it work on "
-            "a copy"
-        )
+    answer = function(given).clone()  # some answer in the same memory again
     steady, depends = True, bool((answer != answer[:1]).any())
     for one in {0, len(x) - 1}:  # an image that decides for all others sees no change itself
         again = function(x[one : one + 1].expand_as(x).clone())
         steady = steady and _alike(answer[one], again[one])
+    if not torch.equal(given, x):  # some write to what they were given before
+        raise RuntimeError(
+            f"the {name} changed its input in place, which is the state of the run; let it work on "
+            "a copy"
+        )
     if not steady:
         depends = len(x) > 1 and _alike(answer, function(x.clone()))
         if depends:
@@ -217,8 +232,8 @@ def _look_at_derivative(name: str, function: Function, x: Tensor, looks: Looks) 
     direction = (torch.rand(x.shape, generator=generator, device="cpu") - 0.5).sign().to(x)
 
     def difference(step: float) -> Tensor:
-        ahead, behind = function(x + step * direction), function(x - step * direction)
-        return (ahead.to(torch.float64) - behind.to(torch.float64)) / (2 * step)
+        ahead = function(x + step * direction).to(torch.float64, copy=True)
+        return (ahead - function(x - step * direction).to(torch.float64)) / (2 * step)
 
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()

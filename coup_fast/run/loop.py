@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
-import torch
 from torch import Tensor
 
 from coup_fast.run.progress import Tell
@@ -48,15 +47,15 @@ def final_state(
     return final
 
 
-def joined_states(parts: Sequence[tuple[Run, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """`states` of the batch's parts side by side: (k, [B, C, H, W]), a copy.
+def states_of_parts(parts: Sequence[tuple[Run, Tensor]]) -> Iterator[tuple[int, list[State]]]:
+    """`states` of the batch's parts side by side: (k, the state of each).
 
     parts: (run, images), at least one. The state of a part that has finished stays as it is.
     """
-    latest: dict[int, Tensor] = {}
+    latest: dict[int, State] = {}
     for k, row in enumerate(zip_longest(*(states(run, images) for run, images in parts))):
-        latest |= {i: item[1][0] for i, item in enumerate(row) if item is not None}
-        yield k, torch.cat(list(latest.values()))
+        latest |= {i: item[1] for i, item in enumerate(row) if item is not None}
+        yield k, list(latest.values())
 
 
 def parts_of(images: Tensor, max_batch: int | None) -> list[tuple[slice, Tensor]]:

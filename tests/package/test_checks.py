@@ -97,8 +97,10 @@ def test_flags_and_choices() -> None:
             checks.flag("clip", value)
     assert checks.choice("vote", "softmax", ("logits", "softmax")) == "softmax"
     assert checks.choice("graph", False, ("auto", True, False)) is False
-    for value in ("auto ", None, 3):
-        with pytest.raises(ValueError, match=f"graph must be one of auto, True, got {value!r}"):
+    for value in ("auto ", None, 3, torch.ones(2), np.ones(2)):
+        with pytest.raises(
+            ValueError, match=re.escape(f"graph must be one of auto, True, got {value!r}")
+        ):
             checks.choice("graph", value, ("auto", True))
 
 
@@ -125,6 +127,7 @@ def test_ids() -> None:
         ([0, 1, 2**63], ValueError, "each of ids must be an int"),
         (np.zeros(3), TypeError, "each of ids must be an int"),
         (3, TypeError, "ids must be integers [3], one per sample, got 3"),
+        (np.array("text"), TypeError, "ids must be integers [3], one per sample, got array"),
     ],
 )
 def test_no_ids(value, error, message: str) -> None:

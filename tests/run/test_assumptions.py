@@ -119,6 +119,36 @@ def test_an_answer_that_the_next_call_overwrites() -> None:
         unguided(Buffer(), "adp")(images())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_earlier_input_that_is_written_to(mode) -> None:
+    class Late(TinyNetwork):
+        kept = None
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if self.kept is not None:
+                self.kept.mul_(0.5)  # the state by now; after the run, the result
+            self.kept = x.detach()
+            return super().forward(x, t)
+
+    by_torch = "Inplace update to inference tensor"  # the look is in no inference mode
+    with mode(), pytest.raises(RuntimeError, match=f"changed its input in place|{by_torch}"):
+        unguided(Late(), num_steps=1)(images())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_final_classifier_may_answer_in_the_same_memory_again(mode) -> None:
+    model, buffer = TinyClassifier().eval(), torch.zeros(1, 4)
+
+    def classify(u: Tensor) -> Tensor:
+        with torch.no_grad():
+            return buffer.copy_(model(u))
+
+    with mode():
+        clean = unguided(TinyNetwork().eval(), max_batch=1)
+        got = PurifiedClassifier(clean, classify)(images())
+        assert torch.equal(got, PurifiedClassifier(clean, model)(images()))
+
+
 def test_a_model_that_changes_itself() -> None:
     class Counting(TinyNetwork):
         def __init__(self) -> None:
@@ -180,6 +210,36 @@ def test_logits_that_are_not_finite(value: float) -> None:
     model = TinyClassifier()
     with pytest.raises(FloatingPointError, match=r"classifier's logits .* NaN or inf"):
         defence(lambda u: model(u) + value)(images())
+
+
+@pytest.mark.parametrize("clamp_output", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_infinite_answer_that_a_clamp_turns_into_pixels(clamp_output: bool, grad: bool) -> None:
+    model = TinyNetwork()
+    clean = unguided(lambda x, t: model(x, t) + torch.inf, clamp_output=clamp_output)
+    with pytest.raises(FloatingPointError, match=r"diffpure.* output is inf or NaN at step 1 of 2"):
+        clean(images().requires_grad_(grad))
+    channels = TinyNetwork(out=6)
+
+    def unused(x: Tensor, t: Tensor) -> Tensor:
+        out = channels(x, t)
+        return torch.cat([out[:, :3], out[:, 3:] + torch.inf], 1)
+
+    unguided(unused, clamp_output=clamp_output)(images())  # variance channels that nothing reads
+
+
+def test_a_trajectory_is_looked_at_when_it_ends() -> None:
+    model = TinyNetwork()
+    clean = unguided(lambda x, t: model(x, t) * torch.nan)
+    steps = clean.trajectory(images())
+    assert [k for k, _ in zip(range(3), steps, strict=False)] == [0, 1, 2]
+    with pytest.raises(FloatingPointError, match="output is inf or NaN at step 1 of 2"):
+        next(steps)
+    with pytest.warns(UserWarning, match="score network gave two answers"):
+        list(unguided(lambda x, t: model(x, t) + torch.rand_like(x)).trajectory(images()))
+    ended = unguided(lambda x, t: torch.full_like(x, torch.nan), "adp")  # by steps that are NaN
+    with pytest.raises(FloatingPointError, match="adp"):
+        list(ended.trajectory(images()))
 
 
 # What is doubtful: one warning

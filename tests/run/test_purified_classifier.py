@@ -190,3 +190,33 @@ def test_draws_of_a_failed_call_are_used_up() -> None:
     handle.remove()
     assert model.next_draw == 2
     assert torch.equal(model(images()), defended("diffpure", num_draws=2)(images(), draw=2))
+
+
+def test_draws_stay_below_the_end_of_int64() -> None:
+    model = defended("diffpure", num_draws=2)
+    last = 2**63 - 1 - 2
+    assert model(images(), draw=last).isfinite().all()
+    with pytest.raises(ValueError, match=rf"draw must be an int in \[0, {last}\], got {last + 1}"):
+        model(images(), draw=last + 1)
+    fresh = defended("diffpure", num_draws=2, fresh_draws=True)
+    fresh.reset_draws(last)
+    with pytest.raises(ValueError, match=rf"draw \+ next_draw must be .*, got {last + 1}"):
+        fresh(images(), draw=1)
+    with pytest.raises(ValueError, match="next_draw must be an int"):
+        fresh.reset_draws(2**63)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"num_draws": 0}, ValueError),
+        ({"num_draws": 2**20 + 1}, ValueError),
+        ({"num_draws": 2.0}, TypeError),
+        ({"vote": "mean"}, ValueError),
+        ({"fresh_draws": 1}, TypeError),
+        ({"fresh_draws": "no"}, TypeError),
+    ],
+)
+def test_bad_options_are_named(option: dict, error) -> None:
+    with pytest.raises(error, match=f"^{next(iter(option))} must be"):
+        defended("diffpure", **option)

@@ -64,6 +64,14 @@ def test_bad_arguments_are_named() -> None:
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"time_scale .*{scale}"):
             ScoreModel(TinyNetwork(), time_scale=scale)
+    for name, values in {
+        "time_scale": [None, "999", True, torch.tensor(999.0)],
+        "t_max": ["1", False],
+        "schedule": ["vp", VPSchedule],
+    }.items():
+        for value in values:
+            with pytest.raises(TypeError, match=rf"^{name} must be"):
+                ScoreModel(TinyNetwork(), **{name: value})
     with pytest.raises(TypeError, match="callable"):
         EnergyModel(3)
 

@@ -130,6 +130,7 @@ def test_accepted_sample_ids() -> None:
     ("options", "error", "message"),
     [
         ({"method": "cuop"}, ValueError, "'cuop'.*coup.*diffpure.*one-shot"),
+        ({"method": ["coup"]}, ValueError, "unknown method .*coup.*diffpure.*one-shot"),
         ({"stps": 3}, ValueError, "'stps'.*t_star.*num_steps.*backend.*guidance_gradient"),
         ({"method": "adp", "t_star": 0.1}, ValueError, "'adp' .*'t_star'.*sigma.*backend"),
         ({"num_steps": 0}, ValueError, "num_steps"),
