@@ -18,6 +18,10 @@ hypothesis.settings.register_profile(
     "coup_fast", derandomize=True, deadline=None, print_blob=False, database=None
 )
 hypothesis.settings.load_profile("coup_fast")
+# `pytest --hypothesis-profile=fuzz`: others in every run, and more of them.
+hypothesis.settings.register_profile(
+    "fuzz", derandomize=False, deadline=None, database=None, max_examples=2000
+)
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # several test processes share the cores
