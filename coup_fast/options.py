@@ -131,8 +131,9 @@ class PurifierOptions(MethodOptions, total=False):
             `coup_fast.attacks.eot_gradient` fills what its memory budget leaves.
         guidance_gradient: "full" differentiates through the guidance to second order; "stopped"
             treats it as a constant, as the released COUP attack does.
-        check_values: look for NaN and pixels outside [0, 1] before the run, and for inf and NaN
-            after it. Each look waits for the device once; False never waits.
+        check_values: look for NaN and pixels outside [0, 1] before the run, for inf and NaN after
+            it, at the models after the first run of a kind, and at the last step that the backward
+            pass computes again. Each look waits for the device; False never waits.
         compile: call the networks through `torch.compile`; True, or the name of one of its modes.
             Values are those of the networks up to rounding. Where the gradient through the guidance
             is "full", the exact gradient differentiates the classifier as it is. Use this option to

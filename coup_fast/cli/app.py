@@ -1,4 +1,4 @@
-"""Open a page in the browser on which one attacks and purifies pictures and watches.
+"""Serve a page on which one attacks and purifies pictures and watches.
 
 Choose a digit or a photograph, or upload a picture; attack it (weakly) or not; choose the method
 and its settings. The page shows the picture after every step, the classifier's probabilities
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from coup_fast.app.bench import Bench
 
-HELP = "try attacks and purification on a page in the browser"
+HELP = "serve a page on which to try attacks and purification"
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CLASSES = {"mnist": tuple("0123456789"), "cifar10": tuple(_CIFAR10.split())}
 

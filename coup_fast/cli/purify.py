@@ -325,7 +325,7 @@ def _purify(
             clipped += pending.pop(0).write(purified)
             done += 1
     except KeyboardInterrupt:
-        common.say(f"{done} of {len(names)} results are written; --resume goes on from there")
+        common.say(f"{done} of {len(names)} results are written; --resume continues from there")
         raise
     _warn_of_loss([args.target / name for name in names])
     return len(names), clipped

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         toy = toy_run.Toy(args.guidance_scale, args.t_star, args.seed, bar.update)
         shifts = toy_run.label_shifts(toy, args.samples)
         toy_plot.draw(toy, args.samples, args.plot)
-    headers = ["start points", "score flow alone", "guided flow", "number"]
+    headers = ["start points", "score flow without guidance", "guided flow", "number"]
     rows = [[s.starts, s.alone.percent(), s.guided.percent(), s.alone.total] for s in shifts]
     text = (
         f"Label shift: share of points that end on the other side of the class boundary\n"

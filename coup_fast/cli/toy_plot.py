@@ -31,7 +31,7 @@ def draw(toy: toy_run.Toy, samples: int, path: Path) -> None:
     upper = [figure.add_subplot(grid[0, 0])]
     upper.append(figure.add_subplot(grid[0, 1], sharey=upper[0]))
     starts = torch.linspace(-0.6, 0.6, _PATHS)
-    titles = ("score flow alone", f"guided flow, λ = {toy.guidance_scale:g}")
+    titles = ("score flow without guidance", f"guided flow, λ = {toy.guidance_scale:g}")
     for axis, title, positions in zip(upper, titles, toy_run.paths(toy, starts), strict=True):
         _trajectories(axis, toy, positions)
         axis.set_title(title)
@@ -78,7 +78,7 @@ def _shift_curve(axis: Axes, toy: toy_run.Toy, samples: int) -> None:
     grid, curves = toy_run.shift_curve(toy, 76, 3 * samples)
     x = grid.numpy()
     for curve, colour, label in zip(
-        curves, (ALONE, GUIDED), ("score flow alone", "guided flow"), strict=True
+        curves, (ALONE, GUIDED), ("score flow without guidance", "guided flow"), strict=True
     ):
         low, high = np.array([point.interval() for point in curve]).T
         axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.2, lw=0)

@@ -169,7 +169,7 @@ def mode_sentence(shift: Shift) -> str:
     (left0, right0), (left1, right1) = shift.modes
     return (
         f"Points {shift.starts} end at the left / right mode (within three standard deviations): "
-        f"{100 * left0:.1f} % / {100 * right0:.1f} % by the score flow alone, "
+        f"{100 * left0:.1f} % / {100 * right0:.1f} % by the score flow without guidance, "
         f"{100 * left1:.1f} % / {100 * right1:.1f} % by the guided flow."
     )
 
