@@ -33,7 +33,8 @@ LAYOUT = st.sampled_from(
     ]
 )
 COLUMN = st.sampled_from([0.0, 0.0, 1.0, 0.5, -0.25, 2.0, 0.75])
-LOW_BOUND, HIGH_BOUND = (st.sampled_from([sign * torch.inf, sign * 0.7]) for sign in (-1.0, 1.0))
+# No sum of the others is equal to one of these, nor to one after the other.
+BOUNDS = {"lo": -0.7, "hi": 0.7, "x0_lo": -0.7, "x0_hi": 0.7, "out_lo": -0.61, "out_hi": 0.61}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def keys(draw: Any, batch: int) -> Tensor:
 
 @st.composite
 def row(draw: Any, columns: tuple[str, ...], **special: Any) -> Tensor:
-    ends = {"lo": LOW_BOUND, "hi": HIGH_BOUND}
-    ends |= {f"{where}_{end}": ends[end] for where in ("x0", "out") for end in ("lo", "hi")}
+    ends = {name: st.sampled_from([at, at * torch.inf]) for name, at in BOUNDS.items()}
     values = [draw(special.get(name, ends.get(name, COLUMN))) for name in columns]
     return torch.tensor(values, dtype=torch.float32)
 

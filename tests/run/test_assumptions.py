@@ -106,7 +106,8 @@ def test_a_time_that_is_written_to() -> None:
         unguided(OnTime())(images(1))
 
 
-def test_an_answer_that_the_next_call_overwrites() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_an_answer_that_the_next_call_overwrites(mode) -> None:
     class Buffer(TinyNetwork):
         kept = None
 
@@ -115,7 +116,7 @@ def test_an_answer_that_the_next_call_overwrites() -> None:
             self.kept = out if self.kept is None else self.kept.copy_(out)
             return self.kept
 
-    with pytest.raises(RuntimeError, match="an answer that it gave before"):
+    with mode(), pytest.raises(RuntimeError, match="an answer that it gave before"):
         unguided(Buffer(), "adp")(images())
 
 
