@@ -234,8 +234,9 @@ def assert_close(got: Tensor, expected: Tensor, bound: Tensor, name: str) -> Non
     """Equal where not finite; elsewhere within the bound and a rounding to the result's type."""
     same = expected.to(got.dtype)
     if got.dtype.is_floating_point:
-        bound = bound + (torch.finfo(got.dtype).eps if got.dtype in LOW else 0) * expected.abs()
-        bound = bound + (torch.finfo(got.dtype).smallest_normal if got.dtype in LOW else 0)
+        numbers = torch.finfo(got.dtype)
+        bound = bound + (numbers.eps if got.dtype in LOW else 0) * expected.abs()
+        bound = bound + numbers.smallest_normal  # what is smaller may become 0
         near = (got.double() - expected).abs() <= bound
         right = near | (got == same) | (got.isnan() & same.isnan())
     else:
