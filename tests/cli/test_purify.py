@@ -209,7 +209,7 @@ def test_a_folder_goes_on_after_a_stop(
 
     monkeypatch.setattr(ImageFile, "write", stop_at_the_fourth)
     assert main(words) == 130
-    assert "3 of 5 results are written; --resume goes on" in capsys.readouterr().err
+    assert "3 of 5 results are written; --resume continues" in capsys.readouterr().err
     monkeypatch.undo()
     (target / "0.png").unlink()
     assert main([*words, "--resume"]) == 0

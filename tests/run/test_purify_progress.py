@@ -177,6 +177,7 @@ def test_it_belongs_to_a_call() -> None:
 def test_true_shows_a_bar_where_there_is_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # other tests run a notebook
     clean = short_purifier("coup")
     clean(images(), progress=True)
     assert capsys.readouterr().err == ""
