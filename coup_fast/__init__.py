@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time a name is import
     from coup_fast.models.bundled import load_bundled
     from coup_fast.purified_classifier import PurifiedClassifier
     from coup_fast.purifier import Purifier, purify
-    from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule
+    from coup_fast.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, VPSchedule
     from coup_fast.score_model import EnergyModel, ScoreModel
 
 # Public name -> module that defines it.
@@ -33,6 +33,7 @@ _EXPORTS: dict[str, str] = {
     "DiscreteSchedule": "coup_fast.schedules",
     "EDMSchedule": "coup_fast.schedules",
     "EnergyModel": "coup_fast.score_model",
+    "FlowSchedule": "coup_fast.schedules",
     "PurifiedClassifier": "coup_fast.purified_classifier",
     "Purifier": "coup_fast.purifier",
     "ScoreModel": "coup_fast.score_model",
@@ -70,6 +71,7 @@ __all__ = [
     "DiscreteSchedule",
     "EDMSchedule",
     "EnergyModel",
+    "FlowSchedule",
     "PurifiedClassifier",
     "Purifier",
     "ScoreModel",

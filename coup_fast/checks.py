@@ -73,6 +73,15 @@ def integers(name: str, value: Any, low: int, high: int) -> tuple[int, ...]:
     return tuple(integer(f"each of {name}", item, low, high) for item in value)
 
 
+def numbers(
+    name: str, value: Any, low: float, high: float, *, above: bool = False
+) -> tuple[float, ...]:
+    """A non-empty sequence of finite numbers in [low, high]; `above` leaves out low itself."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
+        raise TypeError(_sentence(name, "a non-empty sequence of numbers", value))
+    return tuple(number(f"each of {name}", item, low, high, above=above) for item in value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):

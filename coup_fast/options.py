@@ -59,7 +59,8 @@ class MethodOptions(TypedDict, total=False):
         clamp_output: clamp the result to valid pixels.
         sigma2: σ² > 0, the variance of the tie to the attacked image.
         lambda_ld: λ > 0, the rate of the Langevin dynamics.
-        eta: scale of the noise; in [0, 1] for ddim and gradual, >= 0 for ldsde.
+        eta: scale of the noise; in [0, 1] for ddim and gradual, >= 0 for ldsde; for langevin the
+            standard deviation of a step's noise, >= 0.
         variance: "fixed-small" (of the posterior), "fixed-large" (β) or "learned" (by a network
             with 2C output channels).
         rounds: for gdmp, how often to diffuse and denoise, at least 1; for gradual, the number of
@@ -69,7 +70,12 @@ class MethodOptions(TypedDict, total=False):
         image_shape: C, H, W of the images over which the squared error is averaged.
         stride: use every stride-th index of a round, at least 1.
         sigma: noise level on pixels; for adp >= 0; for one-shot > 0, where None means 0.25 unless
-            t_star is given.
+            t_star is given; for flowpure that of the path's start, where None means 0.3, or 0 on a
+            path from attacked images.
+        sigmas: noise levels on pixels, > 0 and falling, one for each call of the denoiser.
+        t_start: where on the path to start, in [0, 1): the image gets (1 - t_start) sigma of
+            noise; None means 1/2, or 0 on a path from attacked images.
+        gradient_scale: weight of the energy's gradient in a step, > 0.
         noise_variant: "gaussian", or "binary", which is ±σ√(2/π).
         step_lambda: λ > 0, to which the step size is proportional.
         delta: δ > 0, how far ahead the second score is taken.
@@ -100,6 +106,9 @@ class MethodOptions(TypedDict, total=False):
     image_shape: Sequence[int]
     stride: int
     sigma: float | None
+    sigmas: Sequence[float]
+    t_start: float | None
+    gradient_scale: float
     noise_variant: NoiseVariant
     step_lambda: float
     delta: float

@@ -37,7 +37,8 @@ NUM_COLUMNS = len(ROW_COLUMNS)
 START_COLUMNS = ("scale", "bias", "std", "sign_std", "lo", "hi", "out_scale", "out_bias")
 ADAPTIVE_COLUMNS = ("numerator", "alpha_min", "alpha_max", "tau", "scale", "bias", "lo", "hi")
 
-DIFFUSION_KINDS = ("eps", "score", "x0")  # of `ScoreModel.kind`, those that `network_row` takes
+# Of `ScoreModel.kind`, those that `network_row` takes.
+DIFFUSION_KINDS = ("eps", "score", "x0", "v", "velocity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,19 +321,25 @@ class Prediction:
 
 
 def network_row(
-    prediction: Prediction, alpha_bar: float, kind: str, *, clip_denoised: bool = False
+    prediction: Prediction,
+    alpha_bar: float,
+    kind: str,
+    eps_of: tuple[float, float] | None = None,
+    *,
+    clip_denoised: bool = False,
 ) -> Array:
     """The row whose m is the raw output of a network at noise level ᾱ.
 
     Args:
         prediction: the step.
         alpha_bar: ᾱ before the step.
-        kind: "eps" (m = ε), "score" (m = -ε/σ) or "x0" (m = x̂0).
+        kind: "eps" (m = ε), "score" (m = -ε/σ), "x0" (m = x̂0), or a velocity, "v" or "velocity".
+        eps_of: (A, B) of a velocity, whose noise is ε = A x + B m.
         clip_denoised: whether to clamp x̂0 to [-1, 1] before it is used; then the step must use x̂0
             (prediction.x0 is not 0).
 
     Raises:
-        ValueError: clip_denoised is set and the step does not use x̂0.
+        ValueError: clip_denoised is set and the step does not use x̂0, or eps_of is missing.
     """
     signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     row = blank_row()
@@ -354,6 +361,11 @@ def network_row(
     row[W] = eps - x0 * noise / signal
     if kind == "score":  # ε = -σ m
         row[[Q, W]] *= -noise
+    elif kind != "eps":
+        if eps_of is None:
+            raise ValueError(f"a network of kind {kind!r} needs eps_of")
+        row[[P, V]] += eps_of[0] * row[[Q, W]]
+        row[[Q, W]] *= eps_of[1]
     return row
 
 

@@ -3,11 +3,16 @@
 A schedule says on which noise a network was trained. Signal and noise are `√ᾱ x + σ z` with
 σ² = 1 - ᾱ (variance preserving), or `x + σ z` (variance exploding, EDM). Time runs from 0 (clean)
 to 1. Index i of a discrete schedule of N steps is the noise level at time (i + 1) / N.
+
+A flow-matching network was trained on `a x + b z`, a straight path. Such a state holds the same x
+and z as the variance-preserving state with the same noise-to-signal ratio b/a = σ/√ᾱ, times
+√(a² + b²). So a `FlowSchedule` is a VP schedule whose network is asked at that ratio.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from coup_fast import checks
 
 Array = NDArray[np.float64]
+FlowSource = Literal["noise", "noised", "attacked"]
+FLOW_SOURCES = get_args(FlowSource)
+FLOW_KINDS = ("velocity", "eps", "x0")  # of `ScoreModel.kind`, those of a `FlowSchedule`
 
 
 def sigma(alpha_bar: ArrayLike) -> Array:
@@ -84,6 +92,10 @@ class VPSchedule:
     def network_time(self, t: ArrayLike) -> Array:
         """The time a network trained on this schedule is told at time t: t itself."""
         return np.asarray(t, dtype=np.float64)
+
+    def alpha_bar_told(self, time: ArrayLike) -> Array:
+        """ᾱ of the noise level that a network expects when it is told this time."""
+        return self.alpha_bar(time)
 
     def index_time(self, index: ArrayLike) -> Array:
         """The time a network is told at index i of `discrete()`: (i + 1) / 1000.
@@ -184,6 +196,10 @@ class DiscreteSchedule:
         index = np.floor(self.num_steps * np.asarray(t, dtype=np.float64) + 1e-6)
         return np.minimum(index, self.num_steps - 1) / self.num_steps
 
+    def alpha_bar_told(self, time: ArrayLike) -> Array:
+        """ᾱ of the noise level that a network expects when it is told this time, index / N."""
+        return self.alpha_bar(self.num_steps * np.asarray(time, dtype=np.float64))
+
     def index_time(self, index: ArrayLike) -> Array:
         """The time a network is told at index i: i / N."""
         return np.asarray(index, dtype=np.float64) / self.num_steps
@@ -214,4 +230,122 @@ class EDMSchedule:
         return np.asarray(sigma, dtype=np.float64) / self.sigma_max
 
 
-Schedule = VPSchedule | DiscreteSchedule | EDMSchedule
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Straight paths between a source and the data, for networks that predict a velocity.
+
+    The source is Lipman et al., "Flow matching for generative modeling" (ICLR 2023), and Liu et
+    al., "Flow straight and fast" (ICLR 2023). The purification runs along `process`, and the
+    network is asked at the time of the path with the same noise-to-signal ratio. That is exact,
+    because both states hold the same image and the same noise.
+
+    Args:
+        source: where the path of an image x starts. "noise": x_t = t x + (1 - t) z. "noised":
+            x_t = x + (1 - t) noise_std z, as FlowPure (Collaert et al., arXiv 2505.13280) trains on
+            Gaussian noise. "attacked": x_t = t x + (1 - t) x_adv, as FlowPure trains on attacks;
+            such a path has no noise level, and only the method `flowpure` runs it.
+        data_at: the time at which the path reaches the data: 1, as above (torchcfm, FlowPure), or
+            0, with t and 1 - t exchanged (diffusers, Stable Diffusion 3). The velocity is dx_t/dt
+            in either direction.
+        noise_std: of "noised", > 0, in the network's space. FlowPure's 0.3 on pixels is 0.6 in
+            [-1, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    source: FlowSource = "noise"
+    data_at: int = 1
+    noise_std: float = 0.6
+
+    process: ClassVar[VPSchedule] = VPSchedule()
+
+    def __post_init__(self) -> None:
+        checks.choice("source", self.source, FLOW_SOURCES)
+        object.__setattr__(self, "data_at", checks.integer("data_at", self.data_at, 0, 1))
+        noise_std = checks.number("noise_std", self.noise_std, 0, above=True)
+        object.__setattr__(self, "noise_std", noise_std)
+
+    def continuous(self) -> VPSchedule:
+        """The VP SDE along which the purification runs."""
+        return self.process
+
+    def discrete(self) -> DiscreteSchedule:
+        """Its discrete chain."""
+        return self.process.discrete()
+
+    def network_time(self, t: ArrayLike) -> Array:
+        """The path's time at the noise level of the process's time t."""
+        return self.time_of_ratio(np.sqrt(np.expm1(-self.process.log_alpha_bar(t))))
+
+    def index_time(self, index: ArrayLike) -> Array:
+        """The path's time at the noise level of index i of `discrete()`."""
+        return self.time_of_ratio(np.sqrt(1 / self.discrete().alpha_bar(index) - 1))
+
+    def time_of_ratio(self, ratio: ArrayLike) -> Array:
+        """The path's time at which noise and signal have this ratio σ/√ᾱ.
+
+        Raises ValueError if the path never has as much noise, or has none ("attacked").
+        """
+        ratio = np.asarray(ratio, dtype=np.float64)
+        if self.source == "attacked":
+            raise ValueError(
+                'the path of FlowSchedule(source="attacked") has no noise level; '
+                "only the method flowpure runs it"
+            )
+        if self.source == "noise":
+            progress = 1 / (1 + ratio)
+        else:
+            progress = 1 - ratio / self.noise_std
+            if np.any(progress < -1e-12):
+                raise ValueError(
+                    f"the run starts at {ratio.max():.4g} of noise to signal, and the flow's path "
+                    f"has at most noise_std={self.noise_std:g}: use a smaller t_star or sigma"
+                )
+        return self.time(np.maximum(progress, 0.0))
+
+    def time(self, progress: ArrayLike) -> Array:
+        """The time after this share of the path from source to data: itself, or 1 minus it."""
+        progress = np.asarray(progress, dtype=np.float64)
+        return progress if self.data_at == 1 else 1 - progress
+
+    def signal_and_noise(self, time: ArrayLike) -> tuple[Array, Array]:
+        """(a, b) of the path's state a x + b z at its time."""
+        progress = self.time(time)  # its own inverse
+        if self.source == "noise":
+            return progress, 1 - progress
+        return np.ones_like(progress), self.noise_std * (1 - progress)
+
+    def alpha_bar_told(self, time: ArrayLike) -> Array:
+        """ᾱ of the VP state with the noise level of the path at its time."""
+        signal, noise = self.signal_and_noise(time)
+        return signal**2 / (signal**2 + noise**2)
+
+    def eps_of_velocity(self, time: float) -> tuple[float, float]:
+        """(A, B) with which ε = A x + B v, for the VP state x and the velocity v at a path's time.
+
+        The path's state y = a x₀ + b ε is √(a² + b²) x, and v = ±(a' x₀ + b' ε), where ' is the
+        change along the path from source to data. Both together give ε.
+        """
+        signal, noise = (float(part) for part in self.signal_and_noise(time))
+        direction = 1.0 if self.data_at == 1 else -1.0
+        if self.source == "noise":  # a' = 1, b' = -1
+            return float(np.hypot(signal, noise)), -signal * direction
+        return 0.0, -direction / self.noise_std  # a' = 0, b' = -noise_std
+
+
+Schedule = VPSchedule | DiscreteSchedule | EDMSchedule | FlowSchedule
+
+
+def check_pair(kind: str, schedule: Schedule) -> None:
+    """Raise ValueError if a network of this schedule cannot predict this kind."""
+    flow = isinstance(schedule, FlowSchedule)
+    if kind == "velocity" and not flow:
+        raise ValueError(
+            f'kind "velocity" needs a FlowSchedule, got {type(schedule).__name__}; '
+            'the v of Salimans and Ho is kind "v"'
+        )
+    if flow and kind not in FLOW_KINDS:
+        raise ValueError(
+            f"a network of a FlowSchedule predicts {', '.join(FLOW_KINDS)}, got kind {kind!r}"
+        )

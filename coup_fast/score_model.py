@@ -1,7 +1,8 @@
 """Networks as the purifier calls them: `ScoreModel`, and `EnergyModel` for scalar networks.
 
 What a network predicts (`kind`) and its noise schedule are facts about the network. A plan turns
-them into steps, so nothing here converts ε to a score or back.
+them into steps, so nothing here converts ε to a score or back. Only the input of a flow-matching
+network is scaled here, because a plan's rows act on what a network returns.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from coup_fast._torch.modules import declared_channels, described, grad_leaf, in
 from coup_fast._torch.transforms import refuse_scripting
 
 if TYPE_CHECKING:
-    from coup_fast.schedules import Schedule
+    from coup_fast.schedules import FlowSchedule, Schedule
 
-KINDS = ("eps", "score", "x0", "ncsn")
+KINDS = ("eps", "score", "x0", "v", "velocity", "ncsn")
 
 ClassifierFunction = Callable[[Tensor], Tensor]  # pixels [B, C, H, W] -> logits [B, K]
 
@@ -41,6 +42,44 @@ def output_of(returned: Any) -> Tensor:
     return out
 
 
+class OnPath(nn.Module):
+    """A network of a `FlowSchedule` as a network of the VP state x: it is asked at √(a² + b²) x.
+
+    Args:
+        network: called with the path's state and the time it is given.
+        schedule: a, b at each time.
+        time_scale: of the times.
+    """
+
+    def __init__(
+        self, network: Callable[..., Any], schedule: FlowSchedule, time_scale: float
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.time_scale = time_scale
+
+    @property
+    def in_channels(self) -> int | None:
+        """Image channels the network declares, or None."""
+        return declared_channels(self.network)
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        """x: [B, C, ...], the VP state; t: [B] in network units. Returns the network's output."""
+        schedule = self.schedule
+        if schedule.source == "attacked":
+            return self.network(x, t)
+        time = t.to(torch.float64) / self.time_scale
+        progress = time if schedule.data_at == 1 else 1 - time
+        signal = progress if schedule.source == "noise" else torch.ones_like(progress)
+        noise = (1 - progress) * (1.0 if schedule.source == "noise" else schedule.noise_std)
+        scale = torch.hypot(signal, noise).to(x.dtype)
+        return self.network(x * scale.reshape(-1, *(1,) * (x.ndim - 1)), t)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({described(self.network)})"
+
+
 class ScoreModel(nn.Module):
     """A score network with what the purifier must know about it.
 
@@ -49,13 +88,16 @@ class ScoreModel(nn.Module):
             [B] in network units. It returns [B, C, H, W], or [B, 2C, H, W] with the variance
             channels last. A returned object with a tensor `.sample` (diffusers) is unwrapped.
         kind: what the network predicts: "eps" (the noise), "score" (∇ log p_t), "x0" (the
-            denoised image) or "ncsn" (the unscaled output of a noise-conditional score network or
-            an energy's -∇E, as ADP uses it, in pixel space).
-        schedule: the forward process that the network was trained for; default `VPSchedule()`.
+            denoised image), "v" (√ᾱ ε - √(1-ᾱ) x₀, Salimans and Ho; `v_prediction` of diffusers),
+            "velocity" (dx_t/dt of flow matching) or "ncsn" (the unscaled output of a
+            noise-conditional score network or an energy's -∇E, as ADP uses it, in pixel space).
+        schedule: the forward process that the network was trained for; default `VPSchedule()`, and
+            `FlowSchedule()` for a velocity.
         time_scale: the network is called with t times this, for t in [0, 1]. The published
-            continuous-time VP networks take 999 t.
+            continuous-time VP networks take 999 t, the default. Networks of a `FlowSchedule` take
+            t itself by default; those of diffusers take 1000 t.
         t_max: the largest t that the network was trained for, in (0, 1]. A plan that calls it at a
-            later time is refused. None means all of [0, 1].
+            later time is refused. None means all of [0, 1]. A `FlowSchedule` takes no t_max.
 
     A module network becomes a submodule, so its parameters move and save with this one. It is never
     modified. Its input is cast to the dtype of its parameters, and only its input: the state stays
@@ -72,7 +114,7 @@ class ScoreModel(nn.Module):
         network: Callable[[Tensor, Tensor], Any],
         kind: str = "eps",
         schedule: Schedule | None = None,
-        time_scale: float = 999.0,
+        time_scale: float | None = None,
         t_max: float | None = None,
     ) -> None:
         super().__init__()
@@ -83,17 +125,27 @@ class ScoreModel(nn.Module):
         if isinstance(network, ScoreModel):
             raise TypeError("network is a ScoreModel already; pass it on, or its .network")
         checks.choice("kind", kind, KINDS)
-        from coup_fast.schedules import Schedule, VPSchedule
+        from coup_fast.schedules import FlowSchedule, Schedule, VPSchedule, check_pair
 
         if not isinstance(schedule, Schedule | None):
             raise TypeError(
-                "schedule must be a VPSchedule, a DiscreteSchedule or an EDMSchedule, got "
-                f"{type(schedule).__name__}"
+                "schedule must be a VPSchedule, a DiscreteSchedule, an EDMSchedule or a "
+                f"FlowSchedule, got {type(schedule).__name__}"
             )
-        self.network = network
+        if schedule is None:
+            schedule = FlowSchedule() if kind == "velocity" else VPSchedule()
+        check_pair(kind, schedule)
+        flow = isinstance(schedule, FlowSchedule)
+        if time_scale is None:
+            time_scale = 1.0 if flow else 999.0
+        if flow and t_max is not None:
+            raise ValueError(f"t_max={t_max!r} has no meaning for a FlowSchedule; leave it out")
         self.kind = kind
-        self.schedule = VPSchedule() if schedule is None else schedule
+        self.schedule = schedule
         self.time_scale = checks.number("time_scale", time_scale, 0, above=True)
+        self.network = network
+        if isinstance(schedule, FlowSchedule):
+            self.network = OnPath(network, schedule, self.time_scale)
         self.t_max = None if t_max is None else checks.number("t_max", t_max, 0, 1, above=True)
 
     @property

@@ -16,8 +16,10 @@ from ..plan import AnyPlan
 from ..schedules import Schedule
 from .adp import adp
 from .discrete import ddim, ddpm, gradual
+from .flowpure import flowpure
 from .gdmp import gdmp
-from .one_shot import one_shot
+from .langevin import langevin
+from .one_shot import consistency, one_shot
 from .sde import (
     coup,
     coup_l2,
@@ -51,6 +53,9 @@ METHODS: dict[str, Callable[..., AnyPlan]] = {
     "gradual": gradual,
     "adp": adp,
     "one-shot": one_shot,
+    "consistency": consistency,
+    "flowpure": flowpure,
+    "langevin": langevin,
 }
 """The function of each method, by the name that `Purifier(method=...)` takes."""
 
@@ -58,6 +63,7 @@ __all__ = [
     "METHODS",
     "adp",
     "check_options",
+    "consistency",
     "coup",
     "coup_l2",
     "coup_short",
@@ -67,8 +73,10 @@ __all__ = [
     "diffpure_imagenet",
     "diffpure_l2",
     "diffpure_short",
+    "flowpure",
     "gdmp",
     "gradual",
+    "langevin",
     "ldsde",
     "one_shot",
     "options",

@@ -83,13 +83,14 @@ def ancestral_row(
     variance: Variance,
     clip_denoised: bool,
     guidance_scale: float,
+    eps_of: tuple[float, float] | None = None,
 ) -> Array:
     """x' = posterior mean + λ Var g + √Var z·[not last] (Ho et al. 2020; Dhariwal and Nichol 2021).
 
-    floor: see `floor_of`.
+    floor: see `floor_of`. eps_of: see `network_row`.
     """
     mean, _ = posterior(level.alpha_bar, level.alpha_bar_next)
-    row = network_row(mean, level.alpha_bar, kind, clip_denoised=clip_denoised)
+    row = network_row(mean, level.alpha_bar, kind, eps_of, clip_denoised=clip_denoised)
     if variance == "learned":
         low = floor if level.last else level.beta_tilde
         row[[LOG_VAR_LO, LOG_VAR_HI]] = math.log(low), math.log(level.beta)

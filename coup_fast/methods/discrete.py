@@ -22,7 +22,7 @@ from .ancestral import (
     levels,
     start_at,
 )
-from .network_and_guidance import VP, diffusion_model, guidance_options
+from .network_and_guidance import VP, diffusion_model, eps_of, guidance_options
 
 
 def ddpm(
@@ -48,7 +48,7 @@ def ddpm(
         schedule: of the network. A network of a `DiscreteSchedule` is told i / N, which is the
             index under `ScoreModel(time_scale=N)`. A network of a `VPSchedule` is told the time
             (i + 1)/1000.
-        kind: what the network predicts: "eps", "score" or "x0".
+        kind: what the network predicts: "eps", "score", "x0", "v" or "velocity".
         t_star: where to start, in [1/N, 1]; the indices are t_star N - 1 … 0.
         num_steps: in [1, t_star N], for a respaced chain; by default every index is used.
         variance: "fixed-small" (posterior), "fixed-large" (β), or "learned" (a 2C-channel network).
@@ -74,8 +74,11 @@ def ddpm(
     clip = checks.flag("clip_denoised", clip_denoised)
     steps = levels(chain, count, num_steps)
     floor = floor_of(steps, chain)
-    rows = [ancestral_row(level, floor, kind, variance, clip, guidance.scale) for level in steps]
     times = model.index_time([level.index for level in steps])
+    rows = [
+        ancestral_row(level, floor, kind, variance, clip, guidance.scale, eps_of(model, kind, time))
+        for level, time in zip(steps, times.tolist(), strict=True)
+    ]
     return make_plan(
         "ddpm",
         start_at(chain, count, forward_noise),
@@ -90,13 +93,15 @@ def ddpm(
 def _ddim_rows(
     model: VP, kind: str, steps: Sequence[Level], eta: float, clip: bool, scale: float
 ) -> Rows:
+    times = model.index_time([level.index for level in steps])
     rows = []
-    for level in steps:
+    for level, time in zip(steps, times.tolist(), strict=True):
         step, std = ddim_step(level.alpha_bar, level.alpha_bar_next, eta)
-        row = network_row(step, level.alpha_bar, kind, clip_denoised=clip)
+        noise_in = eps_of(model, kind, time)
+        row = network_row(step, level.alpha_bar, kind, noise_in, clip_denoised=clip)
         row[[C, D]] = scale * step.score(level.alpha_bar), std
         rows.append(row)
-    return Rows(np.stack(rows), model.index_time([level.index for level in steps]))
+    return Rows(np.stack(rows), times)
 
 
 def ddim(

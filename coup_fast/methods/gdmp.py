@@ -21,7 +21,7 @@ from .ancestral import (
     forward_rows,
     levels,
 )
-from .network_and_guidance import diffusion_model, guidance_options
+from .network_and_guidance import diffusion_model, eps_of, guidance_options
 
 GDMP_BATCH = 100  # the authors' batch size, part of their mean-reduced loss
 
@@ -89,9 +89,11 @@ def gdmp(
 
     steps = levels(chain, count, count)
     floor = floor_of(steps, chain)
+    times = model.index_time([level.index for level in steps])
     rows = []
-    for level in steps:
-        row = ancestral_row(level, floor, kind, variance, clip, guidance.scale)
+    for level, time in zip(steps, times.tolist(), strict=True):
+        noise_in = eps_of(model, kind, time)
+        row = ancestral_row(level, floor, kind, variance, clip, guidance.scale, noise_in)
         signal, noise = math.sqrt(level.alpha_bar), math.sqrt(1 - level.alpha_bar)
         strength = 3 * mse_scale * 255 / (2 * ptb) * noise / signal
         kappa = 2 * strength / (GDMP_BATCH * numel)  # per unit of variance
@@ -102,7 +104,7 @@ def gdmp(
             row[V] -= kappa
             row[[E, D]] = kappa * signal, math.hypot(row[D], kappa * noise)
         rows.append(row)
-    one_round = Rows(np.stack(rows), model.index_time([level.index for level in steps]))
+    one_round = Rows(np.stack(rows), times)
     top = min(count, chain.num_steps - 1)
     parts = [one_round, *[forward_rows(chain, top), one_round] * (rounds - 1)]
     return make_plan(

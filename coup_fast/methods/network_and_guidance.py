@@ -9,23 +9,46 @@ from typing import Any
 from ..checks import choice, number
 from ..plan import DIFFUSION_KINDS
 from ..reference import GUIDANCE_NORMS
-from ..schedules import DiscreteSchedule, VPSchedule
+from ..schedules import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule, check_pair
 
-VP = VPSchedule | DiscreteSchedule
+VP = VPSchedule | DiscreteSchedule | FlowSchedule
 
 
 def diffusion_model(method: str, schedule: Any, kind: Any) -> VP:
-    """The schedule of a variance-preserving diffusion network; kind eps, score or x0."""
+    """The schedule of a network that a variance-preserving process can ask; a kind it predicts."""
     if kind not in DIFFUSION_KINDS:
         raise ValueError(
             f"{method} needs a diffusion network of kind {', '.join(DIFFUSION_KINDS)}, "
             f"got kind {kind!r}"
         )
-    if not isinstance(schedule, VPSchedule | DiscreteSchedule):
+    if not isinstance(schedule, VP):
         raise ValueError(
-            f"{method} needs a VPSchedule or a DiscreteSchedule, got {type(schedule).__name__}"
+            f"{method} needs a VPSchedule, a DiscreteSchedule or a FlowSchedule, "
+            f"got {type(schedule).__name__}"
+        )
+    check_pair(kind, schedule)
+    if isinstance(schedule, FlowSchedule) and schedule.source == "attacked":
+        raise ValueError(
+            f"{method} needs a path with noise levels, and FlowSchedule(source='attacked') has "
+            "none; only flowpure runs it"
         )
     return schedule
+
+
+def eps_of(schedule: Schedule, kind: str, time: float) -> tuple[float, float] | None:
+    """(A, B) of `network_row` for a velocity, whose noise is ε = A x + B m; None for other kinds.
+
+    A velocity holds the noise level that the network was trained on at the time it is told, so that
+    level counts and not the step's, where they differ (`DiscreteSchedule.network_time`).
+    """
+    if kind == "v":  # of Salimans and Ho, "Progressive distillation" (ICLR 2022): √ᾱ ε - σ x₀
+        assert isinstance(schedule, VP)
+        alpha_bar = float(schedule.alpha_bar_told(time))
+        return math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar)
+    if kind == "velocity":
+        assert isinstance(schedule, FlowSchedule)
+        return schedule.eps_of_velocity(time)
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,23 @@
-"""One-shot denoising: noise, then the network's estimate of the clean image."""
+"""Denoising in one call, or in several with fresh noise between them."""
 
 from __future__ import annotations
 
 import math
-
-import numpy as np
+from collections.abc import Sequence
+from itertools import pairwise
 
 from .. import checks
-from ..plan import (
-    X0_HI,
-    X0_LO,
-    C,
-    Plan,
-    Prediction,
-    Q,
-    Rows,
-    U,
-    W,
-    blank_row,
-    make_plan,
-    network_row,
-    start_row,
-)
+from ..plan import Plan, Prediction, make_plan
 from ..reference import GuidanceNorm
-from ..schedules import DiscreteSchedule, EDMSchedule, Schedule
-from .network_and_guidance import diffusion_model, guidance_options
+from ..schedules import Schedule
+from .network_and_guidance import guidance_options
+from .noise_levels import (
+    NoiseLevel,
+    check_network,
+    level_of_sigma,
+    level_of_time,
+    level_steps,
+)
 
 
 def one_shot(
@@ -45,9 +38,9 @@ def one_shot(
     For EDM networks this is the Euler step to t' = 0 (Karras et al. 2022).
 
     Args:
-        schedule: `VPSchedule`, `DiscreteSchedule` (the first index with at least that much noise)
-            or `EDMSchedule` (kind "x0").
-        kind: what the network predicts: "eps", "score" or "x0".
+        schedule: `VPSchedule`, `DiscreteSchedule` (the first index with at least that much noise),
+            `FlowSchedule`, or `EDMSchedule` (kind "x0").
+        kind: what the network predicts: "eps", "score", "x0", "v" or "velocity".
         sigma: the noise on pixels, > 0; default 0.25.
         t_star: the time to noise to, in (0, 1], in place of sigma. For an EDMSchedule it is σ in
             diffusion space over sigma_max.
@@ -63,64 +56,85 @@ def one_shot(
     """
     if sigma is not None and t_star is not None:
         raise ValueError(f"give sigma or t_star, not both: got {sigma!r} and {t_star!r}")
-    ratio = 2 * checks.number("sigma", 0.25 if sigma is None else sigma, 0.0, math.inf, above=True)
+    sigma = checks.number("sigma", 0.25 if sigma is None else sigma, 0.0, math.inf, above=True)
     if t_star is not None:
         t_star = checks.number("t_star", t_star, 0.0, 1.0, above=True)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
-    clip = checks.flag("clip_denoised", clip_denoised)
-    if isinstance(schedule, EDMSchedule):
-        start, row, time = _edm(schedule, kind, ratio, t_star, clip, guidance.scale)
-    else:
-        start, row, time = _vp(schedule, kind, ratio, t_star, clip, guidance.scale)
-    return make_plan(
+    check_network("one-shot", schedule, kind)
+    level = level_of_sigma(schedule, sigma) if t_star is None else level_of_time(schedule, t_star)
+    return _denoised(
         "one-shot",
+        schedule,
+        kind,
+        [level],
+        (guidance_scale, guidance_norm, guidance_max_norm),
+        clip_denoised,
+    )
+
+
+def consistency(
+    schedule: Schedule,
+    kind: str = "eps",
+    *,
+    sigmas: Sequence[float] = (0.25, 0.1),
+    guidance_scale: float = 0.0,
+    guidance_norm: GuidanceNorm = "none",
+    guidance_max_norm: float | None = None,
+    clip_denoised: bool = True,
+) -> Plan:
+    """Noise and denoise over a list of levels: x' = x̂0 + σ_{k+1} z, and x̂0 at the end.
+
+    The source is algorithm 1 of Song et al., "Consistency models" (ICML 2023), whose network maps
+    the noised image at each level to the clean one. Any network that knows x̂0 takes it. `one-shot`
+    is the run with one level. The default levels are ours: those of `one-shot`, then 0.1.
+
+    Args:
+        schedule: as for `one_shot`.
+        kind: as for `one_shot`.
+        sigmas: the noise on pixels before each call, > 0, each smaller than the one before.
+        guidance_scale: λ >= 0; guidance adds to the score.
+        guidance_norm: as for `coup`.
+        guidance_max_norm: as for `coup`.
+        clip_denoised: whether to clamp x̂0 to [-1, 1] at each step.
+
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range, or two contradict each other; the message names it,
+            what was given and what is possible.
+    """
+    sigmas = checks.numbers("sigmas", sigmas, 0.0, math.inf, above=True)
+    if any(after >= before for before, after in pairwise(sigmas)):
+        raise ValueError(f"sigmas must fall from each to the next, got {list(sigmas)}")
+    check_network("consistency", schedule, kind)
+    return _denoised(
+        "consistency",
+        schedule,
+        kind,
+        [level_of_sigma(schedule, sigma) for sigma in sigmas],
+        (guidance_scale, guidance_norm, guidance_max_norm),
+        clip_denoised,
+    )
+
+
+def _denoised(
+    method: str,
+    schedule: Schedule,
+    kind: str,
+    levels: Sequence[NoiseLevel],
+    guidance_choices: tuple[float, GuidanceNorm, float | None],
+    clip_denoised: bool,
+) -> Plan:
+    guidance = guidance_options(*guidance_choices)
+    clip = checks.flag("clip_denoised", clip_denoised)
+    alpha_bars = [*(level.alpha_bar for level in levels[1:]), 1.0]  # after each step
+    steps = [(Prediction(x0=math.sqrt(a)), math.sqrt(1 - a)) for a in alpha_bars]
+    start, rows = level_steps(
+        schedule, kind, levels, steps, clip_denoised=clip, guidance_scale=guidance.scale
+    )
+    return make_plan(
+        method,
         start,
-        Rows(row[None], np.array([time])),
+        rows,
         clamp_output=clip,
         guidance_norm=guidance.norm,
         guidance_max_norm=guidance.max_norm,
     )
-
-
-def _vp(
-    schedule: Schedule, kind: str, ratio: float, t_star: float | None, clip: bool, scale: float
-) -> tuple[np.ndarray, np.ndarray, float]:
-    model = diffusion_model("one-shot", schedule, kind)
-    alpha_bar = 1 / (1 + ratio**2)
-    if isinstance(model, DiscreteSchedule):
-        alpha_bars = model.alpha_bar(np.arange(model.num_steps))
-        if t_star is not None:
-            index = max(round(t_star * model.num_steps) - 1, 0)
-        elif alpha_bars[-1] > alpha_bar:
-            raise ValueError(f"sigma={ratio / 2:g} is more noise than this schedule has")
-        else:
-            index = int(np.argmax(alpha_bars <= alpha_bar))
-        alpha_bar, time = float(alpha_bars[index]), float(model.index_time(index))
-    else:
-        time = model.time_of(alpha_bar) if t_star is None else t_star
-        if time > 1:
-            raise ValueError(f"sigma={ratio / 2:g} is more noise than this schedule has")
-        alpha_bar = float(model.alpha_bar(time))
-    step = Prediction(x0=1.0)
-    row = network_row(step, alpha_bar, kind, clip_denoised=clip)
-    row[C] = scale * step.score(alpha_bar)
-    return start_row(alpha_bar), row, time
-
-
-def _edm(
-    schedule: EDMSchedule, kind: str, ratio: float, t_star: float | None, clip: bool, scale: float
-) -> tuple[np.ndarray, np.ndarray, float]:
-    if kind != "x0":
-        raise ValueError(f'an EDMSchedule needs a denoiser, kind "x0", got kind {kind!r}')
-    noise = ratio if t_star is None else t_star * schedule.sigma_max
-    if noise > schedule.sigma_max:
-        raise ValueError(f"sigma={ratio / 2:g} is more noise than this schedule has")
-    start = start_row()
-    start[2] = noise
-    row = blank_row()
-    if clip:
-        row[[Q, U, X0_LO, X0_HI]] = 1.0, 1.0, -1.0, 1.0
-    else:
-        row[W] = 1.0
-    row[C] = scale * noise**2
-    return start, row, float(schedule.network_time(noise))

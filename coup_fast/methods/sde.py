@@ -40,7 +40,7 @@ from ..plan import (
 )
 from ..reference import GuidanceNorm
 from ..schedules import Array, Schedule, VPSchedule
-from .network_and_guidance import VP, diffusion_model, guidance_options
+from .network_and_guidance import VP, diffusion_model, eps_of, guidance_options
 from .preset import preset
 
 T_END = 1e-5  # where DiffPure and COUP stop
@@ -111,8 +111,9 @@ def _reverse_rows(
     checks.choice("solver", solver, SOLVERS)
     checks.flag("clip_denoised", clip_denoised)
     sde = model.continuous()
+    told = model.network_time(times)
     rows = []
-    for t, h in zip(times.tolist(), lengths.tolist(), strict=True):
+    for t, h, time in zip(times.tolist(), lengths.tolist(), told.tolist(), strict=True):
         alpha_bar = float(sde.alpha_bar(t))
         if solver == "exponential":
             step, std = ddim(alpha_bar, float(sde.alpha_bar(t - h)), noise)
@@ -120,10 +121,11 @@ def _reverse_rows(
             step, std = _euler(sde, t, h, noise)
         if clip_denoised:
             step = _in_denoised(step, alpha_bar)
-        row = network_row(step, alpha_bar, kind, clip_denoised=clip_denoised)
+        noise_in = eps_of(model, kind, time)
+        row = network_row(step, alpha_bar, kind, noise_in, clip_denoised=clip_denoised)
         row[[C, D]] = guidance_scale * step.score(alpha_bar), std
         rows.append(row)
-    return Rows(np.stack(rows), model.network_time(times))
+    return Rows(np.stack(rows), told)
 
 
 def coup(
@@ -149,8 +151,9 @@ def coup(
     of 0.99e-3), λ = 1, no forward noise, input and output clamped, noise on the last step too.
 
     Args:
-        schedule: of the network: a `VPSchedule`, or a `DiscreteSchedule` that is linear in β.
-        kind: what the network predicts: "eps", "score" or "x0".
+        schedule: of the network: a `VPSchedule`, a `DiscreteSchedule` that is linear in β, or a
+            `FlowSchedule`.
+        kind: what the network predicts: "eps", "score", "x0", "v" or "velocity".
         t_star: time to start from, in (1e-5, 1].
         num_steps: how many steps, each of length t_star / num_steps; give this or step_size.
         step_size: the step length h, in [1e-5, 1]; default 1e-3.
@@ -326,17 +329,17 @@ def ldsde(
     guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
     score_time = 0.01
     alpha_bar = float(model.continuous().alpha_bar(score_time))
+    times = model.network_time(np.full(len(lengths), score_time))
     rows = np.tile(blank_row(), (len(lengths), 1))
     for k, h in enumerate(lengths.tolist()):
         tie = 0.5 * h * rate / sigma2
         step = Prediction(x=1 - tie, eps=float(-0.5 * h * rate / np.sqrt(1 - alpha_bar)))
-        rows[k] = network_row(step, alpha_bar, kind)
+        rows[k] = network_row(step, alpha_bar, kind, eps_of(model, kind, float(times[k])))
         rows[k, [C, D, E]] = (
             guidance.scale * step.score(alpha_bar),
             eta * np.sqrt(rate * h),
             tie,
         )
-    times = model.network_time(np.full(len(lengths), score_time))
     clamp = checks.flag("clamp_output", clamp_output)
     return make_plan(
         "ldsde",

@@ -101,6 +101,9 @@ SHORT = {
     "gradual": ("eps", {"rounds": (2, 3)}),
     "adp": ("ncsn", {"num_steps": 3}),
     "one-shot": ("eps", {}),
+    "consistency": ("eps", {"sigmas": (0.25, 0.1)}),
+    "flowpure": ("eps", {"num_steps": 3}),
+    "langevin": ("score", {"num_steps": 3, "gradient_scale": 0.1}),
 }
 
 

@@ -15,14 +15,15 @@ from coup_fast import Purifier, ScoreModel, methods
 from coup_fast.plan import Plan
 from coup_fast.schedules import DiscreteSchedule, EDMSchedule, VPSchedule
 
-DIFFUSION = [name for name in methods.METHODS if name not in ("adp", "one-shot")]
+FREE_LEVELS = ["one-shot", "consistency", "flowpure"]  # which take an EDMSchedule as well
+DIFFUSION = [n for n in methods.METHODS if n not in ("adp", "langevin", *FREE_LEVELS)]
 
 
-@pytest.mark.parametrize("name", [*DIFFUSION, "one-shot"])
+@pytest.mark.parametrize("name", [*DIFFUSION, *FREE_LEVELS])
 def test_an_error_about_the_network_gives_the_methods_own_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} needs a .*'ncsn'"):
         methods.plan(name, VPSchedule(), "ncsn")
-    if name != "one-shot":  # which takes it
+    if name not in FREE_LEVELS:
         with pytest.raises(ValueError, match=f"^{name} needs a .*EDMSchedule"):
             methods.plan(name, EDMSchedule(), "eps")
 

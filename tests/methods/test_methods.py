@@ -19,7 +19,7 @@ VP = VPSchedule()
 
 
 def build(name: str, schedule=VP, kind: str | None = None, **options) -> Plan:
-    kind = ("ncsn" if name == "adp" else "eps") if kind is None else kind
+    kind = (SHORT[name][0] if name in SHORT else "eps") if kind is None else kind
     return methods.plan(name, schedule, kind, **options)
 
 
@@ -112,6 +112,9 @@ def test_published_defaults() -> None:
         "gdmp": (4 * 36 + 3, 4 * 36 + 4, False, True),
         "gradual": (4 * 30 + 2 * 50 + 2 * 125 + 7, 4 * 29 + 2 * 49 + 2 * 124 + 8, False, False),
         "one-shot": (1, 1, False, True),
+        "consistency": (2, 2, False, True),
+        "flowpure": (9, 1, False, False),
+        "langevin": (1500, 1500, False, False),
     }
     assert set(expected) | {"adp"} == set(methods.METHODS)
     for name, numbers in expected.items():
@@ -229,7 +232,7 @@ def test_signature_docstring_and_options(name: str) -> None:
     mentioned = doc + "".join(inspect.getdoc(relative) for relative in relatives)
     for option in methods.options(name):
         assert option in mentioned, option
-    assert function(VP, "ncsn" if name == "adp" else "eps").method == name
+    assert function(VP, SHORT[name][0]).method == name
 
 
 @pytest.mark.parametrize("name", [n for n in methods.METHODS if n != "adp"])
@@ -298,6 +301,17 @@ def test_unknown_names_list_what_exists() -> None:
         ("adp", {"alpha_max": 1e-6}, ValueError, "alpha_max"),
         ("one-shot", {"sigma": 0.1, "t_star": 0.1}, ValueError, "sigma.*t_star"),
         ("one-shot", {"sigma": 1e4}, ValueError, "sigma=10000 "),
+        ("consistency", {"sigmas": 0.25}, TypeError, "sigmas .*numbers, got 0.25"),
+        ("consistency", {"sigmas": ()}, TypeError, "sigmas"),
+        ("consistency", {"sigmas": (0.2, 0.0)}, ValueError, "each of sigmas .*got 0.0"),
+        ("consistency", {"sigmas": (0.1, 0.2)}, ValueError, r"sigmas must fall.*\[0.1, 0.2\]"),
+        ("consistency", {"sigmas": (1e4, 0.1)}, ValueError, "sigma=10000 "),
+        ("flowpure", {"t_start": 1.0}, ValueError, r"t_start .*\[0, 1\), got 1.0"),
+        ("flowpure", {"sigma": 0.0}, ValueError, "sigma"),
+        ("flowpure", {"sigma": 1e4}, ValueError, "sigma=5000 "),
+        ("flowpure", {"num_steps": 0}, ValueError, "num_steps"),
+        ("langevin", {"gradient_scale": 0.0}, ValueError, "gradient_scale"),
+        ("langevin", {"eta": -1.0}, ValueError, "eta"),
     ],
 )
 def test_bad_options(name: str, options: dict, error, message: str) -> None:
@@ -306,7 +320,7 @@ def test_bad_options(name: str, options: dict, error, message: str) -> None:
 
 
 def test_methods_and_networks_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"coup .*eps, score, x0, got kind 'ncsn'"):
+    with pytest.raises(ValueError, match=r"coup .*eps, score, x0, v, velocity, got kind 'ncsn'"):
         build("coup", kind="ncsn")
     with pytest.raises(ValueError, match=r"adp .*ncsn.* 'eps'"):
         build("adp", kind="eps")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny import SHORT
 
 from coup_fast import methods
 from coup_fast.plan import C, D, V, W
@@ -50,7 +51,7 @@ def test_every_method_has_its_settings_and_its_algorithm() -> None:
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_published_settings(name: str) -> None:
     t_star, calls, noise_tensors, scale, forward_noise, clamped = SETTINGS[name]
-    plan = methods.plan(name, VPSchedule(), "ncsn" if name == "adp" else "eps")
+    plan = methods.plan(name, VPSchedule(), SHORT[name][0])
     options = methods.options(name)
     assert (plan.num_network_calls, plan.num_noise) == (int(calls), int(noise_tensors))
     assert options.get("t_star") == (float(t_star) if t_star else None)

@@ -32,7 +32,16 @@ ALPHA_BAR = 0.7
 def outputs(x, eps, alpha_bar: float = ALPHA_BAR):
     """What networks of each kind say where the noise in x is eps."""
     signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    return {"eps": eps, "score": -eps / noise, "x0": (x - noise * eps) / signal}
+    x0 = (x - noise * eps) / signal
+    velocities = {"v": signal * eps - noise * x0, "velocity": x0 - eps}
+    return {"eps": eps, "score": -eps / noise, "x0": x0} | velocities
+
+
+def eps_of(kind: str, alpha_bar: float = ALPHA_BAR) -> tuple[float, float] | None:
+    """(A, B) with ε = A x + B m of the velocities above, from x = √ᾱ x0 + σ ε."""
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    total = signal + noise
+    return {"v": (noise, signal), "velocity": (1 / total, -signal / total)}.get(kind)
 
 
 def random_state():
@@ -70,7 +79,7 @@ def test_kinds_give_the_same_step(kind: str, step) -> None:
     x, eps = random_state()
     out = outputs(x, eps)
     expected = step[0] * out["x0"] + step[1] * x + step[2] * eps
-    row = network_row(Prediction(*step), ALPHA_BAR, kind)
+    row = network_row(Prediction(*step), ALPHA_BAR, kind, eps_of(kind))
     torch.testing.assert_close(interpreter.step(row, x, out[kind]), expected)
 
 
@@ -80,8 +89,13 @@ def test_kinds_give_the_same_clipped_step(kind: str) -> None:
     out = outputs(x, eps)
     assert (out["x0"].abs() > 1).any()
     expected = 0.5 * out["x0"].clamp(-1, 1) + 0.6 * x + 0.1 * eps
-    row = network_row(Prediction(0.5, 0.6, 0.1), ALPHA_BAR, kind, clip_denoised=True)
+    row = network_row(Prediction(0.5, 0.6, 0.1), ALPHA_BAR, kind, eps_of(kind), clip_denoised=True)
     torch.testing.assert_close(interpreter.step(row, x, out[kind]), expected)
+
+
+def test_a_velocity_needs_its_mixture() -> None:
+    with pytest.raises(ValueError, match=r"'v'.*eps_of"):
+        network_row(Prediction(x0=1.0), ALPHA_BAR, "v")
 
 
 def test_clipping_needs_a_denoised_image() -> None:
