@@ -29,9 +29,16 @@ from coup_fast.plan import OUT_BIAS, OUT_SCALE, Plan
 from coup_fast.run.backends import choose_ops
 from coup_fast.run.guidance import confidence_gradient
 from coup_fast.run.tables import Tables, tables_of
-from coup_fast.schedules import VPSchedule
+from coup_fast.schedules import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule
+from coup_fast.score_model import OnPath
 
-_KINDS = {"epsilon": "eps", "sample": "x0", "score": "score"}
+_KINDS = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "score": "score",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+}
 
 
 class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as diffusers' own are
@@ -44,9 +51,12 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         beta_end: last β.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
         trained_betas: all β, instead of the three.
-        prediction_type: what the network predicts: "epsilon", "sample" or "score".
-        time_scale: None: the network is told the index, as diffusers' are. A number: it was
-            trained on continuous time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
+        prediction_type: what the network predicts: "epsilon", "sample", "score", "v_prediction",
+            or "flow_prediction", the velocity of diffusers' flow-match schedulers. These have no
+            betas, and their configuration does not say it, so it is to be given.
+        time_scale: None: the network is told the index, as diffusers' are, or for a flow
+            num_train_timesteps times the share of noise. A number: it was trained on continuous
+            time t in [0, 1] and is told time_scale * t (999.0 for score_sde).
         method: a name in `coup_fast.methods.METHODS`.
         options: a dictionary of the method's options, `coup_fast.options.MethodOptions`.
 
@@ -71,8 +81,12 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         options: MethodOptions | None = None,
     ) -> None:
         checks.choice("prediction_type", prediction_type, _KINDS)
-        schedule = discrete_schedule(self.config)
-        self.schedule = schedule if time_scale is None else schedule.continuous()
+        self.schedule: Schedule
+        if prediction_type == "flow_prediction":
+            self.schedule = FlowSchedule(data_at=0)
+        else:
+            chain = discrete_schedule(self.config)
+            self.schedule = chain if time_scale is None else chain.continuous()
         self.init_noise_sigma = 1.0
         self.set_timesteps()
 
@@ -102,11 +116,11 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         self._rows = np.flatnonzero(np.isfinite(plan.times)).tolist()
         self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
         times = torch.as_tensor(plan.times[self._rows], dtype=torch.float64)
-        if self._facts.time_scale is None:
-            indices = (times * self._facts.num_train_timesteps).round().long()
-            self.timesteps = indices.to(device)
+        told = times * self._time_scale
+        if isinstance(self.schedule, DiscreteSchedule):
+            self.timesteps = told.round().long().to(device)
         else:
-            self.timesteps = (times * self._facts.time_scale).float().to(device)
+            self.timesteps = told.float().to(device)
         self.num_inference_steps = len(self._rows)
         self.step_index = 0
 
@@ -114,6 +128,12 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     def _facts(self) -> Any:
         """The configuration; its entries are attributes, which its type does not say."""
         return self.config
+
+    @property
+    def _time_scale(self) -> float:
+        """What times in [0, 1] are multiplied by for the network."""
+        scale = self._facts.time_scale
+        return float(self._facts.num_train_timesteps if scale is None else scale)
 
     @property
     def guided(self) -> bool:
@@ -165,8 +185,12 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         return confidence_gradient(classifier, sample.float(), choose_ops("auto", sample))
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input: the state as it is."""
-        return sample
+        """The network's input: the state as it is, or of a flow the state on its path."""
+        if not isinstance(self.schedule, FlowSchedule):
+            return sample
+        time = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        path: Tensor = OnPath(lambda x, t: x, self.schedule, self._time_scale)(sample, time)
+        return path
 
     def step(
         self,
@@ -236,9 +260,12 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Forward diffusion √ᾱ x + √(1-ᾱ) z at the network times `timesteps` [B]."""
         times = timesteps.detach().cpu().double().numpy()
-        if isinstance(self.schedule, VPSchedule):
-            times = times / self._facts.time_scale
-        level = torch.as_tensor(self.schedule.alpha_bar(times)).to(original_samples)
+        if isinstance(self.schedule, DiscreteSchedule):
+            alpha_bar = self.schedule.alpha_bar(times)
+        else:
+            assert isinstance(self.schedule, VPSchedule | FlowSchedule)
+            alpha_bar = self.schedule.alpha_bar_told(times / self._time_scale)
+        level = torch.as_tensor(alpha_bar).to(original_samples)
         level = level.reshape(-1, *[1] * (original_samples.ndim - 1))
         return level.sqrt() * original_samples + (1 - level).sqrt() * noise
 

@@ -15,42 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast.models.at_vp_times import AtVPTimes
-from coup_fast.schedules import DiscreteSchedule, VPSchedule
+from coup_fast.schedules import DiscreteSchedule, FlowSchedule, VPSchedule
 from coup_fast.score_model import ScoreModel
 
 DISCRETE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 EXPLODING = ("ScoreSdeVeScheduler",)
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SUPPORTED = DISCRETE + EXPLODING + FLOWS
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-_KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "eps"}
-
-
-class NoiseOfVelocity(nn.Module):
-    """A network that predicts v = √ᾱ ε - σ x₀ as one that predicts ε = √ᾱ v + σ x.
-
-    Salimans & Ho, "Progressive distillation" (ICLR 2022), appendix D. Channels behind those of x
-    (a learned variance) pass through.
-
-    Args:
-        network: called with x and the index. schedule: of N steps, whose index t is.
-    """
-
-    levels: Tensor
-
-    def __init__(self, network: nn.Module, schedule: DiscreteSchedule) -> None:
-        super().__init__()
-        self.network = network
-        self.in_channels = _config(network)["in_channels"]
-        alpha_bar = schedule.alpha_bar(np.arange(schedule.num_steps))
-        levels = torch.from_numpy(np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)]))
-        self.register_buffer("levels", levels, persistent=False)  # [2, N]: √ᾱ, σ
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: [B, C, H, W]; t: [B], indices. Returns ε, shaped as the network's output."""
-        out: Tensor = self.network(x, t).sample
-        velocity, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        levels = self.levels[:, t.round().long()].to(out.dtype)
-        signal, noise = levels.reshape(2, -1, 1, 1, 1)
-        return torch.cat([signal * velocity + noise * x, rest], dim=1)
+_KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 class NoiseOfScore(nn.Module):
@@ -89,8 +62,8 @@ def load_diffusers(
 
     Args:
         source: a folder of `save_pretrained`, a hub id ("google/ddpm-cifar10-32"), or a pipeline.
-            `DDPMPipeline` and others of a UNet2DModel with one of the schedulers `DISCRETE`, and
-            `ScoreSdeVePipeline`.
+            `DDPMPipeline` and others of a UNet2DModel with one of the schedulers `DISCRETE` or
+            `FLOWS`, and `ScoreSdeVePipeline`.
         dtype: of the network.
         device: where it goes.
         **options: of `DiffusionPipeline.from_pretrained` (revision, cache_dir,
@@ -98,12 +71,15 @@ def load_diffusers(
 
     Returns:
         For a discrete scheduler, a ScoreModel on its `DiscreteSchedule` that is told the index.
-        Its kind is "eps", or "x0" for prediction_type "sample"; v-prediction is turned into ε.
-        Every method but `adp` takes it; those that integrate an SDE (`coup`, `diffpure`, ...)
+        Its kind is "eps", "x0" for prediction_type "sample", or "v" for "v_prediction".
+        Every diffusion method takes it; those that integrate an SDE (`coup`, `diffpure`, ...)
         need linear betas. `variance="learned"` uses a learned variance.
         For `ScoreSdeVeScheduler`, the same network as a noise network (kind "eps") of
-        `VPSchedule()` (`AtVPTimes`), which every method but `adp` takes. Its noise levels on
+        `VPSchedule()` (`AtVPTimes`), which every diffusion method takes. Its noise levels on
         pixels, sigma_min … sigma_max, are asked at √((1-ᾱ)/ᾱ)/2.
+        For a flow-match scheduler, a velocity network of a `FlowSchedule` that is told
+        num_train_timesteps times the share of noise (of the data, with invert_sigmas). Its shift
+        and its spacing only say how the scheduler would sample.
 
     Raises:
         ImportError: diffusers is missing.
@@ -121,18 +97,19 @@ def load_diffusers(
         known = NoiseOfScore(unet, float(config["sigma_min"]), float(config["sigma_max"]))
         model = ScoreModel(AtVPTimes(known, schedule), "eps", schedule, time_scale=1.0)
         return model.eval().to(device)
+    if name in FLOWS:
+        flow = FlowSchedule(data_at=1 if config.get("invert_sigmas") else 0)
+        steps = float(config["num_train_timesteps"])
+        return ScoreModel(unet, "velocity", flow, time_scale=steps).eval().to(device)
     if name not in DISCRETE:
-        raise ValueError(
-            f"scheduler {name} is not supported; {', '.join(DISCRETE + EXPLODING)} are"
-        )
+        raise ValueError(f"scheduler {name} is not supported; {', '.join(SUPPORTED)} are")
     chain = discrete_schedule(config)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _KINDS:
         raise ValueError(
             f"prediction_type must be one of {', '.join(_KINDS)}, the scheduler has {prediction!r}"
         )
-    network = NoiseOfVelocity(unet, chain) if prediction == "v_prediction" else unet
-    model = ScoreModel(network, _KINDS[prediction], chain, time_scale=float(chain.num_steps))
+    model = ScoreModel(unet, _KINDS[prediction], chain, time_scale=float(chain.num_steps))
     return model.eval().to(device)
 
 
@@ -199,13 +176,13 @@ def _pipeline(source: Any, options: dict[str, Any]) -> Any:
         for name, value in index.items()
         if isinstance(value, list | tuple) and len(value) == 2 and value[1] is not None
     }
-    supported = ("UNet2DModel", *DISCRETE, *EXPLODING)
+    supported = ("UNet2DModel", *SUPPORTED)
     wrong = [f"{name} {kind}" for name, kind in parts.items() if kind not in supported]
     if wrong or set(parts) != {"unet", "scheduler"}:
         raise ValueError(
             f"{source} is a {index.get('_class_name')} of {', '.join(parts.values())}; supported "
             f"are pipelines of a unet, UNet2DModel, and a scheduler, "
-            f"{', '.join(DISCRETE + EXPLODING)}"
+            f"{', '.join(SUPPORTED)}"
         )
     load: Any = DiffusionPipeline.from_pretrained
     return load(str(source), **options)

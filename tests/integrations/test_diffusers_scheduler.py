@@ -57,13 +57,43 @@ def run(scheduler: CoupScheduler, unet: Any, u: Tensor, **source: Any) -> Tensor
 def test_a_loop_gives_the_purifiers_bits(method: str, time_scale: float | None, unet: Any) -> None:
     options = OPTIONS[method]
     u = images(2)
-    scheduler = CoupScheduler(method=method, options=options, time_scale=time_scale)
+    kind = SHORT[method][0]
+    scheduler = CoupScheduler(
+        method=method,
+        options=options,
+        time_scale=time_scale,
+        prediction_type={"eps": "epsilon", "score": "score"}[kind],
+    )
     result = run(scheduler, unet, u, keys=scheduler.noise_keys(u, seed=3, draw=1))
     schedule = coup_fast.DiscreteSchedule() if time_scale is None else coup_fast.VPSchedule()
     network = partial(call, unet)
-    model = coup_fast.ScoreModel(network, schedule=schedule, time_scale=time_scale or 1000)
+    model = coup_fast.ScoreModel(network, kind, schedule, time_scale=time_scale or 1000)
     purifier = coup_fast.Purifier(model, TinyClassifier(), method=method, seed=3, **options)
     assert torch.equal(result, purifier(u, draw=1))
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("method", ["coup", "ddim", "flowpure"])
+def test_velocities_give_the_purifiers_bits(method: str, prediction: str, unet: Any) -> None:
+    options = OPTIONS[method]
+    u = images(2)
+    scheduler = CoupScheduler(method=method, options=options, prediction_type=prediction)
+    result = run(scheduler, unet, u, keys=scheduler.noise_keys(u))
+    flow = prediction == "flow_prediction"
+    kind, schedule = (
+        ("velocity", coup_fast.FlowSchedule(data_at=0))
+        if flow
+        else ("v", coup_fast.DiscreteSchedule())
+    )
+    model = coup_fast.ScoreModel(partial(call, unet), kind, schedule, time_scale=1000)
+    purifier = coup_fast.Purifier(model, TinyClassifier(), method=method, **options)
+    assert torch.equal(result, purifier(u))
+    if flow:  # the state of the same image and noise, on the path and in the scheduler
+        z = torch.randn_like(u)
+        t = torch.tensor([100.0, 700.0])
+        share = (t / 1000).reshape(2, 1, 1, 1)
+        state = scheduler.scale_model_input(scheduler.add_noise(u, z, t), t)
+        torch.testing.assert_close(state, (1 - share) * u + share * z)
 
 
 def test_the_published_defaults_are_the_methods() -> None:
@@ -159,8 +189,8 @@ def test_half_precision_samples_keep_their_type() -> None:
 def test_what_cannot_be_stepped_is_refused() -> None:
     with pytest.raises(ValueError, match=r"coup_fast\.Purifier"):
         CoupScheduler(method="adp")
-    with pytest.raises(ValueError, match=r"prediction_type .*'v_prediction'"):
-        CoupScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match=r"prediction_type .*'noise'"):
+        CoupScheduler(prediction_type="noise")
     with pytest.raises(ValueError, match=r"beta_schedule .*'cosine'"):
         CoupScheduler(beta_schedule="cosine")
     with pytest.raises(ValueError, match=r"'t_stra'.* t_star"):

@@ -135,9 +135,31 @@ def test_a_learned_variance_is_used_or_left_out(tmp_path: Path) -> None:
     assert not torch.allclose(*done, atol=1e-4)
     fixed = scheduler(prediction_type="v_prediction", variance_type="learned_range")
     velocity = load_diffusers(diffusers.DDPMPipeline(unet=network, scheduler=fixed))
-    x, t = scatter(1, 3, 8, 8), torch.tensor([0.5])
+    learned = coup_fast.Purifier(velocity, method="ddpm", t_star=0.04, variance="learned")
+    assert learned(images, noise=noise).isfinite().all()
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_runs_the_steps_of_its_scheduler(tmp_path: Path, invert: bool, shift: float) -> None:
+    """Where diffusers is given the levels of our run, its Euler steps end at the same image."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, invert_sigmas=invert)
+    network = unet()
+    model = load_diffusers(saved(tmp_path / "pipeline", network, theirs))
+    assert model.schedule == coup_fast.FlowSchedule(data_at=1 if invert else 0)
+    purifier = coup_fast.Purifier(model, method="ddim", num_steps=5)
+    images, noise = 0.5 + 0.4 * scatter(2, 3, 8, 8), scatter(1, 2, 3, 8, 8, salt=1)
+    share = 1 - purifier.plan.times if invert else purifier.plan.times  # of noise
+    theirs.set_timesteps(sigmas=(share / (shift - (shift - 1) * share)).tolist())  # shift undone
     with torch.no_grad():
-        assert torch.equal(velocity(x, t)[:, 3:], network(x, 25).sample[:, 3:])
+        ours = purifier(images, noise=noise)
+        x = share[0] * noise[0] + (1 - share[0]) * (2 * images - 1)
+        for t in theirs.timesteps:
+            x = theirs.step(network(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(theirs.timesteps.double(), 1000 * torch.tensor(purifier.plan.times))
+    torch.testing.assert_close(ours, (x.float() + 1) / 2, rtol=1e-5, atol=1e-5)
+    gradient = torch.autograd.grad(purifier(images.requires_grad_()).sum(), images)[0]
+    assert gradient.isfinite().all()
 
 
 class Gaussian(nn.Module):
