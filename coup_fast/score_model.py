@@ -174,7 +174,8 @@ class ScoreModel(nn.Module):
     def __repr__(self) -> str:
         facts = f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
         facts += "" if self.t_max is None else f", t_max={self.t_max:g}"
-        return f"{type(self).__name__}({described(self.network)}, {facts})"
+        given = self.network.network if isinstance(self.network, OnPath) else self.network
+        return f"{type(self).__name__}({described(given)}, {facts})"
 
 
 class EnergyModel(nn.Module):

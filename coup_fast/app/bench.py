@@ -13,7 +13,7 @@ from torch import nn
 from coup_fast import Purifier, ScoreModel, methods
 from coup_fast.plan import AnyPlan
 
-MAX_STEPS = 1000  # of one run, so that a slip of the keyboard does not block the page
+MAX_STEPS = 1500  # of one run (langevin), so that a slip of the keyboard does not block the page
 MAX_VALUES = 2**26  # of all states that one run keeps: 256 MiB
 
 

@@ -90,7 +90,7 @@ class Counting(nn.Module):
         (Choices("coup", {}, seed=None), "seed is empty"),  # type: ignore[arg-type]
         (Choices("coup", {"guidance_scale": -1.0}), "guidance_scale .* -1"),
         (Choices("adp", {}), "do not run 'adp'"),
-        (Choices("coup", {"num_steps": 1001}), "1,001 steps.* at most 1,000"),
+        (Choices("coup", {"num_steps": 1501}), "1,501 steps.* at most 1,500"),
         (Choices("coup", {}, epsilon="much"), "eps .*much"),
         (Choices("coup", {}, epsilon=""), "eps"),
         (Choices("coup", {}, epsilon=2.0), "eps .* 2"),

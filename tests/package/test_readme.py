@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.scripts import ROOT
+from helpers.tiny import SHORT
 
 import coup_fast
 from coup_fast import VPSchedule, methods
@@ -130,7 +131,7 @@ def test_the_table_of_methods() -> None:
         if line.startswith("| `"):
             found |= dict(zip(names, map(int, cells[2].split(", ")), strict=True))
     expected = {
-        name: methods.plan(name, VPSchedule(), "ncsn" if name == "adp" else "eps").num_network_calls
+        name: methods.plan(name, VPSchedule(), SHORT[name][0]).num_network_calls
         for name in methods.METHODS
     }
     assert found == expected

@@ -22,7 +22,7 @@ NETWORK = f"<TinyNetwork: {PARAMETERS} parameters, float32, cpu>"
 
 @pytest.fixture(params=methods.METHODS)
 def plan(request) -> AnyPlan:
-    kind = "ncsn" if request.param == "adp" else "eps"
+    kind, _ = tiny.SHORT[request.param]
     return methods.plan(request.param, coup_fast.VPSchedule(), kind)
 
 

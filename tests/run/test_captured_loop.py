@@ -40,6 +40,18 @@ def test_replays_have_the_bits_of_the_eager_loop(method: str, backend: str) -> N
     assert clean._kept.graphs.tapes.captures == len(kinds)  # in three runs
 
 
+def test_the_network_of_a_flow_is_captured_with_its_input() -> None:
+    """Times differ from step to step, so a replay has to scale the state anew."""
+    model = ScoreModel(TinyNetwork(), "velocity", time_scale=999.0)
+    clean = Purifier(model, method="diffpure", num_steps=3, cuda_graph=True)
+    clean._kept.graphs = TapeGraphs()
+    plain = Purifier(model, method="diffpure", num_steps=3)
+    for seed in (0, 1):
+        u = images().roll(seed, 0)
+        assert torch.equal(clean(u, [0, 1, 2]), plain(u, [0, 1, 2]))
+        assert clean.graph_reason is None
+
+
 def test_a_plan_of_several_kinds_of_rows_takes_a_graph_for_each() -> None:
     clean = taped("gdmp")
     kinds = [clean.prepare(images()).kind(k) for k in range(clean.plan.num_steps)]
