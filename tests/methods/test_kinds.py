@@ -26,10 +26,10 @@ FLOWS = [
     FlowSchedule("noised", data_at=0),
 ]
 CONTINUOUS: dict[str, dict[str, Any]] = {
-    "diffpure": {"num_steps": 5},
-    "coup": {"num_steps": 5},
+    "diffpure": {"num_steps": 7},  # off the grid of the indices
+    "coup": {"num_steps": 7},
     "coup-short": {"clip_denoised": True},
-    "vp-ode": {"num_steps": 5},
+    "vp-ode": {"num_steps": 7},
     "ldsde": {},
     "one-shot": {},
     "consistency": {},
