@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from coup_fast import checks
+from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.guided_diffusion_net import GuidedDiffusionUNet
-from coup_fast.models.state import as_state, build_with, read_state
+from coup_fast.models.state import as_state, build_with, unwrapped
 from coup_fast.schedules import DiscreteSchedule
 from coup_fast.score_model import ScoreModel
 
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # Flags that say how a network is trained or sampled, not what it is; accepted and of no effect.
 WITHOUT_EFFECT = ("use_checkpoint", "use_kl", "rescale_learned_sigmas", "sigma_small")
+_NAMED = ("time_embed.0.weight", "time_embed.2.weight")  # names of every network
 
 _IMPROVED = {"num_res_blocks": 3, "learn_sigma": True, "diffusion_steps": 4000}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -170,7 +172,7 @@ def load_guided_diffusion(
         torso = torch.float16 if chosen["use_fp16"] else torch.float32
     elif not torso.is_floating_point:
         raise ValueError(f"torso must be a floating-point dtype, got {torso}")
-    state = as_state(read_state(path), str(path))
+    state = unwrapped(as_state(read_state(path), str(path)), _NAMED)
     network = build_with(lambda: build_guided_diffusion(chosen), state, str(path), torch.float32)
     steps = int(chosen["diffusion_steps"])
     schedule = (

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.models.state import as_state, check_fits, read_state, strip_prefix
+from coup_fast.models.checkpoint_files import read_state
+from coup_fast.models.state import (
+    State,
+    as_state,
+    check_fits,
+    describe,
+    prefixes_of,
+    under,
+    unwrapped,
+)
 
 PACKAGES = ("robustbench", "timm")
 
@@ -51,6 +60,7 @@ def load_classifier(
     *,
     architecture: nn.Module | Callable[[], nn.Module] | None = None,
     key: str | None = None,
+    prefix: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
@@ -66,6 +76,8 @@ def load_classifier(
             A path is a `.safetensors` file of `save_network`, or a state dict for `architecture`.
         architecture: for a file, the module to fill, or a function that builds it.
         key: for a file that holds more than a state dict, the entry to take ("a.b" is nested).
+        prefix: for a file, take only the names that begin with it ("ema_model."). Prefixes that
+            all names have (`module.`, `_orig_mod.`, `model.`, ...) go without it.
         mean: for a file or timm, one number per channel: the network takes (pixels - mean)/std.
         std: goes with mean.
         device: where it goes.
@@ -79,14 +91,14 @@ def load_classifier(
     """
     package, colon, name = str(source).partition(":")
     if colon and package in PACKAGES:
-        if architecture is not None or key is not None:
-            raise ValueError("architecture and key are for files")
+        if any(given is not None for given in (architecture, key, prefix)):
+            raise ValueError("architecture, key and prefix are for files")
         load = _robustbench if package == "robustbench" else _timm
         network = load(name, mean, std, options)
     else:
         if options:
             raise ValueError(f"a file takes no option {', '.join(options)}")
-        network = _file(Path(source), architecture, key)
+        network = _file(Path(source), architecture, key, prefix)
         network = _normalised(network, mean, std)
     return network.eval().to(device)
 
@@ -150,7 +162,10 @@ def _timm(
 
 
 def _file(
-    path: Path, architecture: nn.Module | Callable[[], nn.Module] | None, key: str | None
+    path: Path,
+    architecture: nn.Module | Callable[[], nn.Module] | None,
+    key: str | None,
+    prefix: str | None,
 ) -> nn.Module:
     if architecture is None and path.suffix == ".safetensors":
         from coup_fast.models.network_files import load_network
@@ -165,7 +180,7 @@ def _file(
             raise ValueError(f"{what} has no entry {entry!r}; it has {held}")
         found, what = found[entry], f"{what}[{entry}]"
     try:
-        state = strip_prefix(as_state(found, what))
+        state = as_state(found, what)
     except ValueError as error:
         raise ValueError(f"{error}; name the entry that is one with key=") from error
     if architecture is None:
@@ -173,6 +188,27 @@ def _file(
             f"{what} holds weights alone: give architecture=, the module that they are for"
         )
     network = architecture if isinstance(architecture, nn.Module) else architecture()
-    check_fits(network, state, what)
-    network.load_state_dict(state)
+    expected = network.state_dict()
+    bare = unwrapped(_below(state, prefix, what), expected)
+    try:
+        check_fits(network, bare, what)
+    except ValueError as error:
+        fitting = [] if prefix else [name for name in prefixes_of(state, expected) if name]
+        if not fitting:
+            raise
+        choices = " or ".join(f"prefix={name!r}" for name in fitting)
+        raise ValueError(f"{error}. Its names fit below {choices}: name one") from error
+    network.load_state_dict(bare)
     return network
+
+
+def _below(state: State, prefix: str | None, what: str) -> State:
+    """The entries below a prefix that the user names."""
+    if not prefix:
+        return state
+    chosen = under(state, prefix if prefix.endswith(".") else f"{prefix}.")
+    if not chosen:
+        raise ValueError(
+            f"no name of {what} begins with prefix={prefix!r}; it is {describe(state)}"
+        )
+    return chosen

@@ -74,7 +74,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str) 
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f"'{name}:.*pip install {name}"):
         load_classifier(f"{name}:Standard")
-    with pytest.raises(ValueError, match="architecture and key"):
+    with pytest.raises(ValueError, match="architecture, key and prefix"):
         load_classifier(f"{name}:Standard", architecture=TinyClassifier)
 
 
