@@ -241,21 +241,6 @@ def test_ode_with_fixed_noise_gives_all_images_the_same(args: Namespace, config:
     assert runner.purifier.plan.num_steps == 2
 
 
-def test_coup_is_guided_by_the_classifier(args: Namespace, config: Namespace) -> None:
-    u, classifier = images(2), TinyClassifier()
-    runner = diffpure.CoupDiffusion(
-        args, config, "cpu", classifier, score_model=model_for("sde"), fresh_draws=False
-    )
-    result = runner.image_editing_sample(2 * u - 1, bs_id=2)
-    expected = coup_fast.purify(u, model_for("sde"), classifier, t_star=0.005, seed=1234)
-    assert torch.allclose(result, 2 * expected - 1, atol=1e-5)
-    args.guidance_scale = 0.0
-    assert not torch.allclose(runner.image_editing_sample(2 * u - 1, bs_id=2), result, atol=1e-5)
-    args.rand_t = True
-    with pytest.raises(ValueError, match="rand_t"):
-        diffpure.CoupDiffusion(args, config, "cpu", classifier, score_model=model_for("sde"))
-
-
 # --- noise and gradients
 
 
