@@ -230,7 +230,7 @@ def _read_scheduler(source: str, options: dict[str, Any]) -> Any:
     return getattr(diffusers, name).from_config(config)
 
 
-def _pipeline_index(source: str, options: dict[str, Any]) -> Mapping[str, Any] | None:
+def _pipeline_index(source: str, options: dict[str, Any]) -> dict[str, Any] | None:
     """What model_index.json says of a folder or hub id; None: it holds one UNet2DModel instead."""
     import diffusers
 
@@ -317,7 +317,10 @@ def _check_unet(unet: nn.Module, scheduler: Mapping[str, Any]) -> None:
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
     config: Any = getattr(network, "config", None)
-    known = isinstance(config, Mapping) and "in_channels" in config
-    if not known or "cross_attention_dim" in config:  # that one is a UNet2DConditionModel
+    if (
+        not isinstance(config, Mapping)
+        or "in_channels" not in config
+        or "cross_attention_dim" in config  # a UNet2DConditionModel
+    ):
         raise ValueError(f"unet must be a UNet2DModel, got {type(network).__name__}")
     return config
