@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast.models.at_vp_times import AtVPTimes
+from coup_fast.models.velocity import NoiseOfVelocity
 from coup_fast.schedules import DiscreteSchedule, VPSchedule
 from coup_fast.score_model import ScoreModel
 
@@ -31,35 +32,6 @@ DISCRETE = (
 EXPLODING = ("ScoreSdeVeScheduler",)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "eps"}
-
-
-class NoiseOfVelocity(nn.Module):
-    """A network that predicts v = √ᾱ ε - σ x₀ as one that predicts ε = √ᾱ v + σ x.
-
-    Salimans & Ho, "Progressive distillation" (ICLR 2022), appendix D. Channels behind those of x
-    (a learned variance) pass through.
-
-    Args:
-        network: called with x and the index. schedule: of N steps, whose index t is.
-    """
-
-    levels: Tensor
-
-    def __init__(self, network: nn.Module, schedule: DiscreteSchedule) -> None:
-        super().__init__()
-        self.network = network
-        self.in_channels = _config(network)["in_channels"]
-        alpha_bar = schedule.alpha_bar(np.arange(schedule.num_steps))
-        levels = torch.from_numpy(np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)]))
-        self.register_buffer("levels", levels, persistent=False)  # [2, N]: √ᾱ, σ
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: [B, C, H, W]; t: [B], indices. Returns ε, shaped as the network's output."""
-        out: Tensor = self.network(x, t).sample
-        velocity, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        levels = self.levels[:, t.round().long()].to(out.dtype)
-        signal, noise = levels.reshape(2, -1, 1, 1, 1)
-        return torch.cat([signal * velocity + noise * x, rest], dim=1)
 
 
 class NoiseOfScore(nn.Module):
@@ -135,7 +107,11 @@ def load_diffusers(
         return model.eval().to(device)
     chain = discrete_schedule(config)
     prediction = config.get("prediction_type", "epsilon")
-    network = NoiseOfVelocity(unet, chain) if prediction == "v_prediction" else unet
+    network = (
+        NoiseOfVelocity(unet, chain, _config(unet)["in_channels"])
+        if prediction == "v_prediction"
+        else unet
+    )
     model = ScoreModel(network, _KINDS[prediction], chain, time_scale=float(chain.num_steps))
     return model.eval().to(device)
 
