@@ -7,12 +7,14 @@ them into steps, so nothing here converts ε to a score or back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.attention import TwiceDifferentiableAttention
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import declared_channels, described, grad_leaf, in_dtype_of
 from coup_fast._torch.transforms import refuse_scripting
@@ -172,8 +174,9 @@ class EnergyModel(nn.Module):
         want_graph = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
+        twice = TwiceDifferentiableAttention() if want_graph else nullcontext()
         by_autograd = differentiated("the energy network")
-        with torch.inference_mode(False), torch.enable_grad(), by_autograd:
+        with torch.inference_mode(False), torch.enable_grad(), by_autograd, twice:
             point = x if want_graph and x.requires_grad else grad_leaf(x)
             energy = self.energy(point, t.clone() if t.is_inference() else t)
             if not energy.requires_grad:
