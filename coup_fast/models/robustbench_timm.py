@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coup_fast.models.checkpoint_files import read_state
+from coup_fast.models.normalized import Normalized
 from coup_fast.models.state import (
     State,
     as_state,
@@ -26,33 +27,6 @@ from coup_fast.models.state import (
 )
 
 PACKAGES = ("robustbench", "timm")
-
-
-class Normalised(nn.Module):
-    """`network((pixels - mean) / std)`: a classifier of normalised images as one of pixels.
-
-    Args:
-        network: [B, C, H, W] -> logits [B, K]. mean, std: C numbers each, std > 0.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        if len(mean) != len(std) or not mean or min(std) <= 0:
-            raise ValueError(
-                f"mean and std are one number per channel, std positive; got {mean} and {std}"
-            )
-        self.network = network
-        self.in_channels = len(mean)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W] in [0, 1]; returns logits [B, K]."""
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
 
 
 def load_classifier(
@@ -108,7 +82,7 @@ def _normalised(
 ) -> nn.Module:
     if (mean is None) != (std is None):
         raise ValueError(f"give mean and std together, got mean={mean} and std={std}")
-    return network if mean is None or std is None else Normalised(network, mean, std)
+    return network if mean is None or std is None else Normalized(network, mean, std)
 
 
 def _package(name: str, path: str) -> Any:

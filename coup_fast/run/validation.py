@@ -34,6 +34,22 @@ def check_times(times: NDArray[np.float64], t_max: float | None, method: str) ->
         )
 
 
+def check_whole_times(
+    times: NDArray[np.float64], time_scale: float, dtype: torch.dtype | None, method: str
+) -> None:
+    """A plan's times [N] are whole numbers for a network that takes such. ValueError."""
+    if dtype is None or dtype.is_floating_point:
+        return
+    asked = times[np.isfinite(times)] * time_scale
+    broken = asked[np.abs(asked - np.rint(asked)) > 1e-3]
+    if len(broken):
+        raise ValueError(
+            f"{method} with these options calls the score model at time {broken[0]:g}, and "
+            f"time_dtype={dtype} takes whole numbers: describe a network of N indices by "
+            "schedule=DiscreteSchedule() and time_scale=N, or take steps that end at them"
+        )
+
+
 def check_images(images: Any) -> None:
     """images: [B, C, H, W], floating, strided; TypeError or ValueError otherwise.
 

@@ -13,9 +13,9 @@ from helpers.tiny import TinyClassifier
 from torch import nn
 
 import coup_fast
+from coup_fast.models import Normalized, load_classifier
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.network_files import save_network
-from coup_fast.models.robustbench_timm import Normalised, load_classifier
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -26,12 +26,12 @@ def images() -> torch.Tensor:
 
 def test_normalised_networks_take_pixels() -> None:
     network = TinyClassifier()
-    classifier = Normalised(network, MEAN, STD)
+    classifier = Normalized(network, MEAN, STD)
     assert classifier.in_channels == 3
     x = torch.stack([(images()[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     torch.testing.assert_close(classifier(images()), network(x))
     with pytest.raises(ValueError, match=r"mean and std .*\(1, 0, 1\)"):
-        Normalised(network, MEAN, (1, 0, 1))
+        Normalized(network, MEAN, (1, 0, 1))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -45,7 +45,7 @@ def test_files_fill_an_architecture(tmp_path: Path, prefix: str) -> None:
         assert not found.training
         torch.testing.assert_close(found(images()), network(images()))
     scaled = load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN, std=STD)
-    assert torch.equal(scaled(images()), Normalised(network, MEAN, STD)(images()))
+    assert torch.equal(scaled(images()), Normalized(network, MEAN, STD)(images()))
     with pytest.raises(ValueError, match=r"\(net, acc\); .* key="):
         load_classifier(path, architecture=TinyClassifier)
     with pytest.raises(ValueError, match=r"\[net\] .*'model'.* state"):
@@ -105,7 +105,7 @@ class TestStandIns:
         assert stand_in_timm == [{"pretrained": True, "num_classes": 4}]
         assert not found.training
         assert not found.network.training
-        wanted = Normalised(TinyClassifier(), MEAN, STD)(images())
+        wanted = Normalized(TinyClassifier(), MEAN, STD)(images())
         assert torch.equal(found(images()), wanted)
         own = load_classifier("timm:tiny", pretrained=False, mean=(0.5,) * 3, std=(0.5,) * 3)
         assert torch.equal(own(images()), TinyClassifier()((images() - 0.5) / 0.5))

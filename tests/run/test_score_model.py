@@ -42,7 +42,7 @@ def test_objects_with_a_sample_are_unwrapped_and_anything_else_is_refused() -> N
     x, t = torch.randn(2, 1, 4, 4), torch.zeros(2)
     assert torch.equal(ScoreModel(lambda x, t: SimpleNamespace(sample=2 * x))(x, t), 2 * x)
     with pytest.raises(TypeError, match="returned tuple"):
-        ScoreModel(lambda x, t: (x,))(x, t)
+        ScoreModel(lambda x, t: (x, x))(x, t)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
