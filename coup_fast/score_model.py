@@ -153,7 +153,10 @@ class ScoreModel(nn.Module):
     def __repr__(self) -> str:
         facts = f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
         facts += "" if self.t_max is None else f", t_max={self.t_max:g}"
-        return f"{type(self).__name__}({described(self.network)}, {facts})"
+        network: Any = self.network
+        if isinstance(network, NetworkForm):
+            facts, network = facts + network.facts(), network.network
+        return f"{type(self).__name__}({described(network)}, {facts})"
 
 
 class EnergyModel(nn.Module):

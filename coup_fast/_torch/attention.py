@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _math: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_attention_math
-_heads = inspect.signature(F.multi_head_attention_forward)
+_heads_takes = inspect.signature(F.multi_head_attention_forward)
 
 
 class TwiceDifferentiableAttention(TorchFunctionMode):
@@ -40,12 +40,23 @@ class TwiceDifferentiableAttention(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if function is F.multi_head_attention_forward:
-            call = _heads.bind(*args, **kwargs)
-            call.apply_defaults()
-            if not call.arguments["need_weights"]:
-                call.arguments["need_weights"] = True
-                return function(*call.args, **call.kwargs)[0], None
+            return _heads(function, args, kwargs)
         return function(*args, **kwargs)
+
+
+def _heads(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`F.multi_head_attention_forward`, by way of its weights: that way is plain products."""
+    call = _heads_takes.bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if given["need_weights"]:
+        return function(*args, **kwargs)
+    if given["is_causal"] and given["key_padding_mask"] is None:  # the kernel's own mask then
+        size = len(given["query"]), len(given["key"])
+        blocked = torch.ones(size, dtype=torch.bool, device=given["query"].device)
+        given["attn_mask"] = blocked.triu(1)
+    given["need_weights"] = True
+    return function(*call.args, **call.kwargs)[0], None
 
 
 def _attention(

@@ -175,8 +175,15 @@ class NetworkForm(nn.Module):
         out = output_of(called("score network", network, x=given, t=t), given)
         return cropped(out, x) if out.shape[2:] == given.shape[2:] != x.shape[2:] else out
 
+    def facts(self) -> str:
+        """What `repr` of the ScoreModel says of the form."""
+        said = {"time_dtype": self.time_dtype, "size_multiple": self.size_multiple}
+        known = [f", {key}={value}" for key, value in said.items() if value is not None]
+        known += [] if self.call is None else [f", call={described(self.call)}"]
+        return "".join(known)
+
     def __repr__(self) -> str:
-        return described(self)
+        return f"{type(self).__name__}({described(self.network)}{self.facts()})"
 
 
 def _edges(size: int, multiple: int) -> tuple[int, int]:

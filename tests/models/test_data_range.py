@@ -131,7 +131,7 @@ def test_bad_arguments_are_named() -> None:
         with_data_range(TinyNetwork(), 0, 1)
     with pytest.raises(ValueError, match=r"kind .*eps, score, x0, got 'ncsn'"):
         with_data_range(ScoreModel(TinyNetwork(), "ncsn"), 0, 1)
-    with pytest.raises(ValueError, match="low and high .*low < high.* got 1 and 0"):
+    with pytest.raises(ValueError, match=r"low and high .*low < high.* got 1 and 0"):
         with_data_range(model, 1, 0)
     with pytest.raises(ValueError, match="the same for every channel"):
         with_data_range(model, [0.0, 0.0, 0.0], [1.0, 1.0, 1.1])
