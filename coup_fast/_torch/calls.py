@@ -62,7 +62,8 @@ def _described(tensor: Tensor) -> str:
         words += ["channels_last"] * tensor.is_contiguous(memory_format=torch.channels_last)
     if tensor.ndim == 1 and tensor.numel() > 0 and tensor.device.type == "cpu":
         with suppress(Exception):  # tensors without values
-            words.append(f"(all {tensor[0].item():g})")
+            all_or_first = "all" if bool((tensor == tensor[0]).all()) else "first"
+            words.append(f"({all_or_first} {tensor[0].item():g})")
     return " ".join(words)
 
 
@@ -86,10 +87,11 @@ def _hints(text: str, error: Exception, x: Tensor, *time: Tensor) -> list[str]:
             "if it takes only sizes that a power of two divides, ScoreModel(size_multiple=32) "
             "mirrors the image's edges up to such a size and crops the answer"
         )
-    hints.append(
-        "where it wants other arguments, such as a keyword, t as [B, 1] or a label, "
-        "ScoreModel(call=lambda network, x, t: ...) makes the call"
-    )
+    if isinstance(error, TypeError) or not hints:
+        hints.append(
+            "where it wants other arguments, such as a keyword, t as [B, 1] or a label, "
+            "ScoreModel(call=lambda network, x, t: ...) makes the call"
+        )
     return hints
 
 

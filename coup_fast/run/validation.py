@@ -99,9 +99,11 @@ def check_channels(name: str, function: Any, images: Tensor) -> None:
     """The channels that the model declares, if it does, are the images'. ValueError."""
     channels = declared_channels(function)
     if channels is not None and channels != images.shape[1]:
+        last = images.ndim == 4 and images.shape[3] == channels
         raise ValueError(
             f"the {name} takes images of {channels} channels, got {images.shape[1]} "
             f"(images {list(images.shape)})"
+            + ("; [B, C, H, W] is wanted: images.permute(0, 3, 1, 2)" if last else "")
         )
 
 

@@ -31,7 +31,14 @@ else:
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN_HERE = ("attacks.md", "evaluation.md", "gradients.md")
-RUN_ELSEWHERE = {"integrations.md", "methods.md", "models.md", "examples.md", "index.md", "your_network.md"}
+RUN_ELSEWHERE = {
+    "integrations.md",
+    "methods.md",
+    "models.md",
+    "examples.md",
+    "index.md",
+    "your_network.md",
+}
 TUTORIALS = {path.name for path in (DOCS / "tutorials").glob("*.md")} - {"index.md"}
 
 
