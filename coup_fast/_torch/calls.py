@@ -87,7 +87,8 @@ def _hints(text: str, error: Exception, x: Tensor, *time: Tensor) -> list[str]:
             "if it takes only sizes that a power of two divides, ScoreModel(size_multiple=32) "
             "mirrors the image's edges up to such a size and crops the answer"
         )
-    if isinstance(error, TypeError) or not hints:
+    shaped = not hints and any(sign in lower for sign in _SIZES)
+    if shaped or isinstance(error, TypeError | IndexError | AttributeError | AssertionError):
         hints.append(
             "where it wants other arguments, such as a keyword, t as [B, 1] or a label, "
             "ScoreModel(call=lambda network, x, t: ...) makes the call"

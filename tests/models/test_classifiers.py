@@ -76,7 +76,7 @@ def test_bad_numbers_are_named() -> None:
     network = TinyClassifier()
     with pytest.raises(ValueError, match=r"each of std must be a number in \(0, inf\), got 0"):
         Normalized(network, MEAN, (1, 0, 1))
-    with pytest.raises(ValueError, match="mean and std .*got 3 and 1"):
+    with pytest.raises(ValueError, match=r"mean and std .*got 3 and 1"):
         Normalized(network, MEAN, 0.5)
     with pytest.raises(ValueError, match=r"each of mean .*\[0, 1\].*got 123.*by 255"):
         Normalized(network, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
