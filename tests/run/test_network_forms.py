@@ -180,6 +180,7 @@ def test_each_form_has_the_bits_of_the_plain_network(name: str, way: str) -> Non
 
 @pytest.mark.parametrize("name", FORMS)
 def test_each_form_is_compiled_with_its_network_in_one_graph(name: str) -> None:
+    torch.compiler.reset()  # one code, compiled for each form, has a limit
     network = model_of(FORMS[name]).network
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     time = torch.tensor([7.0]).expand(3)
