@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.calls import output_of
 from coup_fast.schedules import DiscreteSchedule
-from coup_fast.score_model import output_of
 
 
 class NoiseOfVelocity(nn.Module):
@@ -37,7 +37,7 @@ class NoiseOfVelocity(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, C, H, W]; t: [B], indices. Returns ε, shaped as the network's output."""
-        out = output_of(self.network(x, t))
+        out = output_of(self.network(x, t), x)
         velocity, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
         levels = self.levels[:, t.round().long()].to(out.dtype)
         signal, noise = levels.reshape(2, -1, 1, 1, 1)
