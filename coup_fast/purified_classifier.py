@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.calls import called
 from coup_fast._torch.differentiated import differentiated, in_backward
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.locks import ForkLock
@@ -228,7 +229,8 @@ class PurifiedClassifier(Drivable, nn.Module):
             )
 
     def _classify(self, purified: Tensor) -> Tensor:
-        return check_logits(self.classifier(in_dtype_of(self.classifier, purified)), purified)
+        pixels = in_dtype_of(self.classifier, purified)
+        return check_logits(called("classifier", self.classifier, pixels=pixels), purified)
 
     def _look_at(self, logits: list[Tensor], pixels: Tensor) -> bool:
         """Refuse logits that are NaN; on the first call of its kind look at the classifier.

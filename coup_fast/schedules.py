@@ -116,12 +116,17 @@ class DiscreteSchedule:
 
     Args:
         betas: β_0 … β_{N-1}, each in (0, 1).
+        exact_index: what methods that integrate an SDE tell the network at time t. False:
+            floor(N t), DiffPure's convention, which is one index above the noise level of t. True:
+            N t - 1, the index of that level. It is a whole number where N t is; between the
+            indices, the network is asked between them.
 
     Raises:
         ValueError: there are no betas, or one of them is out of range.
     """
 
     betas: tuple[float, ...] = tuple(np.linspace(1e-4, 0.02, 1000).tolist())
+    exact_index: bool = False
 
     def __post_init__(self) -> None:
         numbers = [getattr(beta, "item", lambda beta=beta: beta)() for beta in self.betas]
@@ -129,19 +134,26 @@ class DiscreteSchedule:
         if not betas:
             raise ValueError("betas must be a non-empty sequence of numbers in (0, 1), got none")
         object.__setattr__(self, "betas", tuple(betas))
+        checks.flag("exact_index", self.exact_index)
 
     def __repr__(self) -> str:
         first, last, count = self.betas[0], self.betas[-1], self.num_steps
-        if self == DiscreteSchedule.linear(first, last, count):
-            return f"DiscreteSchedule.linear({first!r}, {last!r}, {count})"
-        return f"DiscreteSchedule(<{count} betas, {first:.4g} to {last:.4g}>)"
+        exact = ", exact_index=True" if self.exact_index else ""
+        if self.betas == DiscreteSchedule.linear(first, last, count).betas:
+            return f"DiscreteSchedule.linear({first!r}, {last!r}, {count}{exact})"
+        return f"DiscreteSchedule(<{count} betas, {first:.4g} to {last:.4g}>{exact})"
 
     @classmethod
     def linear(
-        cls, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000
+        cls,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_steps: int = 1000,
+        *,
+        exact_index: bool = False,
     ) -> DiscreteSchedule:
         """DDPM's linear schedule (Ho et al. 2020)."""
-        return cls(tuple(np.linspace(beta_start, beta_end, num_steps).tolist()))
+        return cls(tuple(np.linspace(beta_start, beta_end, num_steps).tolist()), exact_index)
 
     @classmethod
     def cosine(cls, num_steps: int = 1000, offset: float = 0.008) -> DiscreteSchedule:
@@ -191,9 +203,13 @@ class DiscreteSchedule:
         """The time a network is told at continuous time t: floor(N t) / N.
 
         This is DiffPure's convention for guided-diffusion networks. Rounding errors of the grid
-        must not change the floor, hence the small allowance.
+        must not change the floor, hence the small allowance. With `exact_index` it is (N t - 1)/N,
+        and 0 below the first level.
         """
-        index = np.floor(self.num_steps * np.asarray(t, dtype=np.float64) + 1e-6)
+        level = self.num_steps * np.asarray(t, dtype=np.float64)
+        if self.exact_index:
+            return np.clip(level - 1, 0, self.num_steps - 1) / self.num_steps
+        index = np.floor(level + 1e-6)
         return np.minimum(index, self.num_steps - 1) / self.num_steps
 
     def alpha_bar_told(self, time: ArrayLike) -> Array:

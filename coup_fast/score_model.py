@@ -8,12 +8,15 @@ network is scaled here, because a plan's rows act on what a network returns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
+from coup_fast._torch.attention import TwiceDifferentiableAttention
+from coup_fast._torch.calls import Call, NetworkForm, called, output_of
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import declared_channels, described, grad_leaf, in_dtype_of
 from coup_fast._torch.transforms import refuse_scripting
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from coup_fast.schedules import FlowSchedule, Schedule
 
 KINDS = ("eps", "score", "x0", "v", "velocity", "ncsn")
+TIME_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 ClassifierFunction = Callable[[Tensor], Tensor]  # pixels [B, C, H, W] -> logits [B, K]
 
@@ -31,15 +35,27 @@ def in_network_units(t: Tensor, time_scale: float, dtype: torch.dtype) -> Tensor
     return (t.to(torch.float64) * time_scale).to(dtype)
 
 
-def output_of(returned: Any) -> Tensor:
-    """The tensor in what a score network returned: itself, or its `.sample`. Raises TypeError."""
-    out = returned if isinstance(returned, Tensor) else getattr(returned, "sample", returned)
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"the score network returned {type(out).__name__}; a tensor shaped as its input "
-            "is needed (wrap the network in a function that picks it out)"
-        )
-    return out
+def answer_of(network: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Tensor:
+    """The tensor that a score network answers; errors are those of `called` and `output_of`."""
+    return output_of(called("score network", network, x=x, t=t), x)
+
+
+def _formed(
+    network: Callable[..., Any],
+    call: Call | None,
+    time_dtype: torch.dtype | None,
+    size_multiple: int | None,
+) -> Callable[[Tensor, Tensor], Any]:
+    """The network as f(x, t): itself, if nothing says otherwise."""
+    if call is not None and not callable(call):
+        raise TypeError(f"call must be a function call(network, x, t), got {call!r}")
+    if time_dtype is not None:
+        checks.choice("time_dtype", time_dtype, TIME_DTYPES)
+    if size_multiple is not None:
+        size_multiple = checks.integer("size_multiple", size_multiple, 1)
+    if call is None and time_dtype is None and size_multiple is None:
+        return network
+    return NetworkForm(network, call, time_dtype, size_multiple)
 
 
 class OnPath(nn.Module):
@@ -86,7 +102,8 @@ class ScoreModel(nn.Module):
     Args:
         network: module or plain callable f(x, t) with x [B, C, H, W] in the network's dtype and t
             [B] in network units. It returns [B, C, H, W], or [B, 2C, H, W] with the variance
-            channels last. A returned object with a tensor `.sample` (diffusers) is unwrapped.
+            channels last. Of an object the tensor `.sample` (diffusers) or `.logits` is taken, and
+            of a tuple the one tensor of that shape.
         kind: what the network predicts: "eps" (the noise), "score" (∇ log p_t), "x0" (the
             denoised image), "v" (√ᾱ ε - √(1-ᾱ) x₀, Salimans and Ho; `v_prediction` of diffusers),
             "velocity" (dx_t/dt of flow matching) or "ncsn" (the unscaled output of a
@@ -98,6 +115,14 @@ class ScoreModel(nn.Module):
             t itself by default; those of diffusers take 1000 t.
         t_max: the largest t that the network was trained for, in (0, 1]. A plan that calls it at a
             later time is refused. None means all of [0, 1]. A `FlowSchedule` takes no t_max.
+        time_dtype: the dtype of the t that the network gets: float32, float64, int32 or int64.
+            Networks that look their time up take torch.int64. Plans whose times are not whole
+            numbers in network units are then refused.
+        call: call(network, x, t) -> what the network returns; for networks that want a keyword, t
+            in another shape, or a label: `call=lambda network, x, t: network(x, t[:, None])`. A
+            function that has a name can be pickled, a lambda cannot.
+        size_multiple: the network takes heights and widths that this divides. The edges of other
+            images are mirrored up to such a size, and the network's answer is cropped.
 
     A module network becomes a submodule, so its parameters move and save with this one. It is never
     modified. Its input is cast to the dtype of its parameters, and only its input: the state stays
@@ -107,6 +132,7 @@ class ScoreModel(nn.Module):
     """
 
     network: Callable[[Tensor, Tensor], Any]
+    time_dtype: torch.dtype | None = None
     __prepare_scriptable__ = refuse_scripting  # torch.jit.script asks it of every module
 
     def __init__(
@@ -116,6 +142,10 @@ class ScoreModel(nn.Module):
         schedule: Schedule | None = None,
         time_scale: float | None = None,
         t_max: float | None = None,
+        *,
+        time_dtype: torch.dtype | None = None,
+        call: Call | None = None,
+        size_multiple: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -128,9 +158,11 @@ class ScoreModel(nn.Module):
         from coup_fast.schedules import FlowSchedule, Schedule, VPSchedule, check_pair
 
         if not isinstance(schedule, Schedule | None):
+            of_diffusers = type(schedule).__module__.startswith("diffusers")
+            cure = "; use coup_fast.models.load_diffusers(network, scheduler=…)"
             raise TypeError(
                 "schedule must be a VPSchedule, a DiscreteSchedule, an EDMSchedule or a "
-                f"FlowSchedule, got {type(schedule).__name__}"
+                f"FlowSchedule, got {type(schedule).__name__}{cure if of_diffusers else ''}"
             )
         if schedule is None:
             schedule = FlowSchedule() if kind == "velocity" else VPSchedule()
@@ -140,12 +172,13 @@ class ScoreModel(nn.Module):
             time_scale = 1.0 if flow else 999.0
         if flow and t_max is not None:
             raise ValueError(f"t_max={t_max!r} has no meaning for a FlowSchedule; leave it out")
+        self.time_dtype = time_dtype
         self.kind = kind
         self.schedule = schedule
         self.time_scale = checks.number("time_scale", time_scale, 0, above=True)
-        self.network = network
+        self.network = _formed(network, call, time_dtype, size_multiple)
         if isinstance(schedule, FlowSchedule):
-            self.network = OnPath(network, schedule, self.time_scale)
+            self.network = OnPath(self.network, schedule, self.time_scale)
         self.t_max = None if t_max is None else checks.number("t_max", t_max, 0, 1, above=True)
 
     @property
@@ -163,18 +196,20 @@ class ScoreModel(nn.Module):
                 loop.
 
         Raises:
-            TypeError: the network returns anything but a tensor, or an object with a tensor
-                `.sample`.
+            TypeError: the network returns no tensor, and nothing of which one can be told.
+            Exception: what the network raises, with a line that says how it was called.
         """
         if not converted:
             t = in_network_units(t, self.time_scale, torch.promote_types(x.dtype, torch.float32))
             x = in_dtype_of(self.network, x)
-        return output_of(self.network(x, t))
+        return answer_of(self.network, x, t)
 
     def __repr__(self) -> str:
         facts = f"kind={self.kind!r}, schedule={self.schedule}, time_scale={self.time_scale:g}"
         facts += "" if self.t_max is None else f", t_max={self.t_max:g}"
-        given = self.network.network if isinstance(self.network, OnPath) else self.network
+        given: Any = self.network.network if isinstance(self.network, OnPath) else self.network
+        if isinstance(given, NetworkForm):
+            facts, given = facts + given.facts(), given.network
         return f"{type(self).__name__}({described(given)}, {facts})"
 
 
@@ -225,8 +260,9 @@ class EnergyModel(nn.Module):
         want_graph = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
+        twice = TwiceDifferentiableAttention() if want_graph else nullcontext()
         by_autograd = differentiated("the energy network")
-        with torch.inference_mode(False), torch.enable_grad(), by_autograd:
+        with torch.inference_mode(False), torch.enable_grad(), by_autograd, twice:
             point = x if want_graph and x.requires_grad else grad_leaf(x)
             energy = self.energy(point, t.clone() if t.is_inference() else t)
             if not energy.requires_grad:

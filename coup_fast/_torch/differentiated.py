@@ -20,10 +20,22 @@ _CAUSES = {
         "has parameters that were made under torch.inference_mode, and autograd does not take "
         "those; make or load it outside of inference mode"
     ),
+    "derivative for aten::_scaled_dot_product": (
+        "has attention in a fused kernel that cannot be differentiated twice, called out of "
+        "Python's sight (by a scripted module, for example); give its plain module, put "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the call and the backward pass, or "
+        "use guidance_gradient='stopped'"
+    ),
+    "does not currently support double backward": (
+        "went through torch.compile, and what that makes cannot be differentiated twice; give the "
+        "module as it was (the option compile does the compiling), or use "
+        "guidance_gradient='stopped'"
+    ),
     "torch.utils.checkpoint: ": (
-        "uses torch.utils.checkpoint, whose second run found parameters that require grad where "
-        "the first had none (a defence freezes them while it runs); call .requires_grad_(False) on "
-        "it before"
+        "uses torch.utils.checkpoint, whose second run saved other tensors than the first: it "
+        "found parameters that require grad where the first had none (a defence freezes them while "
+        "it runs; call .requires_grad_(False) on it before), or the classifier has attention, "
+        "whose second derivatives need its checkpointing turned off"
     ),
 }
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.calls import logits_of
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of, name_of
@@ -120,7 +121,7 @@ class Foreign:
             stack.enter_context(driven(drivers))
             generators = stack.enter_context(_seeded(self._seed(draw), images.device))
             before = _states(generators) if watch else None
-            scores = self.model(in_dtype_of(self.model, images))
+            scores = logits_of(self.model(in_dtype_of(self.model, images)))
             used = watch and _states(generators) != before
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images):
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

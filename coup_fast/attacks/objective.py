@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.calls import logits_of
 from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
@@ -279,7 +280,7 @@ class _Bare:
         self.classifier = classifier
 
     def __call__(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
-        scores: Tensor = self.classifier(in_dtype_of(self.classifier, images))
+        scores: Tensor = logits_of(self.classifier(in_dtype_of(self.classifier, images)))
         return scores
 
     def draw_logits(self, images: Tensor, *_: Any, **__: Any) -> Tensor:

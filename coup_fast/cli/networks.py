@@ -23,6 +23,8 @@ FORMATS = {
     "score-sde": ("coup_fast.models.score_sde", "load_score_sde", True),
     "guided-diffusion": ("coup_fast.models.guided_diffusion", "load_guided_diffusion", True),
     "edm": ("coup_fast.models.edm", "load_edm", True),
+    "ddpm": ("coup_fast.models.ddpm", "load_ddpm", False),
+    "lucidrains": ("coup_fast.models.lucidrains", "load_lucidrains", False),
     "ncsnv2": ("coup_fast.models.ncsnv2", "load_ncsnv2", False),
     "diffusers": ("coup_fast.models.diffusers_pipelines", "load_diffusers", False),
 }
@@ -60,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(FORMATS),
         help="what --score is: a file of coup-fast train (the default for .safetensors), a folder "
         "of diffusers (the default for folders), or a checkpoint of score_sde (DiffPure's and "
-        "COUP's for CIFAR-10), guided-diffusion, EDM or NCSNv2",
+        "COUP's for CIFAR-10), guided-diffusion, EDM, DDPM (ermongroup's, pesser's), lucidrains or "
+        "NCSNv2",
     )
     add("--score-config", metavar="NAME", help="configuration that its loader takes")
     add(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import coup_fast
+from coup_fast._torch.calls import logits_of
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast._torch.reachable import modules_behind
@@ -256,7 +257,7 @@ class Worker:
                 self._step(f"draw {k + 1} of {self.config.draws}")
         else:
             with frozen_parameters(model):
-                scores.append(model(in_dtype_of(model, images)))
+                scores.append(logits_of(model(in_dtype_of(model, images))))
         stacked = torch.stack(scores)
         if not bool(stacked.isfinite().all()):
             raise FloatingPointError("the classifier's scores are not finite")

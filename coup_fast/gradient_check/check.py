@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks, methods
+from coup_fast._torch.calls import logits_of
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of, recordable
@@ -248,7 +249,7 @@ class _Objective:
 
         def logits(leaf: Tensor) -> Tensor:
             purified = purify(torch.cat([leaf] * count))
-            rows = classifier(in_dtype_of(classifier, purified))
+            rows: Tensor = logits_of(classifier(in_dtype_of(classifier, purified)))
             return rows.reshape(count, len(leaf), -1)
 
         purifier = self.model.purifier

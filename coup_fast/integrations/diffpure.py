@@ -1,4 +1,4 @@
-"""DiffPure's runners by name: its evaluation scripts run with their imports changed, and COUP's.
+"""The runners of DiffPure and COUP by name: their evaluation scripts run with imports changed.
 
     from coup_fast.integrations.diffpure import (
         Diffusion, GuidedDiffusion, LDGuidedDiffusion, OdeGuidedDiffusion, RevGuidedDiffusion)
@@ -61,6 +61,7 @@ class _Runner(nn.Module):
 
     method: str
     gradient = "exact"
+    clamps = False  # the input once and the output once, to [-1, 1]; nothing between the rounds
 
     def __init__(
         self,
@@ -123,14 +124,14 @@ class _Runner(nn.Module):
         folder = None
         if self.pictures and bs_id < 2:
             folder = RunFolder(Path(self.args.log_dir) / f"bs{bs_id}_{tag}")
-        x = img.to(self.device)
+        x = img.to(self.device).clamp(-1, 1) if self.clamps else img.to(self.device)
         if folder is not None:
             folder.picture("original_input", x)
         results = []
         for k in range(int(self.args.sample_step)):
             x = self._round(k, x, folder, noise[k] if noise is not None else None)
             results.append(x)
-        return torch.cat(results)
+        return torch.cat(results).clamp(-1, 1) if self.clamps else torch.cat(results)
 
     def _round(self, k: int, x: Tensor, folder: RunFolder | None, noise: Tensor | None) -> Tensor:
         """One purification of x in [-1, 1]."""
@@ -157,7 +158,7 @@ class _Runner(nn.Module):
         level = self._noise_level()
         options = self._method_options() | self.options
         seed = int(getattr(self.args, "seed", 0))
-        settings = (level, self.args.t, seed, repr(sorted(options.items())))
+        settings = (level, self.args.t, seed, repr(sorted(options.items())), self.classifier)
         if self.purifier is None or settings != self._built_for:
             purifier = Purifier(
                 self.score_model,
@@ -217,26 +218,38 @@ class RevGuidedDiffusion(_Runner):
     method = "diffpure"
 
     def _noise_level(self) -> int:
-        level = int(self.args.t)
-        if getattr(self.args, "rand_t", False):
-            level += int(np.random.randint(-self.args.t_delta, self.args.t_delta))  # noqa: NPY002
-            if level < 1:
-                raise ValueError(
-                    f"args.t={self.args.t} with args.t_delta={self.args.t_delta} came to {level} "
-                    "steps of noise; t_delta must be less than t"
-                )
-        return level
+        return _varied_level(self.args)
+
+
+def _varied_level(args: Any) -> int:
+    """`args.t`, varied by up to ± `args.t_delta` where `args.rand_t` says so."""
+    level = int(args.t)
+    if getattr(args, "rand_t", False):
+        level += int(np.random.randint(-args.t_delta, args.t_delta))  # noqa: NPY002
+        if level < 1:
+            raise ValueError(
+                f"args.t={args.t} with args.t_delta={args.t_delta} came to {level} steps of noise; "
+                "t_delta must be less than t"
+            )
+    return level
 
 
 class CoupDiffusion(_Runner):
-    """COUP: the reverse VP-SDE from `args.t` guided by the classifier, without forward noise.
+    """COUP (`--diffusion_type sde` of its script): the reverse VP-SDE guided by the classifier.
 
-    classifier: the one that is defended, pixels in [0, 1] -> logits. `args.guidance_scale` (or the
-    keyword) is λ, default 1. The interface is that of `RevGuidedDiffusion` with the classifier
-    after the device: the names in COUP's own scripts were not to be had. Arguments: see `_Runner`.
+    The interface is that of `RevGuidedDiffusion` in COUP's released repository, whose script calls
+    `image_editing_sample(x, bs_id=…, tag=…, mode=args.mode, cls=classifier)`. `args.Guide` turns
+    the guidance on (default True), `args.lmd_guide` is its scale λ (default 1; our older name
+    `args.guidance_scale` means the same). The input is clamped once, the output once, and nothing
+    between the rounds. The gradient is that of the run, where the released adjoint leaves the
+    guidance out. Arguments: see `_Runner`.
+
+    classifier: used where a call names no `cls`; pixels in [0, 1] -> logits.
+    pictures: as there; the released runner writes none, hence the default.
     """
 
     method = "coup"
+    clamps = True
 
     def __init__(
         self,
@@ -244,16 +257,75 @@ class CoupDiffusion(_Runner):
         config: Any,
         device: torch.device | str | None = None,
         classifier: ClassifierFunction | None = None,
+        *,
+        pictures: bool = False,
         **keywords: Any,
     ) -> None:
-        super().__init__(args, config, device, **keywords)
-        self.classifier = classifier
-        if getattr(args, "rand_t", False):
-            raise ValueError("COUP adds no forward noise, so args.rand_t has nothing to vary")
+        super().__init__(args, config, device, pictures=pictures, **keywords)
+        self._own_classifier = (classifier,)  # a tuple, so that it is no submodule
+        self._mode = "sde"
+
+    def image_editing_sample(  # the released order of arguments
+        self,
+        img: Tensor,
+        bs_id: float = 0,
+        tag: str | None = None,
+        mode: str = "sde",
+        cls: ClassifierFunction | None = None,
+        *,
+        noise: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Purified images of `args.sample_step` rounds, [sample_step * B, C, H, W] in [-1, 1].
+
+        mode: "sde" or "de" starts from the images, "diffPure" diffuses them to `args.t` first (by
+        another level where `args.rand_t` varies it). cls: the classifier that is defended, pixels
+        in [0, 1] -> logits. The other arguments and errors are those of the other runners.
+
+        Raises ValueError for another mode, and if `args.Guide` asks for a classifier that is not
+        there.
+        """
+        if mode not in _FORWARD_NOISE:
+            known = ", ".join(map(repr, _FORWARD_NOISE))
+            raise ValueError(
+                f"mode must be one of {known}, got {mode!r}; the released runner prints an error "
+                "for it and runs 'sde'"
+            )
+        classifier = self._own_classifier[0] if cls is None else cls
+        if classifier is None and self._guided():
+            raise ValueError(
+                "args.Guide is on and there is no classifier: pass cls=classifier, or set "
+                "args.Guide = False"
+            )
+        self._mode, self.classifier = mode, classifier
+        return super().image_editing_sample(img, bs_id, tag, noise=noise)
+
+    def _guided(self) -> bool:
+        return bool(getattr(self.args, "Guide", True))
+
+    def _noise_level(self) -> int:
+        if _FORWARD_NOISE[self._mode]:
+            return _varied_level(self.args)
+        if getattr(self.args, "rand_t", False):
+            raise ValueError(
+                f"mode {self._mode!r} adds no forward noise, so args.rand_t has nothing to vary"
+            )
+        return int(self.args.t)
 
     def _method_options(self) -> dict[str, Any]:
-        scale = getattr(self.args, "guidance_scale", 1.0)
-        return super()._method_options() | {"guidance_scale": scale}
+        names = ("lmd_guide", "guidance_scale")
+        given = [getattr(self.args, name) for name in names if hasattr(self.args, name)]
+        if len(given) > 1:
+            raise ValueError("args.lmd_guide and args.guidance_scale are one number: give one")
+        if not self._guided() and "guidance_scale" in self.options:
+            raise ValueError("args.Guide is off, and guidance_scale= was given: give one of them")
+        return super()._method_options() | {
+            "guidance_scale": (given or [1.0])[0] if self._guided() else 0.0,
+            "forward_noise": _FORWARD_NOISE[self._mode],
+            "clamp_output": False,
+        }
+
+
+_FORWARD_NOISE = {"sde": False, "de": False, "diffPure": True}  # by mode
 
 
 class OdeGuidedDiffusion(_Runner):
@@ -327,8 +399,9 @@ class GuidedDiffusion(_Runner):
 class Diffusion(_Runner):
     """DDPM sampling (`celebahq-ddpm`): x̂0 not clipped, variance by `config.model.var_type`.
 
-    There is no loader for that checkpoint: pass `score_model=`. Runs under `no_grad`, as the
-    original; `gradient="exact"` differentiates. Arguments: see `_Runner`.
+    The checkpoint is `celeba_hq.ckpt` where torch.hub, which the original asks, has put it; nothing
+    is downloaded here. Runs under `no_grad`, as the original; `gradient="exact"` differentiates.
+    Arguments: see `_Runner`.
     """
 
     method = "ddpm"
@@ -341,7 +414,9 @@ class Diffusion(_Runner):
         return super()._method_options() | {"variance": variances[kind]}
 
     def _checkpoint_kind(self) -> str:
-        raise ValueError(
-            "there is no loader for the CelebA-HQ DDPM checkpoint: wrap its network, "
-            "score_model=ScoreModel(network, schedule=DiscreteSchedule(), time_scale=1000)"
-        )
+        if self.config.data.dataset != "CelebA_HQ":
+            raise ValueError(
+                f"there is no checkpoint for dataset {self.config.data.dataset!r} (CelebA_HQ has "
+                "one); pass score_model="
+            )
+        return "ddpm"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.files import whole_file, write_tensors
+from coup_fast.schedules import DiscreteSchedule
 from coup_fast.score_model import ScoreModel
 
 CHECKPOINTS = {
@@ -21,10 +22,12 @@ _COLUMNS, _GAP = 8, 2  # of a picture grid
 def load_score_model(kind: str, config: Any, model_dir: str | Path | None) -> ScoreModel:
     """The network of a checkpoint in the place the scripts look for it, under the current folder.
 
-    kind: a key of `CHECKPOINTS`. config: the scripts'; its `model` holds guided-diffusion's flags.
+    kind: a key of `CHECKPOINTS`, or "ddpm" (CelebA-HQ), which torch.hub keeps in its own folder.
+    config: the scripts'; `model` holds guided-diffusion's flags, `diffusion` DDPM's betas.
     model_dir: another folder for the same file name.
     """
-    path = CHECKPOINTS[kind]
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    path = CHECKPOINTS[kind] if kind in CHECKPOINTS else hub / "celeba_hq.ckpt"
     if model_dir is not None:
         path = Path(model_dir) / path.name
     if not path.is_file():
@@ -36,6 +39,14 @@ def load_score_model(kind: str, config: Any, model_dir: str | Path | None) -> Sc
         from coup_fast.models.score_sde import load_score_sde
 
         return load_score_sde(path)
+    if kind == "ddpm":
+        from coup_fast.models.ddpm import load_ddpm
+
+        betas = config.diffusion
+        schedule = DiscreteSchedule.linear(
+            betas.beta_start, betas.beta_end, betas.num_diffusion_timesteps
+        )
+        return load_ddpm(path, schedule=schedule)
     from coup_fast.models.guided_diffusion import load_guided_diffusion
 
     flags = vars(config.model) if hasattr(config, "model") else {}

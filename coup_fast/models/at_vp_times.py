@@ -8,28 +8,48 @@ network of the VP process after a division of its input: exact, whatever either 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.calls import output_of
+from coup_fast._torch.modules import declared_channels
 from coup_fast.schedules import VPSchedule
 
 
 class AtVPTimes(nn.Module):
-    """`network(y, r)` as `f(x, t)` of a VP process, for `ScoreModel(time_scale=1)`.
+    """A denoiser D(y, r), told its noise level, as f(x, t) of a VP process.
+
+        ScoreModel(AtVPTimes(denoiser), "x0", time_scale=1.0)
 
     Args:
-        network: called with y = x/√ᾱ(t) [B, C, ...] and r = σ/√ᾱ [B], both in the dtype of x and t
-            it is given; returns what the ScoreModel's kind says ("eps": z; "x0": x₀).
-        schedule: the VP process.
+        network: module or callable, called with y = x/√ᾱ(t) [B, C, ...], which is an image in
+            [-1, 1] with noise of standard deviation r, and with r = σ/√ᾱ [B], both in the dtype of
+            the x and t it is given. It returns what the ScoreModel's kind says ("eps": the noise of
+            standard deviation 1; "x0": the clean image), or an object with such a `.sample`.
+        schedule: the VP process; the ScoreModel's, default `VPSchedule()`.
+
+    Raises:
+        TypeError: network cannot be called, or schedule is no VPSchedule.
     """
 
-    def __init__(self, network: nn.Module, schedule: VPSchedule | None = None) -> None:
+    def __init__(self, network: Callable[..., Any], schedule: VPSchedule | None = None) -> None:
         super().__init__()
+        if not callable(network):
+            raise TypeError(
+                f"network must be a module or a callable D(y, r), got {type(network).__name__}"
+            )
+        if not isinstance(schedule, VPSchedule | None):
+            raise TypeError(f"schedule must be a VPSchedule, got {type(schedule).__name__}")
         self.network = network
         self.schedule = schedule or VPSchedule()
-        self.in_channels: Any = getattr(network, "in_channels", None)
+
+    @property
+    def in_channels(self) -> int | None:
+        """Image channels the network declares, or None."""
+        return declared_channels(self.network)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, C, ...], the VP state; t: [B] in [0, 1]. Returns the network's output."""
@@ -38,5 +58,5 @@ class AtVPTimes(nn.Module):
         level = 0.5 * (schedule.beta_max - schedule.beta_min) * time**2 + schedule.beta_min * time
         signal = torch.exp(-0.5 * level).to(x.dtype)
         ratio = torch.expm1(level).sqrt().to(t.dtype)  # level = -log ᾱ, so σ/√ᾱ = √(1/ᾱ - 1)
-        out: Tensor = self.network(x / signal.reshape(-1, *(1,) * (x.ndim - 1)), ratio)
-        return out
+        y = x / signal.reshape(-1, *(1,) * (x.ndim - 1))
+        return output_of(self.network(y, ratio), y)

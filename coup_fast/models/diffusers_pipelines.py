@@ -1,7 +1,8 @@
 """Unconditional pipelines of Hugging Face diffusers as score models. Needs diffusers.
 
-A pipeline is its `UNet2DModel` and what its scheduler's configuration says of the noise it was
-trained on. How the scheduler samples (steps, spacing, clipping, variance) is the method's affair.
+A pipeline is its `UNet2DModel` and what its scheduler's configuration says of the noise that it was
+trained on. Which scheduler samples, and how (steps, spacing, clipping, variance), makes no
+difference here, because the method decides that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from coup_fast.models.at_vp_times import AtVPTimes
 from coup_fast.schedules import DiscreteSchedule, FlowSchedule, VPSchedule
 from coup_fast.score_model import ScoreModel
 
-DISCRETE = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+# Their configuration holds the betas of the chain that the network was trained on.
+DISCRETE = (
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+    *("DDPMParallelScheduler", "DDIMParallelScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+    *("UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+)
 EXPLODING = ("ScoreSdeVeScheduler",)
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 SUPPORTED = DISCRETE + EXPLODING + FLOWS
@@ -54,6 +63,7 @@ class NoiseOfScore(nn.Module):
 def load_diffusers(
     source: Any,
     *,
+    scheduler: Any = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **options: Any,
@@ -61,9 +71,11 @@ def load_diffusers(
     """Load a pipeline of diffusers as a score model, in eval mode.
 
     Args:
-        source: a folder of `save_pretrained`, a hub id ("google/ddpm-cifar10-32"), or a pipeline.
-            `DDPMPipeline` and others of a UNet2DModel with one of the schedulers `DISCRETE` or
-            `FLOWS`, and `ScoreSdeVePipeline`.
+        source: a pipeline of a UNet2DModel and one of the schedulers that the models page lists:
+            an object, a folder of `save_pretrained` or a hub id ("google/ddpm-cifar10-32"). Or a
+            bare UNet2DModel, as an object or as a folder, with `scheduler`.
+        scheduler: a scheduler of diffusers or its folder, in place of the pipeline's; it says what
+            the network was trained on.
         dtype: of the network.
         device: where it goes.
         **options: of `DiffusionPipeline.from_pretrained` (revision, cache_dir,
@@ -83,12 +95,12 @@ def load_diffusers(
 
     Raises:
         ImportError: diffusers is missing.
-        FileNotFoundError: there is no pipeline.
+        FileNotFoundError: there is no pipeline, network or scheduler.
         ValueError: the pipeline, or a field of its configuration, is not supported; it is named.
     """
-    pipeline = _pipeline(source, options)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
+    unet, scheduler = _parts(source, scheduler, options)
     name, config = type(scheduler).__name__, dict(scheduler.config)
+    _check_scheduler(name, config)
     _check_unet(unet, config)
     if next(unet.parameters()).dtype != dtype:
         unet = unet.to(dtype)
@@ -101,14 +113,8 @@ def load_diffusers(
         flow = FlowSchedule(data_at=1 if config.get("invert_sigmas") else 0)
         steps = float(config["num_train_timesteps"])
         return ScoreModel(unet, "velocity", flow, time_scale=steps).eval().to(device)
-    if name not in DISCRETE:
-        raise ValueError(f"scheduler {name} is not supported; {', '.join(SUPPORTED)} are")
     chain = discrete_schedule(config)
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in _KINDS:
-        raise ValueError(
-            f"prediction_type must be one of {', '.join(_KINDS)}, the scheduler has {prediction!r}"
-        )
     model = ScoreModel(unet, _KINDS[prediction], chain, time_scale=float(chain.num_steps))
     return model.eval().to(device)
 
@@ -147,45 +153,125 @@ def discrete_schedule(config: Mapping[str, Any]) -> DiscreteSchedule:
     return DiscreteSchedule(tuple(betas.tolist()))
 
 
-def _pipeline(source: Any, options: dict[str, Any]) -> Any:
-    """The pipeline of a folder, hub id or object; only of the two parts that are supported."""
+def _parts(source: Any, scheduler: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The network and the scheduler of a folder, hub id or object."""
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
     except ImportError as error:
         raise ImportError(
             "load_diffusers needs diffusers: pip install 'coup-fast[diffusers]'"
         ) from error
-    if not isinstance(source, str | Path):
-        if not hasattr(source, "unet") or not hasattr(source, "scheduler"):
-            raise ValueError(
-                "source must be a folder, a hub id, or a pipeline with a unet and a scheduler, "
-                f"got {type(source).__name__}"
-            )
-        return source
+    if isinstance(scheduler, str | Path):
+        scheduler = _read_scheduler(str(scheduler), options)
+    elif scheduler is not None and not isinstance(getattr(scheduler, "config", None), Mapping):
+        raise ValueError(
+            "scheduler must be a scheduler of diffusers or its folder, got "
+            f"{type(scheduler).__name__}"
+        )
+    pipeline = source
+    if isinstance(source, str | Path):
+        named = _pipeline_index(str(source), options)
+        if named is None:
+            load: Any = diffusers.UNet2DModel.from_pretrained
+        else:
+            _check_index(source, named, scheduler is not None)
+            load = diffusers.DiffusionPipeline.from_pretrained
+        pipeline = load(str(source), **options)
+    unet = getattr(pipeline, "unet", pipeline)
+    scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
+    if not isinstance(unet, nn.Module):
+        raise ValueError(
+            "source must be a folder, a hub id, a pipeline with a unet and a scheduler, or a "
+            f"UNet2DModel, got {type(source).__name__}"
+        )
+    if scheduler is None:
+        raise ValueError(
+            f"{type(unet).__name__} does not say on which noise it was trained: give its "
+            "scheduler, such as scheduler=DDPMScheduler()"
+        )
+    return unet, scheduler
+
+
+def _read_scheduler(source: str, options: dict[str, Any]) -> Any:
+    """The scheduler of a folder or hub id, of those that are supported."""
+    import diffusers
+
+    subfolder = {"subfolder": "scheduler"} if (Path(source) / "model_index.json").exists() else {}
     try:
-        index = DiffusionPipeline.load_config(str(source), **options)
+        config: Any = diffusers.DDPMScheduler.load_config(source, **options | subfolder)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"scheduler={source!r} is no folder with a scheduler_config.json: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    name = config.get("_class_name")
+    _check_scheduler(name, {})
+    return getattr(diffusers, name).from_config(config)
+
+
+def _pipeline_index(source: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What model_index.json says of a folder or hub id; None: it holds one UNet2DModel instead."""
+    import diffusers
+
+    try:
+        index: Any = diffusers.DiffusionPipeline.load_config(source, **options)
+        return dict(index)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
+    try:
+        config: Any = diffusers.UNet2DModel.load_config(source, **options)
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{source} is neither a folder with a pipeline of diffusers (model_index.json) nor a "
-            f"hub id that can be had: {reason}"
+            f"{source} is neither a folder with a pipeline of diffusers (model_index.json) or a "
+            f"network (config.json) nor a hub id that can be had: {reason}"
         ) from error
-    # Parts are [library, class]; another library would be code of the repository's own.
+    if config.get("_class_name") != "UNet2DModel":
+        raise ValueError(
+            f"{source} holds a {config.get('_class_name')}; of single networks UNet2DModel is "
+            "supported"
+        )
+    return None
+
+
+def _check_index(source: Any, index: Mapping[str, Any], scheduler_given: bool) -> None:
+    """That a pipeline has the two parts that are supported; another library would be own code."""
     parts = {
         name: value[1] if value[0] == "diffusers" else ".".join(map(str, value))
         for name, value in index.items()
         if isinstance(value, list | tuple) and len(value) == 2 and value[1] is not None
     }
-    supported = ("UNet2DModel", *SUPPORTED)
-    wrong = [f"{name} {kind}" for name, kind in parts.items() if kind not in supported]
-    if wrong or set(parts) != {"unet", "scheduler"}:
+    if set(parts) == {"unet", "scheduler"} and parts["unet"] == "UNet2DModel":
+        if not scheduler_given:
+            _check_scheduler(parts["scheduler"], {})
+        return
+    raise ValueError(
+        f"{source} is a {index.get('_class_name')} of {', '.join(parts.values())}; supported are "
+        "pipelines of a unet, UNet2DModel, and a scheduler"
+    )
+
+
+def _check_scheduler(name: Any, config: Mapping[str, Any]) -> None:
+    """That a scheduler says on which chain the network was trained, and what it predicts."""
+    if name in FLOWS:
+        return
+    prediction = config.get("prediction_type", "epsilon")
+    if config.get("use_flow_sigmas") or "flow" in str(prediction):
         raise ValueError(
-            f"{source} is a {index.get('_class_name')} of {', '.join(parts.values())}; supported "
-            f"are pipelines of a unet, UNet2DModel, and a scheduler, "
-            f"{', '.join(SUPPORTED)}"
+            f"scheduler {name} is set to flow matching (use_flow_sigmas or prediction_type="
+            f"{prediction!r}), and holds no path; give the scheduler that the network was trained "
+            f"with, {' or '.join(FLOWS)}"
         )
-    load: Any = DiffusionPipeline.from_pretrained
-    return load(str(source), **options)
+    if name not in SUPPORTED:
+        raise ValueError(f"scheduler {name} is not supported; {', '.join(SUPPORTED)} are")
+    if prediction not in _KINDS:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(_KINDS)}, the scheduler has {prediction!r}"
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"timestep_type={config['timestep_type']!r}: the network is told a noise level and not "
+            "an index, which is not supported"
+        )
 
 
 def _check_unet(unet: nn.Module, scheduler: Mapping[str, Any]) -> None:
@@ -198,7 +284,7 @@ def _check_unet(unet: nn.Module, scheduler: Mapping[str, Any]) -> None:
                 "purification does not have"
             )
     channels, out = config["in_channels"], config["out_channels"]
-    variance = scheduler.get("variance_type", "fixed_small")
+    variance = scheduler.get("variance_type") or "fixed_small"
     if out == 2 * channels and variance != "learned_range":
         raise ValueError(
             f"out_channels={out} is twice in_channels, which variance_type='learned_range' means; "
@@ -210,6 +296,10 @@ def _check_unet(unet: nn.Module, scheduler: Mapping[str, Any]) -> None:
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
     config: Any = getattr(network, "config", None)
-    if not isinstance(config, Mapping) or "in_channels" not in config:
+    if (
+        not isinstance(config, Mapping)
+        or "in_channels" not in config
+        or "cross_attention_dim" in config  # a UNet2DConditionModel
+    ):
         raise ValueError(f"unet must be a UNet2DModel, got {type(network).__name__}")
     return config

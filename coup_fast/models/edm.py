@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
+from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.edm_network import EDMNetwork, EDMNetworkConfig
-from coup_fast.models.state import as_state, build_with, read_state, strip_prefix
+from coup_fast.models.state import as_state, build_with, unwrapped
 from coup_fast.schedules import EDMSchedule, VPSchedule
 from coup_fast.score_model import ScoreModel
 
 PRECONDITIONINGS = ("edm", "vp", "ve")
+_NAMED = ("map_layer0.weight", "map_layer1.weight")  # names of every network, below any wrapper
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def load_edm(
             f"{path} is a pickle, which runs code when it is opened. If you trust it, save its "
             f'state dict in a checkout of NVlabs/edm: python -c "{line}"'
         )
-    state = strip_prefix(as_state(read_state(path), str(path)), "model.")
+    state = unwrapped(as_state(read_state(path), str(path)), _NAMED)
     shape = replace(
         config.network,
         label_dim=_columns(state, "map_label.weight"),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
+from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.ncsnv2_net import ACTIVATIONS, NCSNv2
-from coup_fast.models.state import State, as_state, build_with, describe, read_state, strip_prefix
+from coup_fast.models.state import State, as_state, build_with, describe, unwrapped
 from coup_fast.schedules import VPSchedule
 from coup_fast.score_model import ScoreModel
 
@@ -102,18 +103,18 @@ def _state(path: str | Path, ema: bool) -> State:
                 f"{path} holds no EMA parameters: it is {describe(found)}, not a list with them as "
                 "its fifth entry"
             )
-        return strip_prefix(as_state(found, str(path)))
+        return unwrapped(as_state(found, str(path)), _NEEDED)
     if not isinstance(found, list) or len(found) not in (4, 5):
         raise ValueError(
             f"{path} should be a state dict, or a list of a state dict, an optimizer, an epoch, a "
             f"step and EMA parameters; it is {describe(found)}"
         )
-    state = strip_prefix(as_state(found[0], f"{path}, entry 0"))
+    state = unwrapped(as_state(found[0], f"{path}, entry 0"), _NEEDED)
     if not ema:
         return state
     if len(found) == 4:
         raise ValueError(f"{path} holds no EMA parameters: it is {describe(found)}")
-    shadow = strip_prefix(as_state(found[4], f"{path}, entry 4"))
+    shadow = unwrapped(as_state(found[4], f"{path}, entry 4"), _NEEDED)
     unmatched = set(state) ^ set(shadow) ^ {"sigmas"}
     if unmatched:
         raise ValueError(

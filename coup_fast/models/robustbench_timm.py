@@ -12,38 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coup_fast.models.state import as_state, check_fits, read_state, strip_prefix
+from coup_fast.models.checkpoint_files import read_state
+from coup_fast.models.normalized import Normalized
+from coup_fast.models.state import (
+    State,
+    as_state,
+    check_fits,
+    describe,
+    prefixes_of,
+    under,
+    unwrapped,
+)
 
 PACKAGES = ("robustbench", "timm")
-
-
-class Normalised(nn.Module):
-    """`network((pixels - mean) / std)`: a classifier of normalised images as one of pixels.
-
-    Args:
-        network: [B, C, H, W] -> logits [B, K]. mean, std: C numbers each, std > 0.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        if len(mean) != len(std) or not mean or min(std) <= 0:
-            raise ValueError(
-                f"mean and std are one number per channel, std positive; got {mean} and {std}"
-            )
-        self.network = network
-        self.in_channels = len(mean)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W] in [0, 1]; returns logits [B, K]."""
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
 
 
 def load_classifier(
@@ -51,6 +34,7 @@ def load_classifier(
     *,
     architecture: nn.Module | Callable[[], nn.Module] | None = None,
     key: str | None = None,
+    prefix: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
@@ -66,6 +50,8 @@ def load_classifier(
             A path is a `.safetensors` file of `save_network`, or a state dict for `architecture`.
         architecture: for a file, the module to fill, or a function that builds it.
         key: for a file that holds more than a state dict, the entry to take ("a.b" is nested).
+        prefix: for a file, take only the names that begin with it ("ema_model."). Prefixes that
+            all names have (`module.`, `_orig_mod.`, `model.`, ...) go without it.
         mean: for a file or timm, one number per channel: the network takes (pixels - mean)/std.
         std: goes with mean.
         device: where it goes.
@@ -79,14 +65,14 @@ def load_classifier(
     """
     package, colon, name = str(source).partition(":")
     if colon and package in PACKAGES:
-        if architecture is not None or key is not None:
-            raise ValueError("architecture and key are for files")
+        if any(given is not None for given in (architecture, key, prefix)):
+            raise ValueError("architecture, key and prefix are for files")
         load = _robustbench if package == "robustbench" else _timm
         network = load(name, mean, std, options)
     else:
         if options:
             raise ValueError(f"a file takes no option {', '.join(options)}")
-        network = _file(Path(source), architecture, key)
+        network = _file(Path(source), architecture, key, prefix)
         network = _normalised(network, mean, std)
     return network.eval().to(device)
 
@@ -96,7 +82,7 @@ def _normalised(
 ) -> nn.Module:
     if (mean is None) != (std is None):
         raise ValueError(f"give mean and std together, got mean={mean} and std={std}")
-    return network if mean is None or std is None else Normalised(network, mean, std)
+    return network if mean is None or std is None else Normalized(network, mean, std)
 
 
 def _package(name: str, path: str) -> Any:
@@ -150,7 +136,10 @@ def _timm(
 
 
 def _file(
-    path: Path, architecture: nn.Module | Callable[[], nn.Module] | None, key: str | None
+    path: Path,
+    architecture: nn.Module | Callable[[], nn.Module] | None,
+    key: str | None,
+    prefix: str | None,
 ) -> nn.Module:
     if architecture is None and path.suffix == ".safetensors":
         from coup_fast.models.network_files import load_network
@@ -165,7 +154,7 @@ def _file(
             raise ValueError(f"{what} has no entry {entry!r}; it has {held}")
         found, what = found[entry], f"{what}[{entry}]"
     try:
-        state = strip_prefix(as_state(found, what))
+        state = as_state(found, what)
     except ValueError as error:
         raise ValueError(f"{error}; name the entry that is one with key=") from error
     if architecture is None:
@@ -173,6 +162,27 @@ def _file(
             f"{what} holds weights alone: give architecture=, the module that they are for"
         )
     network = architecture if isinstance(architecture, nn.Module) else architecture()
-    check_fits(network, state, what)
-    network.load_state_dict(state)
+    expected = network.state_dict()
+    bare = unwrapped(_below(state, prefix, what), expected)
+    try:
+        check_fits(network, bare, what)
+    except ValueError as error:
+        fitting = [] if prefix else [name for name in prefixes_of(state, expected) if name]
+        if not fitting:
+            raise
+        choices = " or ".join(f"prefix={name!r}" for name in fitting)
+        raise ValueError(f"{error}. Its names fit below {choices}: name one") from error
+    network.load_state_dict(bare)
     return network
+
+
+def _below(state: State, prefix: str | None, what: str) -> State:
+    """The entries below a prefix that the user names."""
+    if not prefix:
+        return state
+    chosen = under(state, prefix if prefix.endswith(".") else f"{prefix}.")
+    if not chosen:
+        raise ValueError(
+            f"no name of {what} begins with prefix={prefix!r}; it is {describe(state)}"
+        )
+    return chosen

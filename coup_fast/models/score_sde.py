@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
+from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.score_sde_network import NCSNpp, NCSNppConfig
 from coup_fast.models.state import (
     State,
@@ -26,8 +27,7 @@ from coup_fast.models.state import (
     build_with,
     check_fits,
     describe,
-    read_state,
-    strip_prefix,
+    unwrapped,
 )
 from coup_fast.schedules import VPSchedule
 from coup_fast.score_model import ScoreModel
@@ -99,8 +99,8 @@ def load_score_sde(
 
     Args:
         path: a training checkpoint (a dict with `model`, `ema`, `optimizer`, `step`), or a bare
-            state dict (.pth or .safetensors; it has no EMA, so ema=False). Names may begin with
-            `module.`
+            state dict (.pth or .safetensors; it has no EMA, so ema=False). Names may
+            have a wrapper's prefix (`module.`, `_orig_mod.`, ...)
         config: name of the configuration in the release (`CONFIGS`); the default is the network
             that DiffPure and COUP use on CIFAR-10. A `ScoreSDEConfig` describes any other.
         ema: True takes the parameters' moving average, as the published results do; False takes
@@ -126,11 +126,12 @@ def load_score_sde(
         config = CONFIGS[checks.choice("config", config, CONFIGS)]
     found = read_state(path)
     training = isinstance(found, Mapping) and "model" in found
-    state = strip_prefix(
+    state = (
         as_state(found["model"], f"'model' of {path}") if training else as_state(found, str(path))
     )
     with torch.device("meta"):
         empty = NCSNpp(config.network)
+    state = unwrapped(state, empty.state_dict())
     _check(empty, state, f"{'the model of ' if training else ''}{path}")
     if ema:
         state.update(_averages(found, empty, path))

@@ -1,79 +1,23 @@
-"""Checkpoint files of others: reading them safely, and saying exactly what does not fit.
+"""State dicts of others: the names below their wrappers, and saying exactly what does not fit.
 
-Files are unpickled with `weights_only=True` only (tensors and plain containers; nothing in a file
-can run). A state dict fits a module if names and shapes are equal: nothing is skipped or guessed.
-Knows no architecture. Needs torch; safetensors for .safetensors files.
+A state dict fits a module if names and shapes are equal: nothing is skipped or guessed. Knows no
+architecture and no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coup_fast.files import FileError, reading
-
 State = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-_CHECKPOINT = "a checkpoint of tensors and plain containers (torch.load with weights_only=True)"
 _SHOWN = 5  # names listed of each kind of mismatch
-
-
-def read_state(path: str | Path) -> Any:
-    """What a checkpoint file holds, tensors on the CPU: a dict of tensors, or whatever was saved.
-
-    Args:
-        path: a file of `torch.save` (either format), or `.safetensors`.
-
-    Raises:
-        FileNotFoundError: no such file. FileError, a ValueError: not a checkpoint, or one that
-        holds objects other than dense tensors and plain containers. ImportError: safetensors is
-        missing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    cure = (
-        "If it is one and you trust it, save its state dict alone: "
-        "torch.save(model.state_dict(), path)"
-    )
-    with reading(path, _CHECKPOINT, cure):
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        _check_plain(found, path)
-    return found
-
-
-def _check_plain(found: Any, path: Path) -> None:
-    """Raise FileError if there is a tensor without values of its own in memory."""
-    if isinstance(found, Mapping):
-        found = list(found.values())
-    if isinstance(found, list | tuple | set):
-        for entry in found:
-            _check_plain(entry, path)
-    elif isinstance(found, Tensor) and (
-        found.layout != torch.strided or found.device.type != "cpu" or found.is_quantized
-    ):
-        raise FileError(
-            f"{path} holds a tensor {list(found.shape)} that is "
-            f"{'quantized' if found.is_quantized else found.layout} on {found.device.type}; "
-            "dense tensors are needed"
-        )
-
-
-def _read_safetensors(path: Path) -> State:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"{path} needs safetensors: pip install 'coup-fast[models]'") from error
-    with reading(path, "a safetensors file"):
-        tensors: State = load_file(path)
-    return tensors
+# Segments that wrappers of PyTorch put inside of names; no module is called so.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def describe(found: Any) -> str:
@@ -105,14 +49,64 @@ def as_state(found: Any, what: str) -> State:
     raise ValueError(f"{what} should be a state dict (names to tensors); it is {describe(found)}")
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> State:
-    """Names without `prefix` (DataParallel's by default) if all of them have it, else as they are.
+def unwrapped(state: Mapping[str, Tensor], expected: Collection[str] = ()) -> State:
+    """`state` under the names that it has without its wrappers.
 
-    A state dict where only some names have the prefix is left alone, for `check_fits` to report.
+    That are `module.` (DataParallel, AveragedModel), `_orig_mod.` (torch.compile, which may stand
+    inside of names), `model.` or `net.` (Lightning), any other prefix that all names share, and
+    AveragedModel's counter `n_averaged`. A prefix that only some names have stays, for `check_fits`
+    to report, and so does a wrapper's name where `expected` has it too.
+
+    Args:
+        expected: names of the module to fill; the prefix is the one under which most of them are
+            found. Where they are not known, the whole common prefix goes.
     """
-    if all(name.startswith(prefix) for name in state):
-        return {name[len(prefix) :]: tensor for name, tensor in state.items()}
-    return dict(state)
+    state, expected = dict(state), set(expected)
+    if "n_averaged" not in expected and len(state) > 1 and _is_number(state.get("n_averaged")):
+        del state["n_averaged"]
+    if not expected or not expected.issuperset(state):
+        for wrapper in _WRAPPERS:
+            if not any(wrapper in name for name in expected):
+                bare = {name.replace(wrapper, ""): tensor for name, tensor in state.items()}
+                state = bare if len(bare) == len(state) else state
+    prefixes = _common_prefixes(state)
+
+    def found(prefix: str) -> int:
+        return sum(name[len(prefix) :] in expected for name in state)
+
+    prefix = max(prefixes, key=found) if expected else prefixes[-1]
+    return {name[len(prefix) :]: tensor for name, tensor in state.items()}
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The entries below `prefix`, without it; the others are left out."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def prefixes_of(state: Mapping[str, Tensor], expected: Collection[str]) -> list[str]:
+    """The prefixes under which `state` has all names of `expected`, sorted."""
+    longest = max(expected, key=len, default="")
+    candidates = {name[: -len(longest)] for name in state if longest and name.endswith(longest)}
+    return sorted(
+        prefix
+        for prefix in candidates
+        if (not prefix or prefix.endswith(".")) and all(prefix + name in state for name in expected)
+    )
+
+
+def _common_prefixes(names: Iterable[str]) -> list[str]:
+    """Prefixes of whole segments that all names share, beginning with the empty one."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ["".join(f"{segment}." for segment in shared[:n]) for n in range(len(shared) + 1)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

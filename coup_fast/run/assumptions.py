@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from coup_fast._torch.calls import logits_of
 from coup_fast._torch.reachable import modules_behind
 
 
@@ -86,7 +87,11 @@ def check_answer(name: str, answer: Tensor, given: Tensor) -> None:
 
 
 def check_logits(logits: Any, given: Tensor) -> Tensor:
-    """A classifier's answer to `given`, checked: logits [B, K], K >= 2. ValueError, TypeError."""
+    """A classifier's answer to `given`, checked: logits [B, K], K >= 2. ValueError, TypeError.
+
+    Of an object with a tensor `.logits` that is taken.
+    """
+    logits = logits_of(logits)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(given):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the classifier must return logits [{len(given)}, K]; got {got}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coup_fast._torch.calls import NetworkForm
 from coup_fast._torch.locks import ForkLock
 from coup_fast._torch.modules import module_of
 from coup_fast.run.cuda_recorder import CudaRecorder, Recorder
@@ -218,6 +219,8 @@ class Graphs:
                     return "the caller is capturing a graph of its own"
         if choice == "auto":
             for model in run.models:
+                if isinstance(model, NetworkForm):
+                    model = model.network
                 if model is not None and module_of(model) is None:
                     return (
                         "a model is a plain callable, whose tensors may move unseen; make it a "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from coup_fast._torch.attention import TwiceDifferentiableAttention
 from coup_fast._torch.differentiated import explain
 from coup_fast._torch.modules import grad_leaf, in_dtype_of, no_wider
 from coup_fast.run.assumptions import check_logits
@@ -65,7 +66,7 @@ def _gradient(
     """`confidence_gradient`, or None for logits that x has no part in."""
     gradient: Tensor | None
     if graph:
-        with torch.enable_grad():
+        with torch.enable_grad(), TwiceDifferentiableAttention():
             logits = _logits(classifier, x)
             _, cotangent = ops.confidence_cotangent(logits)
             try:

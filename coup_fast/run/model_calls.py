@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast._torch.calls import called, logits_of
 from coup_fast._torch.modules import dtype_of, in_dtype, module_of, no_wider
 from coup_fast.run.options import SELF_CAPTURING
-from coup_fast.score_model import ClassifierFunction, ScoreModel, output_of
+from coup_fast.score_model import ClassifierFunction, ScoreModel, answer_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ModelCalls:
         state, x = x.dtype, in_dtype(self._network_dtype, x)
         with self._cast(x):
             if self.compiled_network is not None:
-                out = output_of(self.compiled_network(x, time))
+                out = answer_of(self.compiled_network, x, time)
             else:
                 out = self.score_model(x, time, converted=True)
         return no_wider(out, state)
@@ -61,7 +62,9 @@ class ModelCalls:
             classifier = self.compiled_classifier
         assert classifier is not None
         with self._cast(pixels):
-            return classifier(in_dtype(self._classifier_dtype, pixels))
+            pixels = in_dtype(self._classifier_dtype, pixels)
+            logits: Tensor = logits_of(called("classifier", classifier, pixels=pixels))
+            return logits
 
     def classify_alone(self, pixels: Tensor) -> Tensor:
         """`classify` by the classifier as it is: compiled ones have no second derivatives."""
@@ -70,7 +73,7 @@ class ModelCalls:
     def network_alone(self, x: Tensor, time: Tensor) -> Tensor:
         """`score` by the network as it is, past the hooks of its `ScoreModel`."""
         with self._cast(x):
-            out = output_of(self.score_model.network(in_dtype(self._network_dtype, x), time))
+            out = answer_of(self.score_model.network, in_dtype(self._network_dtype, x), time)
         return no_wider(out, x.dtype)
 
     def flags(self) -> AbstractContextManager[None]:

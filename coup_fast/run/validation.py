@@ -34,6 +34,22 @@ def check_times(times: NDArray[np.float64], t_max: float | None, method: str) ->
         )
 
 
+def check_whole_times(
+    times: NDArray[np.float64], time_scale: float, dtype: torch.dtype | None, method: str
+) -> None:
+    """A plan's times [N] are whole numbers for a network that takes such. ValueError."""
+    if dtype is None or dtype.is_floating_point:
+        return
+    asked = times[np.isfinite(times)] * time_scale
+    broken = asked[np.abs(asked - np.rint(asked)) > 1e-3]
+    if len(broken):
+        raise ValueError(
+            f"{method} with these options calls the score model at time {broken[0]:g}, and "
+            f"time_dtype={dtype} takes whole numbers: describe a network of N indices by "
+            "schedule=DiscreteSchedule() and time_scale=N, or take steps that end at them"
+        )
+
+
 def check_images(images: Any) -> None:
     """images: [B, C, H, W], floating, strided; TypeError or ValueError otherwise.
 
@@ -83,9 +99,11 @@ def check_channels(name: str, function: Any, images: Tensor) -> None:
     """The channels that the model declares, if it does, are the images'. ValueError."""
     channels = declared_channels(function)
     if channels is not None and channels != images.shape[1]:
+        last = images.ndim == 4 and images.shape[3] == channels
         raise ValueError(
             f"the {name} takes images of {channels} channels, got {images.shape[1]} "
             f"(images {list(images.shape)})"
+            + ("; [B, C, H, W] is wanted: images.permute(0, 3, 1, 2)" if last else "")
         )
 
 

@@ -22,9 +22,9 @@ from coup_fast.benchmarking import results
 from coup_fast.evaluation.config import read_toml
 from coup_fast.files import FileError, memory, read_arrays, read_json, reading
 from coup_fast.integrations.pictures import open_picture, read_picture
+from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.network_files import load_network, save_network
-from coup_fast.models.state import read_state
 
 
 def picture(path: Path) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import coup_fast
 from coup_fast.integrations import diffpure, diffpure_files
-from coup_fast.models import guided_diffusion, score_sde
+from coup_fast.models import ddpm_net, guided_diffusion, score_sde
 
 RUNNERS = {
     "ddpm": diffpure.GuidedDiffusion,
@@ -241,21 +241,6 @@ def test_ode_with_fixed_noise_gives_all_images_the_same(args: Namespace, config:
     assert runner.purifier.plan.num_steps == 2
 
 
-def test_coup_is_guided_by_the_classifier(args: Namespace, config: Namespace) -> None:
-    u, classifier = images(2), TinyClassifier()
-    runner = diffpure.CoupDiffusion(
-        args, config, "cpu", classifier, score_model=model_for("sde"), fresh_draws=False
-    )
-    result = runner.image_editing_sample(2 * u - 1, bs_id=2)
-    expected = coup_fast.purify(u, model_for("sde"), classifier, t_star=0.005, seed=1234)
-    assert torch.allclose(result, 2 * expected - 1, atol=1e-5)
-    args.guidance_scale = 0.0
-    assert not torch.allclose(runner.image_editing_sample(2 * u - 1, bs_id=2), result, atol=1e-5)
-    args.rand_t = True
-    with pytest.raises(ValueError, match="rand_t"):
-        diffpure.CoupDiffusion(args, config, "cpu", classifier, score_model=model_for("sde"))
-
-
 # --- noise and gradients
 
 
@@ -351,13 +336,33 @@ def test_the_flags_of_the_configuration_build_the_imagenet_network(
         assert torch.equal(a, b)
 
 
+def test_the_celebahq_network_is_read_from_the_folder_of_torch_hub(
+    args: Namespace, config: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint as SDEdit's `celeba_hq.ckpt`, small; the betas are the configuration's."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    shape = ddpm_net.DDPMConfig(channels=32, widths=(32, 64), attention=(False, True))
+    network = ddpm_net.DDPMUNet(shape)
+    config.data.dataset, args.t = "CelebA_HQ", 2
+    config.diffusion = Namespace(beta_start=1e-4, beta_end=0.03, num_diffusion_timesteps=1000)
+    with pytest.raises(FileNotFoundError, match=r"celeba_hq\.ckpt"):
+        diffpure.Diffusion(args, config, "cpu")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / "celeba_hq.ckpt")
+    runner = diffpure.Diffusion(args, config, "cpu")
+    assert runner.betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.03])
+    assert runner.image_editing_sample(images(1), bs_id=2).isfinite().all()
+    for a, b in zip(runner.model.parameters(), network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_cannot_be_run_is_refused(args: Namespace, config: Namespace) -> None:
     x = images(1)
 
     def runner(name: str) -> nn.Module:
         return RUNNERS[name](args, config, "cpu", score_model=model_for(name))
 
-    with pytest.raises(ValueError, match="CelebA-HQ"):
+    with pytest.raises(ValueError, match=r"'CIFAR10' \(CelebA_HQ has one"):
         diffpure.Diffusion(args, config, "cpu")
     args.score_type = "guided_diffusion"
     with pytest.raises(ValueError, match="score_sde"):

@@ -109,7 +109,8 @@ def test_the_examples_run(
         assert 0 < moved <= 8 / 255 + 1e-6
     if "runner" in names:
         assert names["x"].shape == images.shape
-        assert len(list(Path("log/bs0_run").iterdir())) == 4
+        written = [path.name for path in Path().glob("log/bs0_run/*")]
+        assert len(written) == (0 if "CoupDiffusion" in block else 4)
     if "purify_image" in names:
         with Image.open("clean.png") as image:
             assert image.size == (10, 12)

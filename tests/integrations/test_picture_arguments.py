@@ -68,5 +68,5 @@ def test_another_fault_at_a_size_that_was_chosen_is_not_called_one_of_size() -> 
             raise RuntimeError("broken")
 
     broken = coup_fast.Purifier(coup_fast.ScoreModel(Broken()), method="diffpure", num_steps=1)
-    with pytest.raises(RuntimeError, match=r"^broken"):
+    with pytest.raises(RuntimeError, match=r"^the score network Broken failed: broken"):
         purify_image(PICTURE, broken, resize=16)

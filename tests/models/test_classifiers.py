@@ -13,9 +13,9 @@ from helpers.tiny import TinyClassifier
 from torch import nn
 
 import coup_fast
+from coup_fast.models import Normalized, load_classifier
 from coup_fast.models.classifier import Classifier
 from coup_fast.models.network_files import save_network
-from coup_fast.models.robustbench_timm import Normalised, load_classifier
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -26,12 +26,68 @@ def images() -> torch.Tensor:
 
 def test_normalised_networks_take_pixels() -> None:
     network = TinyClassifier()
-    classifier = Normalised(network, MEAN, STD)
+    classifier = Normalized(network, MEAN, STD)
     assert classifier.in_channels == 3
     x = torch.stack([(images()[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     torch.testing.assert_close(classifier(images()), network(x))
-    with pytest.raises(ValueError, match=r"mean and std .*\(1, 0, 1\)"):
-        Normalised(network, MEAN, (1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "make", [tuple, list, torch.tensor, lambda x: torch.tensor(x)[:, None, None]]
+)
+def test_mean_and_std_come_in_many_forms(make) -> None:
+    wanted = Normalized(TinyClassifier(), MEAN, STD)
+    found = Normalized(TinyClassifier(), make(MEAN), make(STD))
+    assert torch.equal(found(images()), wanted(images()))
+    one = Normalized(TinyClassifier(), 0.5, 0.25)
+    assert torch.equal(one(images()), TinyClassifier()((images() - 0.5) / 0.25))
+    assert one.in_channels is None
+
+
+def test_normalized_follows_dtypes_saves_its_numbers_and_lets_gradients_through() -> None:
+    wide = Normalized(TinyClassifier().double(), MEAN, STD)
+    assert wide.mean.dtype == torch.float64
+    assert wide.mean.flatten().tolist() == list(MEAN)  # not by way of float32
+    half = Normalized(TinyClassifier(), MEAN, STD).to(torch.bfloat16)
+    assert {t.dtype for t in half.state_dict().values()} == {torch.bfloat16}
+    other = Normalized(TinyClassifier(seed=9), 3 * (0.5,), 3 * (0.5,))
+    other.load_state_dict(wide.state_dict())
+    leaf = images().requires_grad_()
+    other(leaf).sum().backward()
+    assert leaf.grad.abs().max() > 0
+    assert all(p.grad is not None for p in other.parameters())
+    score = coup_fast.ScoreModel(lambda x, t: 0.1 * x)
+    for model in (wide, half):
+        assert coup_fast.Purifier(score, model, num_steps=2)(images()).dtype == torch.float32
+    meta = Normalized(TinyClassifier().to("meta"), MEAN, STD)
+    assert meta.mean.device.type == "meta"
+
+
+def test_answers_with_logits_are_unwrapped() -> None:
+    class Output(dict):
+        logits = property(lambda self: self["logits"])
+
+    network = TinyClassifier()
+    classifier = Normalized(lambda x: Output(logits=network(x)), MEAN, STD)
+    assert torch.equal(classifier(images()), Normalized(network, MEAN, STD)(images()))
+
+
+def test_bad_numbers_are_named() -> None:
+    network = TinyClassifier()
+    with pytest.raises(ValueError, match=r"each of std must be a number in \(0, inf\), got 0"):
+        Normalized(network, MEAN, (1, 0, 1))
+    with pytest.raises(ValueError, match=r"mean and std .*got 3 and 1"):
+        Normalized(network, MEAN, 0.5)
+    with pytest.raises(ValueError, match=r"each of mean .*\[0, 1\].*got 123.*by 255"):
+        Normalized(network, (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
+    with pytest.raises(ValueError, match="each of mean must be a finite number, got nan"):
+        Normalized(network, (float("nan"), 0, 0), STD)
+    with pytest.raises(TypeError, match=r"mean must be numbers, one per channel, got \[2, 3\]"):
+        Normalized(network, torch.zeros(2, 3), STD)
+    with pytest.raises(TypeError, match="std must be numbers, one per channel, got 'a'"):
+        Normalized(network, MEAN, "a")
+    with pytest.raises(TypeError, match="network must be a module or a callable, got int"):
+        Normalized(3, MEAN, STD)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -45,7 +101,7 @@ def test_files_fill_an_architecture(tmp_path: Path, prefix: str) -> None:
         assert not found.training
         torch.testing.assert_close(found(images()), network(images()))
     scaled = load_classifier(path, architecture=TinyClassifier, key="net.state", mean=MEAN, std=STD)
-    assert torch.equal(scaled(images()), Normalised(network, MEAN, STD)(images()))
+    assert torch.equal(scaled(images()), Normalized(network, MEAN, STD)(images()))
     with pytest.raises(ValueError, match=r"\(net, acc\); .* key="):
         load_classifier(path, architecture=TinyClassifier)
     with pytest.raises(ValueError, match=r"\[net\] .*'model'.* state"):
@@ -74,7 +130,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str) 
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f"'{name}:.*pip install {name}"):
         load_classifier(f"{name}:Standard")
-    with pytest.raises(ValueError, match="architecture and key"):
+    with pytest.raises(ValueError, match="architecture, key and prefix"):
         load_classifier(f"{name}:Standard", architecture=TinyClassifier)
 
 
@@ -105,7 +161,7 @@ class TestStandIns:
         assert stand_in_timm == [{"pretrained": True, "num_classes": 4}]
         assert not found.training
         assert not found.network.training
-        wanted = Normalised(TinyClassifier(), MEAN, STD)(images())
+        wanted = Normalized(TinyClassifier(), MEAN, STD)(images())
         assert torch.equal(found(images()), wanted)
         own = load_classifier("timm:tiny", pretrained=False, mean=(0.5,) * 3, std=(0.5,) * 3)
         assert torch.equal(own(images()), TinyClassifier()((images() - 0.5) / 0.5))

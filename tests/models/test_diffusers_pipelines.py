@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 import coup_fast
 from coup_fast.models.at_vp_times import AtVPTimes
-from coup_fast.models.diffusers_pipelines import NoiseOfScore, discrete_schedule, load_diffusers
+from coup_fast.models.diffusers_pipelines import (
+    DISCRETE,
+    NoiseOfScore,
+    discrete_schedule,
+    load_diffusers,
+)
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers package")
 
@@ -216,7 +221,8 @@ def test_an_exploding_pipeline_is_asked_at_its_own_noise(tmp_path: Path) -> None
     [
         ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
         ({}, {"beta_schedule": "laplace"}, "beta_schedule .*'laplace'"),
-        ({}, {"prediction_type": "flow"}, "prediction_type .*'flow'"),
+        ({}, {"prediction_type": "flow"}, "flow matching .*prediction_type='flow'"),
+        ({}, {"prediction_type": "score"}, "prediction_type .*'score'"),
         ({"num_class_embeds": 10}, {}, "num_class_embeds=10"),
         ({"class_embed_type": "timestep"}, {}, "class_embed_type='timestep'"),
         ({"out_channels": 6}, {"variance_type": "learned"}, "out_channels=6 .*'learned'"),
@@ -238,9 +244,9 @@ def test_other_pipelines_are_refused_before_anything_is_loaded(tmp_path: Path) -
     (folder / "model_index.json").write_text(json.dumps(index | latent))
     with pytest.raises(ValueError, match=r"StableDiffusionPipeline .*AutoencoderKL.* supported"):
         load_diffusers(folder)
-    heun = index | {"scheduler": ["diffusers", "HeunDiscreteScheduler"]}
-    (folder / "model_index.json").write_text(json.dumps(heun))
-    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler.* supported"):
+    consistency = index | {"scheduler": ["diffusers", "CMStochasticIterativeScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(consistency))
+    with pytest.raises(ValueError, match=r"CMStochasticIterativeScheduler.* supported"):
         load_diffusers(folder)
     own = index | {"unet": ["my_code", "UNet2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(own))
@@ -255,9 +261,86 @@ def test_other_pipelines_are_refused_before_anything_is_loaded(tmp_path: Path) -
         load_diffusers(3)
     with pytest.raises(ValueError, match=r"unet .*UNet2DModel, got Linear"):
         load_diffusers(_Parts(nn.Linear(1, 1), scheduler()))
-    heun_scheduler = diffusers.HeunDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"^scheduler HeunDiscreteScheduler"):
-        load_diffusers(_Parts(unet(), heun_scheduler))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("CMStochasticIterativeScheduler", {}, "^scheduler CMStochastic.* is not supported"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "UniPC.* is set to flow matching"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ("UniPCMultistepScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_schedulers_of_other_networks_are_refused(name: str, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_diffusers(_Parts(unet(), scheduler(name, **options)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_swapped_scheduler_holds_the_chain(tmp_path: Path, name: str) -> None:
+    """DDPM's betas survive `from_config`, in memory and on disk; unusual ones, to tell them."""
+    network = unet()
+    first = scheduler(beta_start=2e-4, beta_end=0.03, prediction_type="v_prediction")
+    pipeline = diffusers.DDPMPipeline(unet=network, scheduler=first)
+    wanted = load_diffusers(pipeline)
+    pipeline.register_modules(scheduler=getattr(diffusers, name).from_config(first.config))
+    pipeline.save_pretrained(tmp_path / "swapped")
+    x, t = scatter(2, 3, 8, 8), torch.tensor([0.2, 0.6])
+    for source in (pipeline, tmp_path / "swapped"):
+        found = load_diffusers(source)
+        assert found.schedule == wanted.schedule
+        with torch.no_grad():
+            assert torch.equal(found(x, t), wanted(x, t))
+    betas = pipeline.scheduler.betas.numpy()
+    np.testing.assert_allclose(found.schedule.betas, betas, rtol=3e-6)
+
+
+def test_an_euler_chain_of_diffusers_is_ddim(tmp_path: Path) -> None:
+    """Euler's step on x/√ᾱ along σ is DDIM's, so a swapped scheduler can be compared as it runs."""
+    network, theirs = unet(), scheduler("EulerDiscreteScheduler", timestep_spacing="leading")
+    model = load_diffusers(saved(tmp_path / "pipeline", network, theirs))
+    theirs.set_timesteps(STEPS)
+    images, noise = 0.5 + 0.4 * scatter(2, 3, 8, 8), scatter(1, 2, 3, 8, 8, salt=1)
+    with torch.no_grad():
+        ours = coup_fast.Purifier(model, method="ddim", t_star=0.3)(images, noise=noise)
+        x = theirs.add_noise(2 * images - 1, noise[0], torch.tensor([14.0, 14.0]))
+        for index in reversed(range(15)):
+            out = network(theirs.scale_model_input(x, index), index).sample
+            x = theirs.step(out, torch.tensor(float(index)), x).prev_sample
+    torch.testing.assert_close(ours, (x + 1) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_bare_networks_with_their_scheduler(tmp_path: Path) -> None:
+    network, noise = unet(), scheduler(beta_start=2e-4)
+    wanted = load_diffusers(diffusers.DDPMPipeline(unet=network, scheduler=noise))
+    network.save_pretrained(tmp_path / "unet")
+    noise.save_pretrained(tmp_path / "noise")
+    saved(tmp_path / "pipeline", network, noise)
+    x, t = scatter(2, 3, 8, 8), torch.tensor([0.2, 0.6])
+    for source in (network, tmp_path / "unet", str(tmp_path / "pipeline" / "unet")):
+        for given in (noise, tmp_path / "noise", tmp_path / "pipeline"):
+            found = load_diffusers(source, scheduler=given)
+            assert found.schedule == wanted.schedule
+            assert not found.network.training
+            with torch.no_grad():
+                assert torch.equal(found(x, t), wanted(x, t))
+    other = load_diffusers(tmp_path / "pipeline", scheduler=scheduler(beta_start=3e-4))
+    assert other.schedule.betas[0] == 3e-4
+    with pytest.raises(ValueError, match=r"UNet2DModel does not say .*scheduler=DDPMScheduler\(\)"):
+        load_diffusers(tmp_path / "unet")
+    with pytest.raises(ValueError, match=r"^scheduler must be .* got DiscreteSchedule"):
+        load_diffusers(network, scheduler=coup_fast.DiscreteSchedule())
+    with pytest.raises(FileNotFoundError, match=r"scheduler=.*unet.*scheduler_config\.json"):
+        load_diffusers(network, scheduler=tmp_path / "unet")
+    flow = load_diffusers(network, scheduler=diffusers.FlowMatchHeunDiscreteScheduler())
+    assert (flow.kind, flow.schedule.data_at) == ("velocity", 0)
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    config["_class_name"] = "UNet2DConditionModel"
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unet holds a UNet2DConditionModel; .*UNet2DModel"):
+        load_diffusers(tmp_path / "unet", scheduler=noise)
 
 
 class _Parts:

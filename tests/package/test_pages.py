@@ -31,7 +31,14 @@ else:
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN_HERE = ("attacks.md", "evaluation.md", "gradients.md")
-RUN_ELSEWHERE = {"integrations.md", "methods.md", "models.md", "examples.md", "index.md"}
+RUN_ELSEWHERE = {
+    "integrations.md",
+    "methods.md",
+    "models.md",
+    "examples.md",
+    "index.md",
+    "your_network.md",
+}
 TUTORIALS = {path.name for path in (DOCS / "tutorials").glob("*.md")} - {"index.md"}
 
 
@@ -146,6 +153,18 @@ def test_the_examples_run(page: str, block: str, names: dict[str, Any]) -> None:
         assert all(p.grad is not None for p in names["classifier"].parameters())
     if "report" in names:
         assert "COUP" in names["report"].table() or "coup" in names["report"].table()
+
+
+def test_the_page_on_networks_runs_from_top_to_bottom(names: dict[str, Any]) -> None:
+    text = (DOCS / "your_network.md").read_text(encoding="utf-8")
+    for block in blocks(text, "python"):
+        names.pop("clean", None)
+        exec(block, names)
+        clean = names.get("clean")
+        assert clean is None or (clean.shape == names["images"].shape and clean.isfinite().all())
+    for line in re.findall(r"`call=(lambda [^`]*)`", text):
+        assert callable(eval(line, {}))
+    assert len(blocks(text, "python")) >= 5
 
 
 def test_the_configuration_is_understood() -> None:

@@ -42,7 +42,7 @@ def test_objects_with_a_sample_are_unwrapped_and_anything_else_is_refused() -> N
     x, t = torch.randn(2, 1, 4, 4), torch.zeros(2)
     assert torch.equal(ScoreModel(lambda x, t: SimpleNamespace(sample=2 * x))(x, t), 2 * x)
     with pytest.raises(TypeError, match="returned tuple"):
-        ScoreModel(lambda x, t: (x,))(x, t)
+        ScoreModel(lambda x, t: (x, x))(x, t)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -55,7 +55,7 @@ def test_input_is_cast_to_the_dtype_of_the_parameters_and_time_is_not(dtype) -> 
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"kind .*eps, score, x0, ncsn, got 'noise'"):
+    with pytest.raises(ValueError, match=r"kind .*eps, score, x0, v, velocity, ncsn, got 'noise'"):
         ScoreModel(TinyNetwork(), kind="noise")
     with pytest.raises(TypeError, match="callable"):
         ScoreModel(3)
