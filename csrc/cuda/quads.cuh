@@ -310,8 +310,9 @@ inline bool is_interleaved(const View& view, int64_t channels, int64_t pixels, i
          view.pixel_stride == kStripChannels && is_aligned(view, batch);
 }
 
-// The best access that all tensors of a call allow, but kPairs, which a kernel may have for kPacked. Beside a channels_last tensor the channels of a
-// dense one begin on vectors too: is_interleaved asks for whole quads of pixels.
+// The best access that all tensors of a call allow, but kPairs, which a kernel may have for
+// kPacked. Beside a channels_last tensor the channels of a dense one begin on vectors too:
+// is_interleaved asks for whole quads of pixels.
 inline Access access_of(std::initializer_list<const View*> views, int64_t channels, int64_t pixels,
                         int64_t batch) {
   Access best = Access::kPacked;

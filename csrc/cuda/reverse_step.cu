@@ -24,10 +24,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// --- the usual call: plain, with drawn noise, one layout, one type of output and guidance ---------
+// --- the usual call: plain, with drawn noise, one layout, one type of output and guidance -------
 
-// Its steps, by the terms of the row: those of most rows, or any. Two thirds of the generic kernel's
-// instructions, because the compiler knows types, terms and the one offset of all tensors.
+// A loop for the terms of most rows, with G or without, and one for any others. Two thirds of the
+// generic kernel's instructions, because the compiler knows terms, types and that all tensors have
+// one offset.
 template <DType kType, Access kAccess>
 __global__ void __launch_bounds__(kThreads, kAccess == Access::kPairs ? 3 : 2)
     reverse_step_usual_kernel(const ReverseStep given, const QuadGrid grid) {

@@ -17,9 +17,9 @@ namespace coup_fast {
 template <class F>
 struct Lanes;
 
-// The square root of 0 or of a number between 2^-100 and 2^100, correctly rounded, from a reciprocal
-// of it that is within 8 ulp. P. Markstein, "Computation of elementary functions on the IBM RISC
-// System/6000 processor" (1990); tests/ops/test_normal.py tries all significands.
+// The square root of 0 or of a number between 2^-100 and 2^100, correctly rounded, from a
+// reciprocal of it that is within 8 ulp. P. Markstein, "Computation of elementary functions on the
+// IBM RISC System/6000 processor" (1990); tests/ops/test_normal.py tries all significands.
 COUP_FAST_FN float sqrt_by_reciprocal(float value, float reciprocal);
 
 template <>

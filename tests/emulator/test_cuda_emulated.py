@@ -23,7 +23,7 @@ from helpers.cuda_cases import (
     outputs,
     same_bits,
 )
-from helpers.sampling import perturb_row, step, views_of
+from helpers.sampling import perturb_row, step
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the emulator is built by the C++ compiler"
@@ -169,15 +169,6 @@ def test_in_place_twin(emulated, shape, layout, norm: str) -> None:
         expected = torch.ops.coup_fast.reverse_step(*call.args)
         emulated.reverse_step_(*call.args)
         assert same_bits(call.x, expected)
-
-
-def test_in_place_twin_of_samples_apart(emulated) -> None:
-    """Every second sample of each tensor: one stride, and not that of dense samples."""
-    call = replace(step((4, 3, 8, 8), "langevin"), reference=None)
-    call = call.map(lambda t: views_of(t)["every_other"])
-    expected = torch.ops.coup_fast.reverse_step(*call.args)
-    emulated.reverse_step_(*call.args)
-    assert same_bits(call.x, expected)
 
 
 def test_nothing_is_written_outside(emulated) -> None:

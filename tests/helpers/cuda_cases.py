@@ -144,8 +144,8 @@ def _reverse_step() -> Iterator[Case]:
         last = lambda call: _plain(call).map(_last)  # noqa: E731
         yield from _steps(_name("turns", "last", shape), _step(last, shape=shape))
         for row in ("langevin", "everything"):
-            options = {"shape": shape, "row": row, "dtype": (LOW[0], LOW[1], LOW[1])}
-            yield Case("reverse_step", _name("turns", *LOW, row, shape), _step(_plain, **options)[0])
+            make, _ = _step(_plain, shape=shape, row=row, dtype=(LOW[0], LOW[1], LOW[1]))
+            yield Case("reverse_step", _name("turns", *LOW, row, shape), make)
     for shape in LARGE:
         for norm in NORMS[1:]:
             options = {"shape": shape, "guidance_norm": norm, "dtype": torch.float16}
