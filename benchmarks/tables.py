@@ -1,10 +1,10 @@
 """Write the tables of README and docs from stored results, between markers.
 
-    python benchmarks/tables.py            # README.md, docs/results.md and docs/performance.md
+    python benchmarks/tables.py            # README.md and the pages of docs/ that have such tables
     python benchmarks/tables.py --check    # exit status 1 if one of them says something else
     python benchmarks/tables.py --results FILE.json --pages FILE.md
 
-`<!-- bench:NAME -->` is a table of SPEED or ACCURACY below. Speed is taken from the newest results
+`<!-- bench:NAME -->` is a table of SPEED or STORED below. Speed is taken from the newest results
 of a CPU; a ~ marks a median whose samples spread so widely that the machine must have been busy.
 `<!-- eval:NAME -->` is the report benchmarks/results/NAME.json, which `coup-fast eval` wrote.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy_tables
+import ptx_instructions
 import speed_tables
 from table_cells import FOLDER
 
@@ -25,7 +26,10 @@ from coup_fast.benchmarking import results
 from coup_fast.benchmarking.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md"))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "kernels")),
+)
 
 SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
     "source": speed_tables.source,
@@ -36,9 +40,10 @@ SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
     "ddpm": speed_tables.ddpm,
     "components": speed_tables.components,
 }
-ACCURACY: dict[str, Callable[[], str]] = {
+STORED: dict[str, Callable[[], str]] = {
     "adaptive": accuracy_tables.adaptive,
     "demo": accuracy_tables.demo,
+    "instructions": ptx_instructions.table,
     "steps": accuracy_tables.steps,
     "toy": accuracy_tables.toy,
 }
@@ -58,10 +63,10 @@ def fill(text: str, path: Path) -> str:
             content = accuracy_tables.evaluation(report)
         elif kind == "bench" and name in SPEED:
             content = SPEED[name](rows, path)
-        elif kind == "bench" and name in ACCURACY:
-            content = ACCURACY[name]()
+        elif kind == "bench" and name in STORED:
+            content = STORED[name]()
         else:
-            known = ", ".join([*SPEED, *ACCURACY, *(f.stem for f in FOLDER.glob("*.json"))])
+            known = ", ".join([*SPEED, *STORED, *(f.stem for f in FOLDER.glob("*.json"))])
             raise ValueError(f"there is no block {kind}:{name}; there are {known}")
         return f"<!-- {kind}:{name} -->\n{content}\n<!-- /{kind}:{name} -->"
 

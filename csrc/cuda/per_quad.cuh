@@ -1,6 +1,7 @@
 // Ops in which every element depends on its own inputs alone: how the threads of a grid go over the
-// quads of a batch, or, with PixelsAccess, over its groups of four pixels, and the launch of such a
-// kernel. A kernel is a template over the access, of a call's parameters and a QuadGrid.
+// quads of a batch, over its pairs of quads, or, with PixelsAccess, over its groups of four pixels,
+// and the launch of such a kernel. A kernel is a template over the access, of a call's parameters
+// and a QuadGrid.
 #pragma once
 
 #include "cuda/index.h"
@@ -25,6 +26,9 @@ __device__ __forceinline__ void each_quads(const QuadGrid& grid, Visit visit) {
       visit(ScalarAccess(place_of(cursor.sample, cursor.quad, grid.order), pixels));
     } else if constexpr (kAccess == Access::kPacked) {
       visit(PackedAccess{cursor.sample, cursor.quad * kQuad, 1, pixels});
+    } else if constexpr (kAccess == Access::kPairs) {
+      const int half = grid.stride.quads_in_sample * kQuad;
+      visit(PairAccess{cursor.sample, cursor.quad * kQuad, 2, half});
     } else {
       visit(PixelsAccess{cursor.sample, cursor.quad * kQuad, kStripChannels, pixels});
     }
@@ -36,7 +40,8 @@ template <class Params>
 struct QuadKernels {
   void (*scalar)(Params, QuadGrid);
   void (*packed)(Params, QuadGrid);
-  void (*pixels)(Params, QuadGrid);  // null where it has no registers for it
+  void (*pixels)(Params, QuadGrid);           // null where it has no registers for it
+  void (*pairs)(Params, QuadGrid) = nullptr;  // in the place of packed, where there is one
 };
 
 // Runs a kernel over a batch, in the order that suits the state; access: what all tensors allow.
@@ -47,13 +52,20 @@ void launch_per_quad(const Device& device, const char* name, const QuadKernels<P
   if (access == Access::kPixels && kernels.pixels == nullptr) access = Access::kScalar;
   const int64_t numel = channels * pixels;
   check_sample(name, numel);
-  const int64_t items = access == Access::kPixels ? pixels : numel;  // four times those
+  int64_t items = numel;  // elements that one quad of each thread covers
+  if (access == Access::kPacked && kernels.pairs != nullptr && numel % (2 * kQuad) == 0) {
+    access = Access::kPairs;
+    items = numel / 2;
+  } else if (access == Access::kPixels) {
+    items = pixels;
+  }
   Shape shape;
   shape.blocks = device.grid_for(batch * quads_in(items));
   const QuadGrid grid{batch, order_of(state, channels, pixels),
                       stride_of(int64_t{shape.blocks} * kThreads, items)};
   const auto kernel = access == Access::kScalar   ? kernels.scalar
                       : access == Access::kPacked ? kernels.packed
+                      : access == Access::kPairs  ? kernels.pairs
                                                   : kernels.pixels;
   launch(device, name, shape, kernel, params, grid);
 }

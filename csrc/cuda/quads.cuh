@@ -134,14 +134,14 @@ struct ScalarAccess {
 
 constexpr int kStripChannels = 3;  // of the channels_last tensors that strips can read
 
-// Up to kCount quads, kSpacing logical elements apart; kSpacing 0: a channel.
+// Up to kCount quads, kSpacing logical elements apart; kSpacing 0: `pixels`.
 template <int kCount_, int kSpacing>
 struct StripAccess {
   static constexpr int kCount = kCount_;
   int64_t sample_;
   int first;   // logical index of the first quad
   int quads;   // those inside the sample, 1 to kCount
-  int pixels;  // of a channel
+  int pixels;  // of a channel, or of what stands for one
 
   __device__ __forceinline__ int64_t sample() const { return sample_; }
   __device__ __forceinline__ int spacing() const { return kSpacing == 0 ? pixels : kSpacing; }
@@ -232,6 +232,8 @@ struct StripAccess {
 
 // One quad of tensors all of whose samples are dense.
 using PackedAccess = StripAccess<1, 0>;
+// Two quads of such tensors, half a sample apart: one key schedule, one set of constants for both.
+using PairAccess = StripAccess<2, 0>;
 // Four pixels of three channels, of tensors of either layout.
 using PixelsAccess = StripAccess<kStripChannels, 0>;
 
@@ -287,7 +289,7 @@ __device__ __forceinline__ Quads<Io::kCount> noise_of(const Io& io, bool wanted,
 
 // --- which access a call can have, decided on the host ------------------------------------------
 
-enum class Access { kScalar, kPacked, kPixels };
+enum class Access { kScalar, kPacked, kPairs, kPixels };
 
 inline bool is_aligned(const View& view, int64_t batch) {
   const int64_t vector_bytes = kQuad * size_of(view.dtype);
@@ -308,8 +310,9 @@ inline bool is_interleaved(const View& view, int64_t channels, int64_t pixels, i
          view.pixel_stride == kStripChannels && is_aligned(view, batch);
 }
 
-// The best access that all tensors of a call allow. Beside a channels_last tensor the channels of a
-// dense one begin on vectors too: is_interleaved asks for whole quads of pixels.
+// The best access that all tensors of a call allow, but kPairs, which a kernel may have for
+// kPacked. Beside a channels_last tensor the channels of a dense one begin on vectors too:
+// is_interleaved asks for whole quads of pixels.
 inline Access access_of(std::initializer_list<const View*> views, int64_t channels, int64_t pixels,
                         int64_t batch) {
   Access best = Access::kPacked;

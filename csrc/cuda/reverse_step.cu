@@ -24,6 +24,57 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
+// --- the usual call: plain, with drawn noise, one layout, one type of output and guidance -------
+
+// A loop for the terms of most rows, with G or without, and one for any others. Two thirds of the
+// generic kernel's instructions, because the compiler knows terms, types and that all tensors have
+// one offset.
+template <DType kType, Access kAccess>
+__global__ void __launch_bounds__(kThreads, kAccess == Access::kPairs ? 3 : 2)
+    reverse_step_usual_kernel(const ReverseStep given, const QuadGrid grid) {
+  ReverseStep params = given;
+  params.m.dtype = params.g.dtype = kType;
+  params.x.dtype = params.out.dtype = DType::kFloat32;
+  params.x.pixel_stride = kAccess == Access::kPixels ? kStripChannels : 1;
+  for (View* view : {&params.m, &params.g, &params.out}) {
+    view->sample_stride = params.x.sample_stride;
+    view->pixel_stride = params.x.pixel_stride;
+  }
+  for (const View* view : {&params.x, &params.m, &params.out}) {
+    __builtin_assume(view->data != nullptr);
+  }
+  params.z.data = nullptr;
+
+  const StepConstants constants = step_constants<true>(params);
+  const auto steps = [&](const StepTerms& terms) {
+    const StepReads reads = reads_of_call<true>(terms, false);
+    each_quads<kAccess>(grid, [&](const auto& io) {
+      const auto in = step_values<true>(io, params, load_step(io, params, reads), nullptr);
+      store_step(io, params, {constants.row, terms}, constants.row.c, in);
+    });
+  };
+  if (!is_usual(constants.terms)) {
+    steps(constants.terms);
+  } else if (constants.terms.g) {
+    __builtin_assume(params.g.data != nullptr);
+    steps(usual_terms(true));
+  } else {
+    params.g.data = nullptr;
+    steps(usual_terms(false));
+  }
+}
+
+bool is_usual_call(const ReverseStep& params) {
+  const auto like_x = [&](const View& view) {
+    return view.sample_stride == params.x.sample_stride &&
+           view.pixel_stride == params.x.pixel_stride;
+  };
+  const bool guided = params.g.data != nullptr;
+  return is_plain(params) && params.keys != nullptr && params.m.data != nullptr &&
+         like_x(params.m) && like_x(params.out) &&
+         (!guided || (like_x(params.g) && params.g.dtype == params.m.dtype));
+}
+
 template <bool kPlain, Access kAccess>
 __global__ void __launch_bounds__(kThreads, 2)
     reverse_step_backward_kernel(const ReverseStepBackward params, const QuadGrid grid) {
@@ -47,6 +98,22 @@ QuadKernels<ReverseStep> kernels() {
           reverse_step_kernel<kPlain, Access::kPixels>};
 }
 
+template <DType kType>
+QuadKernels<ReverseStep> usual_kernels() {
+  QuadKernels<ReverseStep> result = kernels<true>();
+  result.pairs = reverse_step_usual_kernel<kType, Access::kPairs>;
+  result.pixels = reverse_step_usual_kernel<kType, Access::kPixels>;
+  return result;
+}
+
+QuadKernels<ReverseStep> kernels_for(const ReverseStep& params) {
+  if (!is_plain(params)) return kernels<false>();
+  if (!is_usual_call(params)) return kernels<true>();
+  return params.m.dtype == DType::kFloat32   ? usual_kernels<DType::kFloat32>()
+         : params.m.dtype == DType::kFloat16 ? usual_kernels<DType::kFloat16>()
+                                             : usual_kernels<DType::kBFloat16>();
+}
+
 template <bool kPlain>
 QuadKernels<ReverseStepBackward> backward_kernels() {
   QuadKernels<ReverseStepBackward> kernels{reverse_step_backward_kernel<kPlain, Access::kScalar>,
@@ -67,8 +134,8 @@ void run(const ReverseStep& params, const Tensor& x) {
       access_of({&params.x, &params.m, &params.s, &params.g, &params.r, &params.z, &params.out},
                 params.channels, params.pixels, params.batch);
   if (is_normed(params)) return run_normed(params, x, access);
-  launch_per_quad(Device(x), "reverse_step", is_plain(params) ? kernels<true>() : kernels<false>(),
-                  params, params.x, params.batch, params.channels, params.pixels, access);
+  launch_per_quad(Device(x), "reverse_step", kernels_for(params), params, params.x, params.batch,
+                  params.channels, params.pixels, access);
 }
 
 void run_backward(const ReverseStepBackward& params, const Tensor& x) {

@@ -106,6 +106,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("log", py::vectorize([](float value) { return log_positive<float>(value); }));
   m.def("exp", py::vectorize([](float value) { return exp<float>(value); }));
 
+  m.def("sqrt_by_reciprocal", py::vectorize(&sqrt_by_reciprocal));
   m.def("log_confidence",
         py::vectorize([](float others) { return log_confidence(confidence_row(0.0f, others)); }));
 

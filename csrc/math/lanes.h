@@ -17,6 +17,11 @@ namespace coup_fast {
 template <class F>
 struct Lanes;
 
+// The square root of 0 or of a number between 2^-100 and 2^100, correctly rounded, from a
+// reciprocal of it that is within 8 ulp. P. Markstein, "Computation of elementary functions on the
+// IBM RISC System/6000 processor" (1990); tests/ops/test_normal.py tries all significands.
+COUP_FAST_FN float sqrt_by_reciprocal(float value, float reciprocal);
+
 template <>
 struct Lanes<float> {
   using U = uint32_t;
@@ -63,10 +68,21 @@ struct Lanes<float> {
 #endif
   }
 
+  // the same of 0 or of a number between 2^-100 and 2^100, which on a device needs no branch
+  COUP_FAST_FN float sqrt_in_range(float value) {
+#if defined(__CUDA_ARCH__)
+    float reciprocal;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(fmaxf(value, 0x1p-100f)));
+    return sqrt_by_reciprocal(value, reciprocal);
+#else
+    return __builtin_sqrtf(value);
+#endif
+  }
+
   COUP_FAST_FN float select(bool condition, float a, float b) { return condition ? a : b; }
 
-  // a where the highest bit is set, b where not
-  COUP_FAST_FN float select_by_sign(U bits, float a, float b) { return bits >> 31 ? a : b; }
+  // a where the integer is odd, b where it is even
+  COUP_FAST_FN float select_by_odd(U value, float a, float b) { return value & 1 ? a : b; }
 
   // an integer that a float can hold, exactly; the bits are two's complement
   COUP_FAST_FN float from_int(U value) { return static_cast<float>(static_cast<int32_t>(value)); }
@@ -92,5 +108,14 @@ struct Lanes<float> {
   COUP_FAST_FN U narrow(W value) { return static_cast<U>(value); }
   COUP_FAST_FN U narrow_upper(W value) { return static_cast<U>(value >> 32); }
 };
+
+COUP_FAST_FN float sqrt_by_reciprocal(float value, float reciprocal) {
+  using L = Lanes<float>;
+  const float root = value * reciprocal, half = 0.5f * reciprocal;
+  const float error = L::fma(-half, root, 0.5f);
+  const float better_root = L::fma(root, error, root), better_half = L::fma(half, error, half);
+  const float residual = L::fma(-better_root, better_root, value);
+  return L::fma(residual, better_half, better_root);
+}
 
 }  // namespace coup_fast

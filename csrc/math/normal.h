@@ -64,7 +64,7 @@ COUP_FAST_FN Square<F> squared_radius(F exponent, F h) {
   const F sum = L::fma(exponent, minus_two_ln2, h);
   const F lost = L::fma(exponent, minus_two_ln2, -sum) + h;  // exact: what the sum lost
   const F rest = L::fma(h2, q, L::fma(exponent, its_rest, lost));
-  return Square<F>{sum, rest, L::sqrt(sum + rest)};
+  return Square<F>{sum, rest, L::sqrt_in_range(sum + rest)};
 }
 
 // The normals. r = root + low: the root is corrected by its residual over twice the root, for which
@@ -92,10 +92,13 @@ COUP_FAST_FN void from_polar(const Square<F>& square, F f, typename Lanes<F>::U 
   const F lever = root * f;  // r f = lever + lever_low
   const F lever_low = L::fma(low, f, L::fma(root, f, -lever));
   const F across = L::fma(lever, half_pi, L::fma(lever_low, half_pi, lever * s));
-  const U half_turn = (quadrant << 30) & L::set_bits(0x80000000u);  // turns both signs
-  const U odd = quadrant << 31;  // swaps sine and cosine and turns the sign of z0
-  z0 = L::from_bits(L::bits(L::select_by_sign(odd, across, along)) ^ half_turn ^ odd);
-  z1 = L::from_bits(L::bits(L::select_by_sign(odd, along, across)) ^ half_turn);
+  // An odd quadrant swaps sine and cosine. The sign of the sine is the quadrant's second bit, that
+  // of the cosine the second bit of the next quadrant.
+  const U sign = L::set_bits(0x80000000u);
+  const U turned = quadrant << 30;
+  const U next = turned + L::set_bits(0x40000000u);
+  z0 = L::from_bits(L::bits(L::select_by_odd(quadrant, across, along)) ^ (next & sign));
+  z1 = L::from_bits(L::bits(L::select_by_odd(quadrant, along, across)) ^ (turned & sign));
 }
 
 template <class F>

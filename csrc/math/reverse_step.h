@@ -73,6 +73,18 @@ COUP_FAST_FN StepTerms step_terms(const StepRow& row, const StepInputs& inputs) 
   return terms;
 }
 
+// The terms of most steps: noise, x, m, and G if the call has it, without bounds on the sum.
+COUP_FAST_FN constexpr StepTerms usual_terms(bool g) {
+  StepTerms terms = terms_of(false, g, false, true);
+  terms.x0_clamp = terms.out_clamp = false;
+  return terms;
+}
+
+// Whether a step without learned variance has just those; x0's bounds don't count without x0.
+COUP_FAST_FN constexpr bool is_usual(const StepTerms& terms) {
+  return !terms.x0 && terms.x && terms.m && !terms.r && terms.z && !terms.out_clamp;
+}
+
 // Which inputs an element needs.
 struct StepReads {
   bool x, m, s, g, r, z;

@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __builtin_assume(condition) ((condition) ? void() : __builtin_trap())
 
 struct alignas(8) uint2 {
   unsigned x, y;

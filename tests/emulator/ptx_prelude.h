@@ -72,6 +72,13 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
+// PTX promises a relative error of 2^-22.9: the argument's last bits choose an error within it, so
+// that no result depends on it unseen. Of positive normal numbers.
+inline float rsqrt_approx(float a) {
+  const float nearest = static_cast<float>(1.0 / __builtin_sqrt(a));
+  return bits<float>(bits<uint32_t>(nearest) + bits<uint32_t>(a) % 3 - 1);
+}
+
 // Shifts by the width or more give zeros or signs.
 template <typename T>
 inline T left(T value, uint32_t by) {

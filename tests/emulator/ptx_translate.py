@@ -61,6 +61,8 @@ def _same_type() -> dict[str, tuple[str, str]]:
         "div.rn.f32": ("f32", "a / b"),
         "fma.rn.f32": ("f32", "ptx::fma(a, b, c)"),
         "sqrt.rn.f32": ("f32", "__builtin_sqrtf(a)"),
+        "rsqrt.approx.ftz.f32": ("f32", "ptx::rsqrt_approx(a)"),
+        "max.f32": ("f32", "__builtin_fmaxf(a, b)"),
         "neg.f32": ("b32", "a ^ 0x80000000u"),
         "prmt.b32": ("b32", "ptx::prmt(a, b, c)"),
         "bfe.u32": ("u32", "ptx::bfe(a, b, c)"),

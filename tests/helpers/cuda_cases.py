@@ -79,7 +79,7 @@ def _name(*parts: object) -> str:
 
 def _normal() -> Iterator[Case]:
     shapes = [(1, 1), (33, 2), (2, 3), (3, 4), (1, 5), (2, 7), (3, 1003), (2, 3, 32, 32)]
-    for shape in [*shapes, (0, 4), (4, 0)]:
+    for shape in [*shapes, (3, 8), (3, 12), (300, 768), (0, 4), (4, 0)]:
         yield Case("normal", _name(shape), lambda s=shape: (keys_of(s[0], s[1:]), s))
     wrapping = torch.tensor([[-1, -2], [0, -1], [2**63 - 1, 2**32 - 1]])
     yield Case("normal", "wrapping", lambda: (wrapping, (3, 13)))
@@ -143,6 +143,9 @@ def _reverse_step() -> Iterator[Case]:
         yield from _steps(_name("turns", shape), _step(_plain, shape=shape))
         last = lambda call: _plain(call).map(_last)  # noqa: E731
         yield from _steps(_name("turns", "last", shape), _step(last, shape=shape))
+        for row in ("langevin", "everything"):
+            make, _ = _step(_plain, shape=shape, row=row, dtype=(LOW[0], LOW[1], LOW[1]))
+            yield Case("reverse_step", _name("turns", *LOW, row, shape), make)
     for shape in LARGE:
         for norm in NORMS[1:]:
             options = {"shape": shape, "guidance_norm": norm, "dtype": torch.float16}
@@ -164,6 +167,33 @@ def _reverse_step() -> Iterator[Case]:
                 options = {"shape": shape, "learned": True, "guidance_norm": norm}
                 options["dtype"] = (LOW[0], LOW[1], torch.float32)
                 yield from _steps(_name(view, norm, shape), _step(change, **options))
+
+
+def _usual_step() -> Iterator[Case]:
+    """Plain calls of one layout and one type of output and guidance, which have their own kernel.
+
+    Its loops: guided noise, noise, and any other row.
+    """
+    rows = {"guided": "langevin", "drawn": "langevin", "ode": "ode", "x0": "ancestral"}
+    rows |= {"bounded": "to_pixels", "everything": "everything"}
+    layouts: dict[str, Callable[[Any], Any]] = {
+        "usual": lambda call: call,
+        "usual_last": lambda call: call.map(_last),
+    }
+    for name, row in rows.items():
+        for layout, change in layouts.items():
+            for dtype in DTYPES:
+                for shape in [(2, 3, 32, 32), TURNS[1]]:
+
+                    def make(shape=shape, row=row, dtype=dtype, name=name, change=change):
+                        call = _plain(step(shape, row, dtype))
+                        call = replace(call, guidance=None) if name == "drawn" else call
+                        return change(call).args
+
+                    if shape in SHAPES or name in ("guided", "drawn"):
+                        yield Case("reverse_step", _name(layout, name, dtype, shape), make)
+    for shape in [(3, 8), (3, 12), (2, 5, 24), (2, 2, 2, 2)]:  # twelve elements are three quads
+        yield Case("reverse_step", _name("usual", shape), _step(_plain, shape=shape)[0])
 
 
 def adaptive_arguments(
@@ -245,13 +275,13 @@ def _seeded(case: Case) -> Case:
 
 CASES = [
     _seeded(case)
-    for family in (_normal, _perturb, _reverse_step, _adaptive_step, _confidence)
+    for family in (_normal, _perturb, _reverse_step, _usual_step, _adaptive_step, _confidence)
     for case in family()
 ]
 
 
 # Samples in registers, in shared memory and in clusters; both layouts; whole vectors and elements.
-_EVERY_WAY = ("large", "160x160", "last", "2x3x32x32", "wrapping")
+_EVERY_WAY = ("large", "160x160", "last", "2x3x32x32", "3x12", "wrapping")
 
 
 def every_kernel() -> list[Case]:

@@ -54,6 +54,22 @@ def test_normals_are_within_two_ulp() -> None:
         assert float(error.mean()) < 0.4
 
 
+@pytest.mark.parametrize("error", [-8, -2, -1, 0, 1, 2, 8])
+def test_a_root_by_a_reciprocal_is_rounded_correctly(error: int) -> None:
+    """Of all significands and both parities of the exponent, with a reciprocal `error` ulp off.
+
+    What CUDA's kernels do, where the reciprocal is within 2 ulp.
+    """
+    value = np.arange(0x3F800000, 0x40800000, dtype=np.int32).view(np.float32)
+    exact = 1 / np.sqrt(value.astype(np.float64))
+    reciprocal = (exact.astype(np.float32).view(np.int32) + np.int32(error)).view(np.float32)
+    assert np.array_equal(host.sqrt_by_reciprocal(value, reciprocal), np.sqrt(value))
+
+
+def test_the_root_of_nothing_is_nothing() -> None:
+    assert host.sqrt_by_reciprocal(np.float32(0), np.float32(2.0**50)) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high", "bound"),
     [("log", -22.9, 0.0, 1.0), ("log", 0.0, 12.0, 1.0), ("exp", -87.3, 88.7, 1.2)],

@@ -47,8 +47,9 @@ COUP_FAST_FN Vec fma(Vec a, Vec b, Vec c) {
 }
 COUP_FAST_FN Vec sqrt(Vec a) { return (Vec)_mm512_sqrt_ps((__m512)a); }
 COUP_FAST_FN Vec from_unsigned(VecU a) { return (Vec)_mm512_cvtepu32_ps((__m512i)a); }
-COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
-  return (Vec)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)bits), (__m512)a);
+COUP_FAST_FN Vec select_by_odd(VecU value, Vec a, Vec b) {
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)value, _mm512_set1_epi32(1));
+  return (Vec)_mm512_mask_mov_ps((__m512)b, odd, (__m512)a);
 }
 COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) {
   return (Vec64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -85,7 +86,8 @@ COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding
   const __m256 low = _mm256_cvtepi32_ps((__m256i)(a & 0xffffu));
   return (Vec)_mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
 }
-COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) {
+COUP_FAST_FN Vec select_by_odd(VecU value, Vec a, Vec b) {
+  const VecU bits = value << 31;
   Vec result;  // of the intrinsic, GCC 12 makes a comparison with 0 and a blend
   asm("vblendvps %3, %2, %1, %0" : "=x"(result) : "x"(b), "x"(a), "x"(bits));
   return result;
@@ -164,7 +166,7 @@ COUP_FAST_FN Vec64 multiply(Vec64 a, Vec64 b) { return (a & 0xffffffffu) * (b & 
 COUP_FAST_FN VecU merge(Vec64 lower, Vec64 upper) {
   return (VecU)((lower & 0xffffffffu) | (upper & ~uint64_t{0xffffffff}));
 }
-COUP_FAST_FN Vec select_by_sign(VecU bits, Vec a, Vec b) { return (VecI)bits < 0 ? a : b; }
+COUP_FAST_FN Vec select_by_odd(VecU value, Vec a, Vec b) { return (VecI)(value << 31) < 0 ? a : b; }
 COUP_FAST_FN Vec from_unsigned(VecU a) {  // both halves are exact: one rounding, in the sum
   const Vec high = __builtin_convertvector((VecI)(a >> 16), Vec);
   const Vec low = __builtin_convertvector((VecI)(a & 0xffffu), Vec);
@@ -265,11 +267,12 @@ struct Lanes<COUP_FAST_ISA::Vec> {
 #endif
   }
   COUP_FAST_FN F sqrt(F value) { return COUP_FAST_ISA::sqrt(value); }
+  COUP_FAST_FN F sqrt_in_range(F value) { return COUP_FAST_ISA::sqrt(value); }
   COUP_FAST_FN F select(I condition, F a, F b) { return condition ? a : b; }
   COUP_FAST_FN F from_int(U value) { return __builtin_convertvector((I)value, F); }
   COUP_FAST_FN F from_unsigned(U value) { return COUP_FAST_ISA::from_unsigned(value); }
-  COUP_FAST_FN F select_by_sign(U bits, F a, F b) {
-    return COUP_FAST_ISA::select_by_sign(bits, a, b);
+  COUP_FAST_FN F select_by_odd(U value, F a, F b) {
+    return COUP_FAST_ISA::select_by_odd(value, a, b);
   }
 
   using W = COUP_FAST_ISA::Wide;
