@@ -24,7 +24,7 @@ from ..plan import (
 )
 from ..reference import GuidanceNorm
 from ..schedules import DiscreteSchedule, EDMSchedule, Schedule
-from .network_and_guidance import diffusion_model, guidance_options
+from .network_and_guidance import GuidanceSolver, diffusion_model, guidance_options
 
 
 def one_shot(
@@ -36,6 +36,7 @@ def one_shot(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = True,
 ) -> Plan:
     """Noise of a given level, then one call of the denoiser, x̂0.
@@ -54,6 +55,7 @@ def one_shot(
         guidance_scale: λ >= 0; guidance adds to the score.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clip_denoised: whether to clamp x̂0 to [-1, 1].
 
     Raises:
@@ -66,7 +68,7 @@ def one_shot(
     ratio = 2 * checks.number("sigma", 0.25 if sigma is None else sigma, 0.0, math.inf, above=True)
     if t_star is not None:
         t_star = checks.number("t_star", t_star, 0.0, 1.0, above=True)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     clip = checks.flag("clip_denoised", clip_denoised)
     if isinstance(schedule, EDMSchedule):
         start, row, time = _edm(schedule, kind, ratio, t_star, clip, guidance.scale)
