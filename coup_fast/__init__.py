@@ -63,6 +63,7 @@ _SUBMODULES = (
     "plan",
     "reference",
     "schedules",
+    "stiffness",
     "training",
 )
 

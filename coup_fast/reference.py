@@ -26,6 +26,7 @@ GuidanceNorm = Literal["none", "normalised", "clipped"]
 GUIDANCE_NORMS = get_args(GuidanceNorm)
 Quantity = Literal["log_confidence", "margin"]
 
+_NEWTON = 24  # iterations, of which a stable step needs about ten in float64
 _MOST_GROWTH = 2.0**126  # of exp(margin) in a stable step, as in the kernels
 
 
@@ -149,7 +150,7 @@ def _stable_change(pull: Tensor, margin: Tensor) -> Tensor:
     with torch.no_grad():
         bound = torch.log1p((pull * torch.exp(-margin)).clamp(max=_MOST_GROWTH))
         change = torch.where(pull > 0, torch.minimum(doubt * pull, bound), doubt * pull)
-        for _ in range(100):
+        for _ in range(_NEWTON):
             following = better(change, doubt, trust, pull)
             change = torch.where(following < change, following, change)
     return better(better(change, doubt, trust, pull), doubt, trust, pull)
@@ -348,7 +349,7 @@ def _margin_cotangent(values: Tensor, winner: Tensor, dtype: torch.dtype) -> tup
         )
     others = values.scatter(1, winner, -math.inf)
     second = others.detach().argmax(dim=1, keepdim=True)
-    largest, runner_up = values.gather(1, winner), values.gather(1, second)
+    largest, runner_up = values.gather(1, winner), others.gather(1, second)
     relative = torch.exp(values - runner_up).scatter(1, winner, 0.0)
     total = relative.sum(dim=1, keepdim=True) + (largest - largest) + (runner_up - runner_up)
     cotangent = (-relative / total).scatter(1, winner, total / total)

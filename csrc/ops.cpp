@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(coup_fast, m) {
   m.def(
       "reverse_step_backward(Tensor grad, Tensor x, Tensor? model_out, Tensor coeffs, "
       "Tensor? keys, Tensor? guidance, Tensor? reference, Tensor? noise, str guidance_norm, "
-      "Tensor? margin) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? margin=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaptive_step(Tensor x, Tensor h, Tensor h_ahead, Tensor alive, Tensor coeffs) "
       "-> (Tensor, Tensor, Tensor)");

@@ -268,7 +268,7 @@ def reverse_step_backward(
     reference: Tensor | None,
     noise: Tensor | None,
     guidance_norm: str,
-    margin: Tensor | None,
+    margin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm, margin)
     _reverse_step("reverse_step_backward", *inputs).same_shape("grad", grad)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast._torch.differentiated import explain
+from coup_fast.plan import Plan
 from coup_fast.run.assumptions import named_modules
-from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.guidance import confidence_gradient, guidance_of
 from coup_fast.run.replay_guards import Fingerprint
 from coup_fast.run.steps import Run
+from coup_fast.run.stiffness import coefficients, is_stiff, norms
 from coup_fast.run.warn import warn
 
 Function = Callable[[Tensor], Tensor]
@@ -88,6 +90,7 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
         if calls.classifier is not None:
             look_at_classifier(calls.classify_alone, 0.5 * x + 0.5, looks, differentiated=True)
             _look_at_guidance(confidence_gradient(calls.classify_alone, x, run.ops), looks)
+            _look_at_stiffness(run, x, looks)
         unchanged.check(
             "by their own calls",
             "a model that changes itself gives an image other results at other times; call "
@@ -293,4 +296,25 @@ def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
             f"{len(guidance)} images that were looked at, at the first step, so guidance does "
             "nothing there: its logits are saturated (their largest softmax is 1 to the last bit), "
             "clamped or constant",
+        )
+
+
+def _look_at_stiffness(run: Run, x: Tensor, looks: Looks) -> None:
+    """Warns of explicit steps of guidance that overshoot at x, the states before the first step."""
+    plan = run.plan
+    if not isinstance(plan, Plan) or plan.guidance_norm != "none" or not plan.needs_classifier:
+        return
+    gradient, _ = guidance_of(run.calls.classify_alone, x, run.ops, "margin")
+    steepness = norms(gradient)
+    stiff = is_stiff(coefficients(plan)[:, None], steepness)
+    if bool(stiff.any()):
+        share = float(stiff.double().mean())
+        slope = float(steepness.max())
+        looks.say(
+            "stiff guidance",
+            f"explicit steps of guidance overshoot at {share:.0%} of the states that were looked "
+            f"at ({len(x)} images before their first step, with the coefficients of all "
+            f"{len(stiff)} guided steps): c a²/4 is above 2 there, with a = {slope:.3g} the norm "
+            "of the margin's gradient and c the step's coefficient. Take more steps, a smaller "
+            "guidance_scale, or guidance_solver='stable' (coup_fast.stiffness says more)",
         )
