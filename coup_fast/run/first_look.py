@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast._torch.differentiated import explain
-from coup_fast.plan import Plan
+from coup_fast.plan import AnyPlan, Plan
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.guidance import confidence_gradient, guidance_of
 from coup_fast.run.replay_guards import Fingerprint
@@ -64,14 +64,26 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
 
     differentiated: through the network, and not through the guidance alone.
     """
-    calls = run.calls
     kind = (
         *(id(model) for model in run.models),
-        *(images.dtype, images.device, len(images) > 1, differentiated, calls.autocast),
+        *(images.dtype, images.device, len(images) > 1, differentiated, run.calls.autocast),
     )
-    if kind in looks.seen or len(images) == 0:
+    if len(images) == 0:
         return
     run, images = run.of(slice(0, _IMAGES)), images[:_IMAGES]
+    if kind not in looks.seen:
+        _look_at_models(run, images, looks, differentiated)
+        looks.seen.add(kind)
+    steps = (*kind[:3], images.dtype, images.device, run.plan.digest)
+    if _is_explicit(run.plan) and steps not in looks.seen:
+        with _aside():
+            _look_at_stiffness(run, images, looks)
+        looks.seen.add(steps)
+
+
+def _look_at_models(run: Run, images: Tensor, looks: Looks, differentiated: bool) -> None:
+    """Call the models of a run a few times, for what only numbers can tell."""
+    calls = run.calls
     with _aside():
         _look_at_weights(run.models, looks)
         unchanged = Fingerprint(run.models)
@@ -90,13 +102,11 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
         if calls.classifier is not None:
             look_at_classifier(calls.classify_alone, 0.5 * x + 0.5, looks, differentiated=True)
             _look_at_guidance(confidence_gradient(calls.classify_alone, x, run.ops), looks)
-            _look_at_stiffness(run, x, looks)
         unchanged.check(
             "by their own calls",
             "a model that changes itself gives an image other results at other times; call "
             ".eval() on it",
         )
-    looks.seen.add(kind)
 
 
 def look_at_classifier(
@@ -299,11 +309,16 @@ def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
         )
 
 
-def _look_at_stiffness(run: Run, x: Tensor, looks: Looks) -> None:
-    """Warns of explicit steps of guidance that overshoot at x, the states before the first step."""
+def _is_explicit(plan: AnyPlan) -> bool:
+    """Whether steps of guidance are the published ones, whose length nothing bounds."""
+    return isinstance(plan, Plan) and plan.needs_classifier and plan.guidance_norm == "none"
+
+
+def _look_at_stiffness(run: Run, images: Tensor, looks: Looks) -> None:
+    """Warns of explicit steps of guidance that overshoot at the states before the first step."""
     plan = run.plan
-    if not isinstance(plan, Plan) or plan.guidance_norm != "none" or not plan.needs_classifier:
-        return
+    assert isinstance(plan, Plan)
+    x = run.start(images)[0].clone()
     gradient, _ = guidance_of(run.calls.classify_alone, x, run.ops, "margin")
     steepness = norms(gradient)
     stiff = is_stiff(coefficients(plan)[:, None], steepness)
