@@ -319,9 +319,11 @@ def _look_at_stiffness(run: Run, images: Tensor, looks: Looks) -> None:
     plan = run.plan
     assert isinstance(plan, Plan)
     x = run.start(images)[0].clone()
-    gradient, _ = guidance_of(run.calls.classify_alone, x, run.ops, "margin")
+    gradient, margin = guidance_of(run.calls.classify_alone, x, run.ops, "margin")
+    assert margin is not None
     steepness = norms(gradient)
-    stiff = is_stiff(coefficients(plan)[:, None], steepness)
+    moved = torch.exp(-margin) > torch.finfo(torch.float32).tiny  # else the explicit step is 0
+    stiff = is_stiff(coefficients(plan)[:, None], steepness) & moved
     if bool(stiff.any()):
         share = float(stiff.double().mean())
         slope = float(steepness.max())

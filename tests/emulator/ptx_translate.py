@@ -60,6 +60,7 @@ def _same_type() -> dict[str, tuple[str, str]]:
         "mul.rn.f32": ("f32", "a * b"),
         "div.rn.f32": ("f32", "a / b"),
         "fma.rn.f32": ("f32", "ptx::fma(a, b, c)"),
+        "rcp.rn.f32": ("f32", "1.0f / a"),
         "sqrt.rn.f32": ("f32", "__builtin_sqrtf(a)"),
         "neg.f32": ("b32", "a ^ 0x80000000u"),
         "prmt.b32": ("b32", "ptx::prmt(a, b, c)"),

@@ -112,6 +112,7 @@ CASES = {
         of_floats("mul.rn.f32 %f4, %f1, 0f40400000; sub.rn.f32 %f3, %f4, 0f3F800000;"), THIRD, 0, 0,
     ),
     "a root": (of_floats("sqrt.rn.f32 %f3, %f1;"), word(2), 0, 0x3FB504F3),
+    "a reciprocal": (of_floats("rcp.rn.f32 %f3, %f1;"), word(3), 0, 0x3EAAAAAB),
     "less is false with a NaN": (compared("lt.f32"), NAN, 0, 0),
     "less or unordered is true with a NaN": (compared("ltu.f32"), NAN, 0, 1),
     "not less or unordered": (compared("ltu.f32"), word(1), word(1), 0),
