@@ -22,10 +22,11 @@ BOUND = 2.0  # of c a²/4
 
 def coefficients(plan: Plan) -> Array:
     """c of each guided row, λ included; with a learned variance, the largest that it can be."""
-    c = plan.coeffs[:, C]
+    rows = plan.coeffs[plan.guided]
+    c: Array = rows[:, C]
     if plan.learned_variance:
-        c = c * np.exp(plan.coeffs[:, LOG_VAR_HI])
-    return c[plan.guided]
+        c = c * np.exp(rows[:, LOG_VAR_HI])
+    return c
 
 
 def norms(gradient: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def norms(gradient: Tensor) -> Tensor:
 
 def is_stiff(coefficient: Array | Tensor, steepness: Tensor) -> Tensor:
     """c a²/4 > 2."""
-    return torch.as_tensor(coefficient).to(steepness) * steepness.square() / 4 > BOUND
+    return torch.gt(torch.as_tensor(coefficient).to(steepness) * steepness.square() / 4, BOUND)
 
 
 def steepness_along(run: Run, images: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ def step(
         g = torch.where(length == 0, zero, g / length)
     elif norm == "clipped":
         g = torch.where(length > a["g_max"], g * (a["g_max"] / length), g)
-    elif norm == "stable" and a["c"] != 0:
-        assert margin is not None
+    elif margin is not None and a["c"] != 0:  # norm "stable"
         change = margin_change(margin.to(length), a["c"] * length.flatten().square())
         still = length == 0
         step_of = change.view_as(length) / torch.where(still, 1.0, length.square())
