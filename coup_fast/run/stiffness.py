@@ -36,7 +36,9 @@ def norms(gradient: Tensor) -> Tensor:
 
 def is_stiff(coefficient: Array | Tensor, steepness: Tensor) -> Tensor:
     """c a²/4 > 2."""
-    return torch.gt(torch.as_tensor(coefficient).to(steepness) * steepness.square() / 4, BOUND)
+    c = torch.as_tensor(coefficient).to(steepness)
+    stiff: Tensor = c * steepness.square() / 4 > BOUND
+    return stiff
 
 
 def steepness_along(run: Run, images: Tensor) -> Tensor:
