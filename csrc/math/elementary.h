@@ -41,7 +41,8 @@ COUP_FAST_FN F log_positive(F value) {
   return sum + L::fma(p, f2 * f, lost + square);
 }
 
-// log(1 + value) for value >= 0, within 1.5 ulp: log(u) + (value - (u - 1)) / u for u = 1 + value rounded.
+// log(1 + value) for value >= 0, within 1.5 ulp: log(u) + (value - (u - 1)) / u for u = 1 + value
+// rounded.
 COUP_FAST_FN float log_1p(float value) {
   const float u = 1.0f + value;
   return log_positive<float>(u) + (value - (u - 1.0f)) / u;
