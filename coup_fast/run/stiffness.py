@@ -31,14 +31,14 @@ def coefficients(plan: Plan) -> Array:
 
 def norms(gradient: Tensor) -> Tensor:
     """a of each sample, float64 [B]."""
-    return gradient.detach().to(torch.float64).flatten(1).norm(dim=1)
+    flat = gradient.detach().to(torch.float64).flatten(1)
+    lengths: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return lengths
 
 
 def is_stiff(coefficient: Array | Tensor, steepness: Tensor) -> Tensor:
     """c a²/4 > 2."""
-    c = torch.as_tensor(coefficient).to(steepness)
-    stiff: Tensor = c * steepness.square() / 4 > BOUND
-    return stiff
+    return torch.as_tensor(coefficient).to(steepness) * steepness.square() / 4 > BOUND
 
 
 def steepness_along(run: Run, images: Tensor) -> Tensor:
