@@ -64,6 +64,7 @@ _SUBMODULES = (
     "plan",
     "reference",
     "schedules",
+    "stiffness",
     "training",
 )
 

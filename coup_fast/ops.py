@@ -137,6 +137,7 @@ def reverse_step(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     guidance_norm: str = "none",
+    margin: Tensor | None = None,
 ) -> Tensor:
     """One step of any method: a row of the coefficient table applied to the state.
 
@@ -148,7 +149,7 @@ def reverse_step(
 
         V = exp(clip(½(s+1) log_var_hi + ½(1-s) log_var_lo))
 
-    Differentiable with respect to x, model_out, guidance and reference.
+    Differentiable with respect to x, model_out, guidance, reference and margin.
 
     Args:
         x: the state, float32 [B, C, ...].
@@ -160,13 +161,16 @@ def reverse_step(
         noise: z, shaped as x.
         guidance_norm: c_i is the row's c ("none"), c / ‖G_i‖ ("normalised") or
             c min(1, g_max / ‖G_i‖) ("clipped"), with one Euclidean norm per sample; a zero norm
-            gives 0.
+            gives 0. Or it is D / ‖G_i‖² ("stable"), with G the gradient of the margin m and D the
+            root of m + D + exp(m + D) = m + exp(m) + c ‖G_i‖² (docs/guidance.md); a zero norm then
+            gives c / (1 + exp(m)), the limit.
+        margin: m, float32 [B], with "stable" and guidance, and only there.
 
     Returns:
         x', float32, shaped as x.
     """
-    tensors = (x, model_out, coeffs, guidance, reference, noise)
-    rest = (keys, guidance, reference, noise, guidance_norm)
+    tensors = (x, model_out, coeffs, guidance, reference, noise, margin)
+    rest = (keys, guidance, reference, noise, guidance_norm, margin)
     out: Tensor = _apply("reverse_step", _reverse_step, tensors, x, model_out, coeffs, *rest)
     return out
 
@@ -180,6 +184,7 @@ def reverse_step_(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     guidance_norm: str = "none",
+    margin: Tensor | None = None,
 ) -> None:
     """`reverse_step` written over x, a dense float32 tensor. Not differentiable.
 
@@ -189,8 +194,8 @@ def reverse_step_(
     Raises:
         RuntimeError: gradients are on and an input requires them.
     """
-    tensors = (x, model_out, coeffs, guidance, reference)
-    rest = (keys, guidance, reference, noise, guidance_norm)
+    tensors = (x, model_out, coeffs, guidance, reference, margin)
+    rest = (keys, guidance, reference, noise, guidance_norm, margin)
     if torch.compiler.is_compiling() or _has_gradient("reverse_step_", tensors):
         _reverse_step_(x, model_out, coeffs, *rest)
         return
@@ -230,18 +235,20 @@ def adaptive_step(
     return out
 
 
-def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log max softmax of each row, and its gradient with respect to the logits.
+def confidence_cotangent(logits: Tensor, quantity: str = "log_confidence") -> tuple[Tensor, Tensor]:
+    """log max softmax of each row, or its margin, and the gradient with respect to the logits.
 
-    The first index wins ties. Both results are differentiable.
+    The margin is the largest logit less log-sum-exp of the others: log max softmax is
+    -log(1 + exp(-margin)). The first index wins ties. Both results are differentiable.
 
     Args:
-        logits: [B, K] float32, float16 or bfloat16.
+        logits: [B, K] float32, float16 or bfloat16; K >= 2 for the margin.
+        quantity: "log_confidence" or "margin".
 
     Returns:
-        (log_confidence float32 [B], cotangent [B, K] in the dtype of logits).
+        (value float32 [B], cotangent [B, K] in the dtype of logits).
     """
     out: tuple[Tensor, Tensor] = _apply(
-        "confidence_cotangent", _confidence_cotangent, (logits,), logits
+        "confidence_cotangent", _confidence_cotangent, (logits,), logits, quantity
     )
     return out

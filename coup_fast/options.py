@@ -24,6 +24,7 @@ from typing import Any, TypedDict, TypeVar
 from coup_fast import methods
 from coup_fast.methods.adp import NoiseVariant
 from coup_fast.methods.ancestral import Variance
+from coup_fast.methods.network_and_guidance import GuidanceSolver
 from coup_fast.methods.sde import Solver
 from coup_fast.reference import GuidanceNorm
 from coup_fast.run.options import (
@@ -53,6 +54,8 @@ class MethodOptions(TypedDict, total=False):
         guidance_norm: "none"; "normalised" divides each sample's gradient by its norm; "clipped"
             scales it down to guidance_max_norm where its norm is larger.
         guidance_max_norm: the largest norm of a sample's gradient, > 0; with "clipped" only.
+        guidance_solver: "explicit" as published, or "stable", which cannot overshoot however large
+            guidance_scale is (ours and not published; docs/guidance.md).
         forward_noise: diffuse the image to t_star before the first step.
         solver: "euler" as published, or "exponential" for 10 to 20 steps.
         clip_denoised: clamp the predicted clean image to [-1, 1] at each step.
@@ -92,6 +95,7 @@ class MethodOptions(TypedDict, total=False):
     guidance_scale: float
     guidance_norm: GuidanceNorm
     guidance_max_norm: float | None
+    guidance_solver: GuidanceSolver
     forward_noise: bool
     solver: Solver
     clip_denoised: bool

@@ -54,7 +54,7 @@ class Plan:
         guided: bool [N], which rows read the guidance gradient.
         noisy: bool [N], which rows draw noise.
         uses_attacked: whether rows read r, the attacked image in the state's space.
-        guidance_norm: as in `reverse_step`.
+        guidance_norm: as in `reverse_step`, "stable" included.
         learned_variance: whether rows read the second half of a 2C-channel output, which is
             otherwise cut off.
     """

@@ -24,6 +24,10 @@ from . import noise as _noise
 
 GuidanceNorm = Literal["none", "normalised", "clipped"]
 GUIDANCE_NORMS = get_args(GuidanceNorm)
+Quantity = Literal["log_confidence", "margin"]
+
+_NEWTON = 24  # iterations, of which a stable step needs about ten in float64
+_MOST_GROWTH = 2.0**126  # of exp(margin) in a stable step, as in the kernels
 
 
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -130,6 +134,38 @@ def _guidance_scale(c: Tensor, g_max: Tensor, guidance: Tensor, guidance_norm: s
     return torch.where(square == 0, 0.0, c * torch.where(within, 1.0, outside))
 
 
+def _stable_change(pull: Tensor, margin: Tensor) -> Tensor:
+    """D >= 0 with m + D + exp(m + D) = m + exp(m) + pull, twice differentiable in both.
+
+    Newton's method on σ(-m) (D - pull) + σ(m) expm1(D) = 0 without a graph, from above, where it
+    falls until rounding ends it (csrc/math/stable_guidance.h). Two more iterations with the graph
+    then have the right first and second derivatives, because each doubles their order.
+    """
+    doubt, trust = torch.sigmoid(-margin), torch.sigmoid(margin)
+
+    def better(change: Tensor, doubt: Tensor, trust: Tensor, pull: Tensor) -> Tensor:
+        grown = trust * torch.expm1(change)
+        return change - (doubt * (change - pull) + grown) / (doubt + (trust + grown))
+
+    with torch.no_grad():
+        bound = torch.log1p((pull * torch.exp(-margin)).clamp(max=_MOST_GROWTH))
+        change = torch.where(pull > 0, torch.minimum(doubt * pull, bound), doubt * pull)
+        for _ in range(_NEWTON):
+            following = better(change, doubt, trust, pull)
+            change = torch.where(following < change, following, change)
+    return better(better(change, doubt, trust, pull), doubt, trust, pull)
+
+
+def _stable_scale(c: Tensor, guidance: Tensor, margin: Tensor) -> Tensor:
+    """c_i of a stable step, D / ‖G_i‖², [B, 1, ...]: its limit c σ(-m) where the norm is 0."""
+    square = guidance.flatten(1).square().sum(1)
+    still = square == 0
+    safe = torch.where(still, 1.0, square)
+    pull = (c * safe).clamp(max=_MOST_GROWTH)
+    scale = torch.where(still, c * torch.sigmoid(-margin), _stable_change(pull, margin) / safe)
+    return _per_sample(scale, guidance.ndim)
+
+
 def reverse_step(
     x: Tensor,
     model_out: Tensor | None,
@@ -139,6 +175,7 @@ def reverse_step(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     guidance_norm: str = "none",
+    margin: Tensor | None = None,
 ) -> Tensor:
     """One step of any method: a row of the coefficient table applied to the state.
 
@@ -159,16 +196,25 @@ def reverse_step(
         reference: r, shaped as x.
         noise: z, shaped as x; it is not differentiated.
         guidance_norm: "none", "normalised" (c / ‖G_i‖) or "clipped" (c min(1, g_max / ‖G_i‖)), with
-            one norm per sample.
+            one norm per sample; or "stable", D / ‖G_i‖² with G the gradient of the margin m and D
+            the root of m + D + exp(m + D) = m + exp(m) + c ‖G_i‖², for c >= 0.
+        margin: m, [B], with "stable" and guidance, and only there.
 
     Returns:
         x' in x's dtype, shape and layout.
     """
-    checks.choice("guidance_norm", guidance_norm, GUIDANCE_NORMS)
+    checks.choice("guidance_norm", guidance_norm, (*GUIDANCE_NORMS, "stable"))
+    if (guidance_norm == "stable" and guidance is not None) != (margin is not None):
+        raise ValueError(
+            "margin must be given where guidance is and guidance_norm is stable, and only there, "
+            f"got guidance_norm {guidance_norm!r}, {'no ' if guidance is None else ''}guidance and "
+            f"{'no' if margin is None else 'a'} margin"
+        )
     row = coeffs.to(x.dtype).unbind()
     p, q, x0_lo, x0_hi, u, v, w, c, e, d, out_lo, out_hi, out_scale, out_bias = row[:14]
     g_max, log_var_lo, log_var_hi, x_var, z_var = row[14:]
 
+    variance: Tensor | None = None
     m = None if model_out is None else model_out.to(x.dtype)
     if m is not None and m.shape[1] == 2 * x.shape[1]:
         m, s = m.tensor_split(2, dim=1)
@@ -189,7 +235,12 @@ def reverse_step(
         total = total + _term(w, m)
     if guidance is not None:
         g = guidance.to(x.dtype)
-        scaled = _guidance_scale(variance_scale, g_max, g, guidance_norm)
+        if margin is not None:
+            # the variance, where it is learned, multiplies what the sample's c gives
+            stable = _stable_scale(c, g, margin.to(x.dtype))
+            scaled = stable if variance is None else stable * variance
+        else:
+            scaled = _guidance_scale(variance_scale, g_max, g, guidance_norm)
         total = total + torch.where(c != 0, scaled * g, 0.0)
     if reference is not None:
         total = total + _term(e, reference.to(x.dtype))
@@ -208,9 +259,11 @@ def reverse_step_(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     guidance_norm: str = "none",
+    margin: Tensor | None = None,
 ) -> None:
     """`reverse_step` written over x."""
-    x.copy_(reverse_step(x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm))
+    rest = (keys, guidance, reference, noise, guidance_norm, margin)
+    x.copy_(reverse_step(x, model_out, coeffs, *rest))
 
 
 def adaptive_step(
@@ -258,25 +311,47 @@ def adaptive_step(
     return _in_layout_of(out, x), alive_next, alpha
 
 
-def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log max softmax of each row, and its gradient with respect to the logits.
+def confidence_cotangent(logits: Tensor, quantity: str = "log_confidence") -> tuple[Tensor, Tensor]:
+    """log max softmax of each row, or its margin, and the gradient with respect to the logits.
 
     The first index wins ties. With S the sum of exp(l_j - l_max) over the other classes the two are
     -log1p(S) and, for the winner, S / (1 + S): both keep their relative precision when the
     classifier is all but certain. NaN, or an infinite largest logit, makes the row NaN.
 
+    The margin is the largest logit less log-sum-exp of the others. Its gradient is 1 for the winner
+    and minus the softmax among the others; an infinite largest one of these makes the row NaN too.
+
     Args:
-        logits: [B, K] floating.
+        logits: [B, K] floating; K >= 2 for the margin.
+        quantity: "log_confidence" or "margin".
 
     Returns:
-        (log_confidence [B], float32 or float64 for float64 logits; cotangent [B, K] in the dtype of
+        (value [B], float32 or float64 for float64 logits; cotangent [B, K] in the dtype of
             logits).
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     values = logits.to(dtype)
     winner = values.detach().argmax(dim=1, keepdim=True)
     largest = values.gather(1, winner)
+    if checks.choice("quantity", quantity, get_args(Quantity)) == "margin":
+        return _margin_cotangent(values, winner, logits.dtype)
     relative = torch.exp(values - largest).scatter(1, winner, 0.0)
     others = relative.sum(dim=1, keepdim=True) + (largest - largest)  # NaN if largest is infinite
     cotangent = (-relative / (1 + others)).scatter(1, winner, others / (1 + others))
     return -torch.log1p(others).squeeze(1), cotangent.to(logits.dtype)
+
+
+def _margin_cotangent(values: Tensor, winner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`confidence_cotangent` of the margin; winner: [B, 1]."""
+    if values.shape[1] < 2:
+        raise ValueError(
+            f"logits must have at least two classes for the margin, got {list(values.shape)}"
+        )
+    others = values.scatter(1, winner, -math.inf)
+    second = others.detach().argmax(dim=1, keepdim=True)
+    largest, runner_up = values.gather(1, winner), others.gather(1, second)
+    relative = torch.exp(values - runner_up).scatter(1, winner, 0.0)
+    total = relative.sum(dim=1, keepdim=True) + (largest - largest) + (runner_up - runner_up)
+    cotangent = (-relative / total).scatter(1, winner, total / total)
+    margin = (largest - runner_up) - torch.log(total)
+    return margin.squeeze(1), cotangent.to(dtype)

@@ -21,25 +21,25 @@ STABLE_TORCH_LIBRARY(coup_fast, m) {
   m.def(
       "reverse_step(Tensor x, Tensor? model_out, Tensor coeffs, Tensor? keys=None, "
       "Tensor? guidance=None, Tensor? reference=None, Tensor? noise=None, "
-      "str guidance_norm=\"none\") -> Tensor");
+      "str guidance_norm=\"none\", Tensor? margin=None) -> Tensor");
   m.def(
       "reverse_step_(Tensor(a!) x, Tensor? model_out, Tensor coeffs, Tensor? keys=None, "
       "Tensor? guidance=None, Tensor? reference=None, Tensor? noise=None, "
-      "str guidance_norm=\"none\") -> ()");
+      "str guidance_norm=\"none\", Tensor? margin=None) -> ()");
   m.def(
       "reverse_step_backward(Tensor grad, Tensor x, Tensor? model_out, Tensor coeffs, "
-      "Tensor? keys, Tensor? guidance, Tensor? reference, Tensor? noise, str guidance_norm) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? keys, Tensor? guidance, Tensor? reference, Tensor? noise, str guidance_norm, "
+      "Tensor? margin=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaptive_step(Tensor x, Tensor h, Tensor h_ahead, Tensor alive, Tensor coeffs) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "adaptive_step_backward(Tensor grad, Tensor x, Tensor h, Tensor h_ahead, Tensor alive, "
       "Tensor coeffs) -> (Tensor, Tensor, Tensor)");
-  m.def("confidence_cotangent(Tensor logits) -> (Tensor, Tensor)");
+  m.def("confidence_cotangent(Tensor logits, str quantity=\"log_confidence\") -> (Tensor, Tensor)");
   m.def(
-      "confidence_cotangent_backward(Tensor grad_log_confidence, Tensor grad_cotangent, "
-      "Tensor logits) -> Tensor");
+      "confidence_cotangent_backward(Tensor grad_value, Tensor grad_cotangent, Tensor logits, "
+      "str quantity=\"log_confidence\") -> Tensor");
   m.def("cpu_capability() -> str");
   m.def("build_config() -> str");
 }

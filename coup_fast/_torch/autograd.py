@@ -30,15 +30,16 @@ def _grad_perturb(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.guidance_norm = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.guidance_norm, margin = inputs
+    ctx.save_for_backward(*tensors, margin)
 
 
 def _grad_reverse_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gx, gm, gg, gr = _kernels.reverse_step_backward.default(
-        grad, *ctx.saved_tensors, ctx.guidance_norm
+    *tensors, margin = ctx.saved_tensors
+    gx, gm, gg, gr, gmargin = _kernels.reverse_step_backward.default(
+        grad, *tensors, ctx.guidance_norm, margin
     )
-    return _needed(ctx, (gx, gm, None, None, gg, gr, None, None))
+    return _needed(ctx, (gx, gm, None, None, gg, gr, None, None, gmargin))
 
 
 def _save_adaptive_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -51,9 +52,15 @@ def _grad_adaptive_step(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
     return _needed(ctx, (*out, None, None))
 
 
-def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> Tensor:
-    out: Tensor = _kernels.confidence_cotangent_backward.default(*grads, *ctx.saved_tensors)
-    return out
+def _save_confidence_cotangent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, ctx.quantity = inputs
+    ctx.save_for_backward(logits)
+
+
+def _grad_confidence_cotangent(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    (logits,) = ctx.saved_tensors
+    out = _kernels.confidence_cotangent_backward.default(*grads, logits, ctx.quantity)
+    return _needed(ctx, (out, None))
 
 
 def _grad_of_backward(ctx: Any, *_: Any) -> Any:
@@ -70,7 +77,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "reverse_step_backward": (_grad_of_backward, None),
     "adaptive_step": (_grad_adaptive_step, _save_adaptive_step),
     "adaptive_step_backward": (_grad_of_backward, None),
-    "confidence_cotangent": (_grad_confidence_cotangent, _save),
+    "confidence_cotangent": (_grad_confidence_cotangent, _save_confidence_cotangent),
     "confidence_cotangent_backward": (_grad_of_backward, None),
 }
 # Operator -> where its row of coefficients is among the arguments.
@@ -115,7 +122,7 @@ class _Library(torch.library.Library):
 
 def _record_in_place(keyset: Any, *args: Any) -> None:
     """The autograd kernel of reverse_step_, which has no gradient."""
-    inputs = args[:6]  # noise and norm follow
+    inputs = (*args[:6], *args[8:])  # noise and norm have no gradient
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
         raise RuntimeError(
             "reverse_step_ is not differentiable, and one of its inputs requires grad: "

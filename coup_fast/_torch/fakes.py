@@ -16,7 +16,8 @@ from torch import Tensor
 _check: Callable[..., None] = torch._check
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-NORMS = ("none", "normalised", "clipped")
+NORMS = ("none", "normalised", "clipped", "stable")
+QUANTITIES = ("log_confidence", "margin")
 STEP_COLUMNS = 19
 PERTURB_COLUMNS = ADAPTIVE_COLUMNS = 8
 MAX_CLASSES = 2**31 - 1
@@ -136,10 +137,28 @@ class _Arguments:
         _check(
             text in NORMS,
             lambda: (
-                f"coup_fast::{self.op}: guidance_norm must be none, normalised or clipped, "
+                f"coup_fast::{self.op}: guidance_norm must be none, normalised, clipped or stable, "
                 f"got {text}"
             ),
         )
+
+    def per_sample(self, name: str, tensor: Tensor) -> None:
+        batch = self.state.shape[0]
+        self.row_of(name, tensor, torch.float32, (batch,), f"must be float32 [{batch}], got")
+
+    def margin(self, tensor: Tensor | None, norm: str, guidance: Tensor | None) -> None:
+        stable = norm == "stable" and guidance is not None
+        _check(
+            stable == (tensor is not None),
+            lambda: (
+                f"coup_fast::{self.op}: margin must be given where guidance is and guidance_norm "
+                f"is stable, and only there, got guidance_norm {norm}, "
+                f"{'no ' if guidance is None else ''}guidance and "
+                f"{'no' if tensor is None else 'a'} margin"
+            ),
+        )
+        if tensor is not None:
+            self.per_sample("margin", tensor)
 
     def dense_state(self) -> None:
         strides = self.state.stride()
@@ -215,6 +234,7 @@ def _reverse_step(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     guidance_norm: str = "none",
+    margin: Tensor | None = None,
 ) -> _Arguments:
     arguments = _Arguments(op, "x", x)
     arguments.float32_state()
@@ -225,6 +245,7 @@ def _reverse_step(
     arguments.keys(keys)
     arguments.coeffs(coeffs, STEP_COLUMNS)
     arguments.guidance_norm(guidance_norm)
+    arguments.margin(margin, guidance_norm, guidance)
     return arguments
 
 
@@ -245,15 +266,17 @@ def reverse_step_backward(
     keys: Tensor | None,
     guidance: Tensor | None,
     reference: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, model_out, coeffs, keys, guidance, reference, *rest)
+    noise: Tensor | None,
+    guidance_norm: str,
+    margin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x, model_out, coeffs, keys, guidance, reference, noise, guidance_norm, margin)
     _reverse_step("reverse_step_backward", *inputs).same_shape("grad", grad)
     gm, gg, gr = (
         x.new_empty(0) if tensor is None else _dense_like(tensor)
         for tensor in (model_out, guidance, reference)
     )
-    return _dense_like(x), gm, gg, gr
+    return _dense_like(x), gm, gg, gr, x.new_empty(0 if margin is None else x.shape[0])
 
 
 def _adaptive_step(
@@ -284,28 +307,33 @@ def adaptive_step_backward(
     return _dense_like(x), _dense_like(h), _dense_like(h_ahead)
 
 
-def _logits(op: str, logits: Tensor) -> _Arguments:
+def _logits(op: str, logits: Tensor, quantity: str) -> _Arguments:
     arguments = _Arguments(op, "logits", logits)
+    _check(
+        quantity in QUANTITIES,
+        lambda: f"coup_fast::{op}: quantity must be log_confidence or margin, got {quantity}",
+    )
     expected = "must be [B, K] with at least one class, got"
     arguments.require(logits.ndim == 2, "logits", expected, logits)
     arguments.require(logits.shape[1] >= 1, "logits", expected, logits)
     arguments.require(logits.shape[1] <= MAX_CLASSES, "logits", expected, logits)
+    if quantity == "margin":
+        expected = "must have at least two classes for the margin, got"
+        arguments.require(logits.shape[1] >= 2, "logits", expected, logits)
     arguments.any_float("logits", logits)
     return arguments
 
 
-def confidence_cotangent(logits: Tensor) -> tuple[Tensor, Tensor]:
-    _logits("confidence_cotangent", logits)
+def confidence_cotangent(logits: Tensor, quantity: str = "log_confidence") -> tuple[Tensor, Tensor]:
+    _logits("confidence_cotangent", logits, quantity)
     return logits.new_empty(logits.shape[0], dtype=torch.float32), _dense_like(logits)
 
 
 def confidence_cotangent_backward(
-    grad_log_confidence: Tensor, grad_cotangent: Tensor, logits: Tensor
+    grad_value: Tensor, grad_cotangent: Tensor, logits: Tensor, quantity: str = "log_confidence"
 ) -> Tensor:
-    arguments = _logits("confidence_cotangent_backward", logits)
-    batch, name = logits.shape[0], "grad_log_confidence"
-    expected = f"must be float32 [{batch}], got"
-    arguments.row_of(name, grad_log_confidence, torch.float32, (batch,), expected)
+    arguments = _logits("confidence_cotangent_backward", logits, quantity)
+    arguments.per_sample("grad_value", grad_value)
     arguments.same_shape("grad_cotangent", grad_cotangent)
     return _dense_like(logits)
 

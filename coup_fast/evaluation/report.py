@@ -180,6 +180,7 @@ class Report:
                 "dynamic defences looks for functions named `grad` or `backward` and misses the "
                 "same gradient computed in C++. “exact” differentiates through it to second order."
             )
+            notes += [_guidance_note(name, found) for name, found in self._guidance().items()]
         if any(line.union for line in self.lines):
             notes.append(
                 "Accuracy under an attack is an upper bound of robustness. The closest one here is "
@@ -212,6 +213,15 @@ class Report:
             found[f"{row.defence.name} is foreign ({row.defence.method})"] = words
         return found
 
+    def _guidance(self) -> dict[str, dict[str, Any]]:
+        """How steep and how stiff each guided defence's guidance was found, by its name."""
+        found = {}
+        for i, row in enumerate(self.config.rows):
+            unit = self._units.get((0, i), {"result": {}})
+            if row.attack is None and unit["result"].get("guidance"):
+                found[row.defence.name] = unit["result"]["guidance"]
+        return found
+
     def as_dict(self, run: dict[str, Any] | None = None) -> dict[str, Any]:
         """For JSON. run: what says where and how it was computed."""
         plans = self.identity["plans"]
@@ -222,6 +232,8 @@ class Report:
                 clean = self.config.rows.index(Row(line.row.defence, None))
                 unit = self._units.get((0, clean), {"result": {}})
                 row = {**row, "foreign": unit["result"].get("foreign")}
+            if line.row.defence.guided:
+                row = {**row, "guidance": self._guidance().get(line.row.defence.name)}
             rows.append(
                 {
                     **row,
@@ -324,6 +336,17 @@ class Report:
         if self.images:
             paths += draw(self.lines, self.images, self.config.draws, folder)
         return paths
+
+
+def _guidance_note(name: str, found: dict[str, Any]) -> str:
+    """A sentence about `Stiffness.as_dict()`."""
+    low, median, high = found["steepness"].values()
+    return (
+        f"{name}: explicit steps of its guidance overshoot (c a²/4 > 2) at "
+        f"{found['stiff_share']:.1%} of the guided states of {found['images']} images; a, the norm "
+        f"of the margin's gradient in diffusion space, has median {median:.3g} (10 to 90 %: "
+        f"{low:.3g} to {high:.3g})."
+    )
 
 
 def _percents(found: Numbers) -> list[str]:

@@ -33,7 +33,9 @@ from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
 from coup_fast.score_model import ClassifierFunction
+from coup_fast.stiffness import stiffness
 
+GUIDED_IMAGES = 8  # whose states tell how stiff a defence's guidance is
 VERIFIED_IMAGES = 4  # on which the gradient of a defence that is not ours is checked
 
 
@@ -173,6 +175,8 @@ class Worker:
                 result["attack"]["draws"] = found.draws
         elif row.defence.foreign and unit[0] == 0:
             result["foreign"] = self._verified(model, images, labels, sample_ids)
+        elif row.defence.guided and unit[0] == 0:
+            result["guidance"] = self._stiffness(model.purifier, images, sample_ids)
         if row.defence.foreign:
             model = Foreign(model, sample_ids, self.config.seed)
         scores = self._scores(model, images, sample_ids)
@@ -237,6 +241,15 @@ class Worker:
         assert isinstance(check, ForeignGradientCheck)
         found = {"gradient": check.verdict, "gradient_passed": check.passed}
         return {**found, "repeats": check.repeats, "seeding": seeding, "images": check.batch}
+
+    def _stiffness(
+        self, purifier: Purifier, images: Tensor, sample_ids: Tensor
+    ) -> dict[str, Any] | None:
+        """How stiff the guidance is on the first images of all; None where its norm is scaled."""
+        if purifier.plan.guidance_norm not in ("none", "stable"):
+            return None
+        few = slice(0, GUIDED_IMAGES)
+        return stiffness(purifier, images[few], sample_ids[few]).as_dict()
 
     @torch.no_grad()
     def _scores(

@@ -37,7 +37,7 @@ def why_not(purifier: Purifier) -> str | None:
     if _step_lengths(plan, model.schedule) is None:
         return f"{plan.method} with these options is not Euler-Maruyama on the reverse VP-SDE"
     if plan.guidance_norm != "none":
-        return "guidance that is normalised per sample is not written as an SDE here"
+        return "guidance that is normalised per sample, or stable, is not written as an SDE here"
     if importlib.util.find_spec("torchsde") is None:
         return "torchsde is not installed (pip install coup-fast[bench])"
     return None

@@ -110,6 +110,11 @@ class CoupScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # as di
         kind = _KINDS[self._facts.prediction_type]
         plan = methods.plan(self._facts.method, self.schedule, kind, **options)
         assert isinstance(plan, Plan)
+        if plan.guidance_norm == "stable":
+            raise ValueError(
+                'guidance_solver="stable" needs the classifier\'s margin at each step, which this '
+                "scheduler's loop does not hand on; use coup_fast.Purifier"
+            )
         coeffs = plan.coeffs.copy()
         coeffs[-1, [OUT_SCALE, OUT_BIAS]] = 1.0, 0.0  # diffusers stays in [-1, 1]
         self.plan = replace(plan, coeffs=coeffs)

@@ -22,7 +22,7 @@ from .ancestral import (
     levels,
     start_at,
 )
-from .network_and_guidance import VP, diffusion_model, eps_of, guidance_options
+from .network_and_guidance import VP, GuidanceSolver, diffusion_model, eps_of, guidance_options
 
 
 def ddpm(
@@ -35,6 +35,7 @@ def ddpm(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     forward_noise: bool = True,
     clip_denoised: bool = False,
     clamp_output: bool = False,
@@ -55,6 +56,7 @@ def ddpm(
         guidance_scale: λ >= 0, shifts the mean by λ Var g (Dhariwal and Nichol 2021, algorithm 1).
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         forward_noise: whether to diffuse the image to t_star first.
         clip_denoised: whether to clamp x̂0 to [-1, 1]. The posterior mean then takes x and the
             clamped x̂0.
@@ -70,7 +72,9 @@ def ddpm(
     count = count_of(chain, t_star)
     num_steps = checks.integer("num_steps", count if num_steps is None else num_steps, 1, count)
     checks.choice("variance", variance, VARIANCES)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(
+        guidance_scale, guidance_norm, guidance_max_norm, guidance_solver, variance
+    )
     clip = checks.flag("clip_denoised", clip_denoised)
     steps = levels(chain, count, num_steps)
     floor = floor_of(steps, chain)
@@ -114,6 +118,7 @@ def ddim(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     forward_noise: bool = True,
     clip_denoised: bool = False,
     clamp_output: bool = False,
@@ -143,7 +148,7 @@ def ddim(
     count = count_of(chain, t_star)
     num_steps = checks.integer("num_steps", count if num_steps is None else num_steps, 1, count)
     eta = checks.number("eta", eta, 0.0, 1.0)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     clip = checks.flag("clip_denoised", clip_denoised)
     return make_plan(
         "ddim",
@@ -165,6 +170,7 @@ def gradual(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = False,
     clamp_output: bool = False,
 ) -> Plan:
@@ -192,7 +198,7 @@ def gradual(
     rounds = checks.integers("rounds", rounds, 1, chain.num_steps)
     stride = checks.integer("stride", stride, 1, min(rounds))
     eta = checks.number("eta", eta, 0.0, 1.0)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     clip = checks.flag("clip_denoised", clip_denoised)
     parts = []
     for k, count in enumerate(rounds):

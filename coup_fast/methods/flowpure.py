@@ -10,7 +10,7 @@ from .. import checks
 from ..plan import Plan, Rows, V, W, blank_row, ddim, make_plan, start_row
 from ..reference import GuidanceNorm
 from ..schedules import Array, FlowSchedule, Schedule
-from .network_and_guidance import Guidance, guidance_options
+from .network_and_guidance import Guidance, GuidanceSolver, guidance_options
 from .noise_levels import check_network, level_of_sigma, level_steps
 
 
@@ -24,6 +24,7 @@ def flowpure(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = False,
     clamp_output: bool = False,
 ) -> Plan:
@@ -49,6 +50,7 @@ def flowpure(
         guidance_scale: λ >= 0; guidance adds to the score. A path from attacked images takes none.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clip_denoised: whether to clamp x̂0 to [-1, 1]; ε is left as predicted, as in `ddim`.
         clamp_output: whether to clamp the result to valid pixels.
 
@@ -65,7 +67,7 @@ def flowpure(
     t_start = checks.number("t_start", t_start, 0.0, 1.0, below=True)
     sigma = checks.number("sigma", sigma, 0.0, math.inf, above=not from_attacked)
     num_steps = checks.integer("num_steps", num_steps, 1, 100_000)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     clip = checks.flag("clip_denoised", clip_denoised)
     progress = t_start + (1 - t_start) * np.arange(num_steps) / num_steps
     if isinstance(schedule, FlowSchedule) and from_attacked:

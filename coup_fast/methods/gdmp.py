@@ -21,7 +21,7 @@ from .ancestral import (
     forward_rows,
     levels,
 )
-from .network_and_guidance import diffusion_model, eps_of, guidance_options
+from .network_and_guidance import GuidanceSolver, diffusion_model, eps_of, guidance_options
 
 GDMP_BATCH = 100  # the authors' batch size, part of their mean-reduced loss
 
@@ -39,6 +39,7 @@ def gdmp(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = True,
     clamp_output: bool = True,
 ) -> Plan:
@@ -68,6 +69,7 @@ def gdmp(
         guidance_scale: λ >= 0, of a classifier, beside the MSE.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clip_denoised: as for `ddpm`.
         clamp_output: as for `ddpm`.
 
@@ -84,7 +86,9 @@ def gdmp(
     ptb = checks.number("ptb", ptb, 0.0, 255.0, above=True)
     numel = math.prod(checks.integers("image_shape", image_shape, 1, 2**31))
     checks.choice("variance", variance, VARIANCES)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(
+        guidance_scale, guidance_norm, guidance_max_norm, guidance_solver, variance
+    )
     clip = checks.flag("clip_denoised", clip_denoised)
 
     steps = levels(chain, count, count)

@@ -10,7 +10,7 @@ from .. import checks
 from ..plan import C, D, Plan, Rows, V, W, blank_row, make_plan, start_row
 from ..reference import GuidanceNorm
 from ..schedules import Schedule
-from .network_and_guidance import guidance_options
+from .network_and_guidance import GuidanceSolver, guidance_options
 
 
 def langevin(
@@ -23,6 +23,7 @@ def langevin(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clamp_output: bool = False,
 ) -> Plan:
     """Langevin dynamics of an energy U: x' = x - ∇U(x) + 0.01 z, in 1500 steps.
@@ -42,6 +43,7 @@ def langevin(
         guidance_scale: λ >= 0; guidance adds to the score -∇U.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clamp_output: whether to clamp the result to valid pixels.
 
     Raises:
@@ -59,7 +61,7 @@ def langevin(
     row[V] = 1.0
     row[W] = checks.number("gradient_scale", gradient_scale, 0.0, math.inf, above=True)
     row[D] = checks.number("eta", eta, 0.0, math.inf)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     row[C] = guidance.scale * row[W]
     return make_plan(
         "langevin",

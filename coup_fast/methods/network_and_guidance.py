@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..checks import choice, number
 from ..plan import DIFFUSION_KINDS
@@ -12,6 +12,8 @@ from ..reference import GUIDANCE_NORMS
 from ..schedules import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule, check_pair
 
 VP = VPSchedule | DiscreteSchedule | FlowSchedule
+GuidanceSolver = Literal["explicit", "stable"]
+GUIDANCE_SOLVERS = get_args(GuidanceSolver)
 
 
 def diffusion_model(method: str, schedule: Any, kind: Any) -> VP:
@@ -60,14 +62,34 @@ class Guidance:
     max_norm: float | None
 
 
-def guidance_options(scale: Any, norm: Any, max_norm: Any) -> Guidance:
-    """guidance_scale λ >= 0, guidance_norm, and guidance_max_norm exactly if norm is "clipped"."""
+def guidance_options(
+    scale: Any, norm: Any, max_norm: Any, solver: Any, variance: str = "fixed"
+) -> Guidance:
+    """guidance_scale λ >= 0, guidance_norm, and guidance_max_norm exactly if norm is "clipped".
+
+    guidance_solver "stable" becomes the norm of that name. It takes the gradient as it is, with one
+    coefficient for each sample, which a learned variance does not have.
+    """
+    choice("guidance_solver", solver, GUIDANCE_SOLVERS)
     norm = choice("guidance_norm", norm, GUIDANCE_NORMS)
     if (norm == "clipped") != (max_norm is not None):
         raise ValueError(
             'guidance_norm="clipped" and guidance_max_norm go together, '
             f"got guidance_norm={norm!r} and guidance_max_norm={max_norm!r}"
         )
+    if solver == "stable" and norm != "none":
+        raise ValueError(
+            'guidance_solver="stable" takes the gradient as it is and needs guidance_norm="none", '
+            f"got guidance_norm={norm!r}"
+        )
+    if solver == "stable" and variance == "learned":
+        raise ValueError(
+            'guidance_solver="stable" needs one coefficient for all pixels of a sample, and '
+            'variance="learned" gives each pixel its own; use a fixed variance, or '
+            'guidance_solver="explicit"'
+        )
+    if solver == "stable":
+        norm = "stable"
     if max_norm is not None:
         max_norm = number("guidance_max_norm", max_norm, 0.0, math.inf, above=True)
     return Guidance(number("guidance_scale", scale, 0.0, math.inf), norm, max_norm)

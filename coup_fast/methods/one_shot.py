@@ -10,7 +10,7 @@ from .. import checks
 from ..plan import Plan, Prediction, make_plan
 from ..reference import GuidanceNorm
 from ..schedules import Schedule
-from .network_and_guidance import guidance_options
+from .network_and_guidance import Guidance, GuidanceSolver, guidance_options
 from .noise_levels import (
     NoiseLevel,
     check_network,
@@ -29,6 +29,7 @@ def one_shot(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = True,
 ) -> Plan:
     """Noise of a given level, then one call of the denoiser, x̂0.
@@ -47,6 +48,7 @@ def one_shot(
         guidance_scale: λ >= 0; guidance adds to the score.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clip_denoised: whether to clamp x̂0 to [-1, 1].
 
     Raises:
@@ -66,7 +68,7 @@ def one_shot(
         schedule,
         kind,
         [level],
-        (guidance_scale, guidance_norm, guidance_max_norm),
+        guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver),
         clip_denoised,
     )
 
@@ -79,6 +81,7 @@ def consistency(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clip_denoised: bool = True,
 ) -> Plan:
     """Noise and denoise over a list of levels: x' = x̂0 + σ_{k+1} z, and x̂0 at the end.
@@ -94,6 +97,7 @@ def consistency(
         guidance_scale: λ >= 0; guidance adds to the score.
         guidance_norm: as for `coup`.
         guidance_max_norm: as for `coup`.
+        guidance_solver: as for `coup`.
         clip_denoised: whether to clamp x̂0 to [-1, 1] at each step.
 
     Raises:
@@ -110,7 +114,7 @@ def consistency(
         schedule,
         kind,
         [level_of_sigma(schedule, sigma) for sigma in sigmas],
-        (guidance_scale, guidance_norm, guidance_max_norm),
+        guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver),
         clip_denoised,
     )
 
@@ -120,10 +124,9 @@ def _denoised(
     schedule: Schedule,
     kind: str,
     levels: Sequence[NoiseLevel],
-    guidance_choices: tuple[float, GuidanceNorm, float | None],
+    guidance: Guidance,
     clip_denoised: bool,
 ) -> Plan:
-    guidance = guidance_options(*guidance_choices)
     clip = checks.flag("clip_denoised", clip_denoised)
     alpha_bars = [*(level.alpha_bar for level in levels[1:]), 1.0]  # after each step
     steps = [(Prediction(x0=math.sqrt(a)), math.sqrt(1 - a)) for a in alpha_bars]

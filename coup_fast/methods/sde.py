@@ -40,7 +40,7 @@ from ..plan import (
 )
 from ..reference import GuidanceNorm
 from ..schedules import Array, Schedule, VPSchedule
-from .network_and_guidance import VP, diffusion_model, eps_of, guidance_options
+from .network_and_guidance import VP, GuidanceSolver, diffusion_model, eps_of, guidance_options
 from .preset import preset
 
 T_END = 1e-5  # where DiffPure and COUP stop
@@ -138,6 +138,7 @@ def coup(
     guidance_scale: float = 1.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     forward_noise: bool = False,
     solver: Solver = "euler",
     clip_denoised: bool = False,
@@ -161,6 +162,9 @@ def coup(
         guidance_norm: "none" leaves each sample's gradient as it is, "normalised" divides it by
             its norm, and "clipped" scales it down to guidance_max_norm where its norm is larger.
         guidance_max_norm: the bound of "clipped", > 0.
+        guidance_solver: "explicit" as published, or "stable", which integrates the classifier's
+            margin over the step and cannot overshoot (ours and not published; docs/guidance.md).
+            It takes the gradient as it is, so guidance_norm has to be "none".
         forward_noise: whether to diffuse the image to t_star first (with DiffPure's discrete ᾱ).
         solver: "euler" as published, or "exponential" for 10 to 20 steps (see the module).
         clip_denoised: whether to clamp the predicted clean image to [-1, 1] at each step. ε is
@@ -174,7 +178,7 @@ def coup(
     """
     model = diffusion_model("coup", schedule, kind)
     times, lengths = _grid(t_star, num_steps, step_size)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     scale = guidance.scale
     return make_plan(
         "coup",
@@ -258,6 +262,7 @@ def vp_ode(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     forward_noise: bool = True,
     solver: Solver = "euler",
     clip_denoised: bool = False,
@@ -273,7 +278,7 @@ def vp_ode(
     """
     model = diffusion_model("vp-ode", schedule, kind)
     times, lengths = _grid(t_star, num_steps, step_size)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     scale = guidance.scale
     return make_plan(
         "vp-ode",
@@ -298,6 +303,7 @@ def ldsde(
     guidance_scale: float = 0.0,
     guidance_norm: GuidanceNorm = "none",
     guidance_max_norm: float | None = None,
+    guidance_solver: GuidanceSolver = "explicit",
     clamp_output: bool = False,
 ) -> Plan:
     """Langevin dynamics about the attacked image, with the score at t = 0.01: DiffPure's LDSDE.
@@ -326,7 +332,7 @@ def ldsde(
     sigma2 = checks.number("sigma2", sigma2, 0.0, np.inf, above=True)
     rate = checks.number("lambda_ld", lambda_ld, 0.0, np.inf, above=True)
     eta = checks.number("eta", eta, 0.0, np.inf)
-    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm)
+    guidance = guidance_options(guidance_scale, guidance_norm, guidance_max_norm, guidance_solver)
     score_time = 0.01
     alpha_bar = float(model.continuous().alpha_bar(score_time))
     times = model.network_time(np.full(len(lengths), score_time))

@@ -31,6 +31,7 @@ class Operators(Protocol):
         reference: Tensor | None = None,
         noise: Tensor | None = None,
         guidance_norm: str = "none",
+        margin: Tensor | None = None,
     ) -> Tensor: ...
 
     def reverse_step_(
@@ -43,13 +44,16 @@ class Operators(Protocol):
         reference: Tensor | None = None,
         noise: Tensor | None = None,
         guidance_norm: str = "none",
+        margin: Tensor | None = None,
     ) -> None: ...
 
     def adaptive_step(
         self, x: Tensor, h: Tensor, h_ahead: Tensor, alive: Tensor, coeffs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def confidence_cotangent(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
+    def confidence_cotangent(
+        self, logits: Tensor, quantity: str = "log_confidence"
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def choose_ops(backend: str, images: Tensor) -> Operators:

@@ -9,7 +9,8 @@ from coup_fast.run.steps import Run, State
 
 
 def _bad_rows(x: Tensor) -> list[int]:
-    return (~x.detach().isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    finite = x.detach().isfinite().reshape(len(x), -1)
+    return (~finite.all(1)).nonzero().flatten().tolist()
 
 
 class _NotFiniteError(Exception):

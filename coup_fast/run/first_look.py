@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast._torch.differentiated import explain
+from coup_fast.plan import AnyPlan, Plan
 from coup_fast.run.assumptions import named_modules
-from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.guidance import confidence_gradient, guidance_of
 from coup_fast.run.replay_guards import Fingerprint
 from coup_fast.run.steps import Run
+from coup_fast.run.stiffness import coefficients, is_stiff, norms
 from coup_fast.run.warn import warn
 
 Function = Callable[[Tensor], Tensor]
@@ -62,14 +64,26 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
 
     differentiated: through the network, and not through the guidance alone.
     """
-    calls = run.calls
     kind = (
         *(id(model) for model in run.models),
-        *(images.dtype, images.device, len(images) > 1, differentiated, calls.autocast),
+        *(images.dtype, images.device, len(images) > 1, differentiated, run.calls.autocast),
     )
-    if kind in looks.seen or len(images) == 0:
+    if len(images) == 0:
         return
     run, images = run.of(slice(0, _IMAGES)), images[:_IMAGES]
+    if kind not in looks.seen:
+        _look_at_models(run, images, looks, differentiated)
+        looks.seen.add(kind)
+    steps = (*kind[:3], images.dtype, images.device, run.plan.digest)
+    if _is_explicit(run.plan) and steps not in looks.seen:
+        with _aside():
+            _look_at_stiffness(run, images, looks)
+        looks.seen.add(steps)
+
+
+def _look_at_models(run: Run, images: Tensor, looks: Looks, differentiated: bool) -> None:
+    """Call the models of a run a few times, for what only numbers can tell."""
+    calls = run.calls
     with _aside():
         _look_at_weights(run.models, looks)
         unchanged = Fingerprint(run.models)
@@ -93,7 +107,6 @@ def look_at_run(run: Run, images: Tensor, looks: Looks, *, differentiated: bool)
             "a model that changes itself gives an image other results at other times; call "
             ".eval() on it",
         )
-    looks.seen.add(kind)
 
 
 def look_at_classifier(
@@ -293,4 +306,32 @@ def _look_at_guidance(guidance: Tensor, looks: Looks) -> None:
             f"{len(guidance)} images that were looked at, at the first step, so guidance does "
             "nothing there: its logits are saturated (their largest softmax is 1 to the last bit), "
             "clamped or constant",
+        )
+
+
+def _is_explicit(plan: AnyPlan) -> bool:
+    """Whether steps of guidance are the published ones, whose length nothing bounds."""
+    return isinstance(plan, Plan) and plan.needs_classifier and plan.guidance_norm == "none"
+
+
+def _look_at_stiffness(run: Run, images: Tensor, looks: Looks) -> None:
+    """Warns of explicit steps of guidance that overshoot at the states before the first step."""
+    plan = run.plan
+    assert isinstance(plan, Plan)
+    x = run.start(images)[0].clone()
+    gradient, margin = guidance_of(run.calls.classify_alone, x, run.ops, "margin")
+    assert margin is not None
+    steepness = norms(gradient)
+    moved = torch.exp(-margin) > torch.finfo(torch.float32).tiny  # else the explicit step is 0
+    stiff = is_stiff(coefficients(plan)[:, None], steepness) & moved
+    if bool(stiff.any()):
+        share = float(stiff.double().mean())
+        slope = float(steepness.max())
+        looks.say(
+            "stiff guidance",
+            f"explicit steps of guidance overshoot at {share:.0%} of the states that were looked "
+            f"at ({len(x)} images before their first step, with the coefficients of all "
+            f"{len(stiff)} guided steps): c a²/4 is above 2 there, with a = {slope:.3g} the norm "
+            "of the margin's gradient and c the step's coefficient. Take more steps, a smaller "
+            "guidance_scale, or guidance_solver='stable' (coup_fast.stiffness says more)",
         )

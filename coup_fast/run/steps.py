@@ -18,7 +18,7 @@ from torch import Tensor
 from coup_fast.plan import AdaptivePlan, AnyPlan, Plan
 from coup_fast.run.assumptions import check_answer, version_of
 from coup_fast.run.backends import Operators
-from coup_fast.run.guidance import confidence_gradient
+from coup_fast.run.guidance import guidance_of
 from coup_fast.run.model_calls import ModelCalls
 from coup_fast.run.options import RunOptions
 from coup_fast.run.tables import Noise, Tables
@@ -26,7 +26,7 @@ from coup_fast.run.tables import Noise, Tables
 # What a step carries: the image-shaped state first; ADP adds its alive mask and last step sizes.
 State = tuple[Tensor, ...]
 # What the models return for a step; see the class attribute `evaluated` of a run.
-Evaluated = tuple[Tensor | None, Tensor | None]
+Evaluated = tuple[Tensor | None, ...]
 
 
 class Beside(Protocol):
@@ -71,7 +71,9 @@ class Run:
     them.
     """
 
-    evaluated = ("score network's output", "classifier's confidence gradient")
+    evaluated: tuple[str, ...] = (
+        *("score network's output", "classifier's confidence gradient", "classifier's margin"),
+    )
     beside: Beside = IN_ORDER
 
     def __init__(
@@ -140,8 +142,8 @@ class Run:
         return out[:, : x.shape[1]]
 
     def evaluate(self, k: int, x: Tensor) -> Evaluated:
-        """Network output and guidance gradient of step k at state x."""
-        out = guidance = None
+        """Network output, guidance gradient and, for a stable step, margin of step k at state x."""
+        out = guidance = margin = None
         if self.timed[k]:
             time = self.tables.times[k]
             before = version_of(x), version_of(time)
@@ -154,9 +156,11 @@ class Run:
             graph = full and torch.is_grad_enabled() and x.requires_grad
             calls = self.calls
             classify = calls.classify_alone if graph else calls.classify
-            guidance = confidence_gradient(classify, x, self.ops, graph=graph)
+            stable = self.plan.guidance_norm == "stable"
+            quantity = "margin" if stable else "log_confidence"
+            guidance, margin = guidance_of(classify, x, self.ops, quantity, graph=graph)
             self.beside.join()
-        return out, guidance
+        return out, guidance, margin
 
     def _overwritten(self, k: int) -> RuntimeError:
         return RuntimeError(
@@ -174,13 +178,13 @@ class Run:
         in_place: bool = False,
     ) -> State:
         """The state after step k, given what the models returned for it."""
-        (x,), (out, guidance) = state, evaluated
+        (x,), (out, guidance, margin) = state, evaluated
         keys, noise = self.noise.at(self.noise_index[k])
         row, norm = self.tables.rows[k], self.plan.guidance_norm
         if in_place:
-            self.ops.reverse_step_(x, out, row, keys, guidance, attacked, noise, norm)
+            self.ops.reverse_step_(x, out, row, keys, guidance, attacked, noise, norm, margin)
             return state
-        return (self.ops.reverse_step(x, out, row, keys, guidance, attacked, noise, norm),)
+        return (self.ops.reverse_step(x, out, row, keys, guidance, attacked, noise, norm, margin),)
 
     def step(self, k: int, state: State, attacked: Tensor | None) -> State:
         """The state after step k; differentiable where state or attacked image requires grad."""

@@ -97,6 +97,17 @@ class Arguments {
     return static_cast<const float*>(contiguous("coeffs", tensor));
   }
 
+  // One float32 for each sample.
+  const float* per_sample(const char* name, const Tensor& tensor) {
+    given(op_, name, tensor);
+    const bool right =
+        tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == batch;
+    if (!right) {
+      require(false, name, "must be float32 [" + std::to_string(batch) + "], got ", tensor);
+    }
+    return static_cast<const float*>(contiguous(name, tensor));
+  }
+
   // For ops that write over the state.
   void require_dense_state() const {
     const bool dense =

@@ -43,30 +43,33 @@ void run(const ReverseStep& params, const Tensor&) {
   if (needs_norm(params)) {
     scales = guidance_squares(params);
     const StepRow row = row_at<StepRow>(params.coeffs);
-    for (float& scale : scales) scale = guidance_scale(row, params.guidance_norm, scale);
+    for (size_t i = 0; i < scales.size(); ++i) {
+      const float margin = margin_of(params, static_cast<int64_t>(i));
+      scales[i] = guidance_scale(row, params.guidance_norm, scales[i], margin);
+    }
   }
   const float* scale_of = scales.empty() ? nullptr : scales.data();
   parallel(num_tiles(params.batch, params.channels * params.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, scale_of, begin, end); });
 }
 
-// c_i and <G, a> / <G, G> of each sample, in two rounds: a may need c_i.
+// The GuidanceSample of each sample, in two rounds: a may need c_i.
 std::vector<GuidanceSample> guidance_samples(const ReverseStepBackward& params) {
   const ReverseStep& forward = params.forward;
   const StepRow row = row_at<StepRow>(forward.coeffs);
   const std::vector<float> squares = guidance_squares(forward);
   std::vector<GuidanceSample> samples(squares.size());
-  for (size_t i = 0; i < samples.size(); ++i) {
-    samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], 0.0f);
-  }
+  const auto sample = [&](size_t i, float dot) {
+    const float margin = margin_of(forward, static_cast<int64_t>(i));
+    return guidance_sample(row, forward.guidance_norm, squares[i], dot, margin);
+  };
+  for (size_t i = 0; i < samples.size(); ++i) samples[i] = sample(i, 0.0f);
   const auto kernel = COUP_FAST_PICK(reverse_step_dots);
   const std::vector<float> dots =
       sum_samples(forward, [&](float* sums, int64_t begin, int64_t end) {
         kernel(params, samples.data(), sums, begin, end);
       });
-  for (size_t i = 0; i < samples.size(); ++i) {
-    samples[i] = guidance_sample(row, forward.guidance_norm, squares[i], dots[i]);
-  }
+  for (size_t i = 0; i < samples.size(); ++i) samples[i] = sample(i, dots[i]);
   return samples;
 }
 
@@ -74,6 +77,11 @@ void run_backward(const ReverseStepBackward& params, const Tensor&) {
   std::vector<GuidanceSample> samples;
   if (needs_norm(params.forward)) samples = guidance_samples(params);
   const GuidanceSample* sample_of = samples.empty() ? nullptr : samples.data();
+  if (params.grad_margin != nullptr) {
+    for (int64_t i = 0; i < params.forward.batch; ++i) {
+      params.grad_margin[i] = sample_of == nullptr ? 0.0f : sample_of[i].grad_margin;
+    }
+  }
   const auto kernel = COUP_FAST_PICK(reverse_step_backward_tiles);
   parallel(num_tiles(params.forward.batch, params.forward.channels * params.forward.pixels), kTile,
            [&](int64_t begin, int64_t end) { kernel(params, sample_of, begin, end); });

@@ -2,9 +2,10 @@
 //
 // One warp a row: lane l holds classes l, l + 32, ..., which is the canonical order of the sums, so
 // the result is the CPU's bit for bit. The row is read from memory once and then, in two more
-// passes (sum, result), from L1. Bytes of a row of K float32 logits: 4 K read, 4 K + 4 written;
-// backward reads 8 K + 4 and writes 4 K. With few rows the floor is not bytes but the K / 32
-// dependent additions of a lane, about 4 cycles each.
+// passes (sum, result; for the margin a third one, for the second largest logit), from L1. Bytes of
+// a row of K float32 logits: 4 K read, 4 K + 4 written; backward reads 8 K + 4 and writes 4 K. With
+// few rows the floor is not bytes but the K / 32 dependent additions of a lane, about 4 cycles
+// each.
 #include "calls/confidence_cotangent.h"
 #include "cuda/launch.cuh"
 #include "math/confidence_cotangent.h"
@@ -43,14 +44,16 @@ __device__ __forceinline__ float sum_lanes(float lane) {
   return lane;
 }
 
-// The first of the largest logits; NaN is never larger. 0 if there is none above -inf.
-__device__ __forceinline__ int winner_of(const WarpRow& logits, float& largest) {
+constexpr int kNobody = -1;
+
+// The first of the largest logits but `skipped`; NaN is never larger. 0 if none is above -inf.
+__device__ __forceinline__ int winner_of(const WarpRow& logits, int skipped, float& largest) {
   constexpr int kNone = 0x7fffffff;
   largest = -INFINITY;
   int winner = kNone;
   logits.each([&](int j) {
     const float logit = logits[j];
-    if (logit > largest) {
+    if (logit > largest && j != skipped) {
       largest = logit;
       winner = j;
     }
@@ -67,55 +70,71 @@ __device__ __forceinline__ int winner_of(const WarpRow& logits, float& largest) 
   return winner == kNone ? 0 : winner;
 }
 
-__device__ __forceinline__ ConfidenceRow row_of(const WarpRow& logits, int& winner) {
-  float largest;
-  winner = winner_of(logits, largest);
-  const ConfidenceRow unsummed = confidence_row(largest, 0.0f);
+struct RowSums {
+  ConfidenceRow row;
+  float value;
+  int winner;
+  int anchor;  // the winner, or the first largest of the other classes
+};
+
+template <Confidence kQuantity>
+__device__ __forceinline__ RowSums sums_of(const WarpRow& logits) {
+  constexpr bool kMargins = kQuantity == Confidence::kMargin;
+  RowSums sums{};
+  float largest, second = 0.0f;
+  sums.winner = sums.anchor = winner_of(logits, kNobody, largest);
+  if (kMargins) sums.anchor = winner_of(logits, sums.winner, second);
+  sums.row = kMargins ? margin_row(largest, second, 0.0f) : confidence_row(largest, 0.0f);
   float others = 0.0f;
   logits.each([&](int j) {
-    if (j != winner) others += relative_probability<float>(unsummed, logits[j]);
+    if (j != sums.winner) others += relative_probability<float>(sums.row, logits[j]);
   });
-  return confidence_row(largest, sum_lanes(others));
+  others = sum_lanes(others);
+  sums.row = kMargins ? margin_row(largest, second, others) : confidence_row(largest, others);
+  sums.value = kMargins ? margin(sums.row, largest) : log_confidence(sums.row);
+  return sums;
 }
 
 __device__ __forceinline__ int64_t row_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kClassLanes;
 }
 
+template <Confidence kQuantity>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ConfidenceCotangent params) {
   const int64_t sample = row_of_warp();
   if (sample >= params.batch) return;  // the whole warp
   const WarpRow logits{params.logits, sample, static_cast<int>(params.classes)};
-  int winner;
-  const ConfidenceRow row = row_of(logits, winner);
+  const RowSums sums = sums_of<kQuantity>(logits);
   logits.each([&](int j) {
     const float cotangent =
-        j == winner ? winner_cotangent(row) : -probability<float>(row, logits[j]);
+        j == sums.winner ? winner_cotangent(sums.row) : -probability<float>(sums.row, logits[j]);
     store_class(params.cotangent, sample, j, cotangent);
   });
-  if (threadIdx.x % kClassLanes == 0) params.log_confidence[sample] = log_confidence(row);
+  if (threadIdx.x % kClassLanes == 0) params.value[sample] = sums.value;
 }
 
+template <Confidence kQuantity>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const ConfidenceCotangentBackward params) {
   const int64_t sample = row_of_warp();
   if (sample >= params.batch) return;  // the whole warp
   const WarpRow logits{params.logits, sample, static_cast<int>(params.classes)};
   const WarpRow grads{params.grad_cotangent, sample, static_cast<int>(params.classes)};
-  int winner;
-  const ConfidenceRow row = row_of(logits, winner);
-  const float g_winner = grads[winner];
+  const RowSums sums = sums_of<kQuantity>(logits);
+  const float g_anchor = grads[sums.anchor];
+  const auto probability_of = [&](int j) {
+    return j == sums.winner ? winner_probability(kQuantity, sums.row)
+                            : probability<float>(sums.row, logits[j]);
+  };
   float dot = 0.0f;
-  logits.each([&](int j) {
-    dot = Lanes<float>::fma(probability<float>(row, logits[j]), grads[j] - g_winner, dot);
-  });
+  logits.each([&](int j) { dot = Lanes<float>::fma(probability_of(j), grads[j] - g_anchor, dot); });
   dot = sum_lanes(dot);
-  const float grad_log = params.grad_log_confidence[sample];
+  const float grad_value = params.grad_value[sample];
   logits.each([&](int j) {
-    const float p = probability<float>(row, logits[j]);
-    const float cotangent = j == winner ? winner_cotangent(row) : -p;
-    const float h = grads[j] - g_winner;
-    const float grad = confidence_gradient<float>(grad_log, dot, cotangent, p, h);
+    const float p = probability_of(j);
+    const float cotangent = j == sums.winner ? winner_cotangent(sums.row) : -p;
+    const float h = grads[j] - g_anchor;
+    const float grad = confidence_gradient<float>(grad_value, dot, cotangent, p, h);
     store_class(params.grad_logits, sample, j, grad);
   });
 }
@@ -130,11 +149,19 @@ void launch_rows(const Tensor& logits, const char* name, Kernel* kernel, const P
 }
 
 void run(const ConfidenceCotangent& params, const Tensor& logits) {
-  launch_rows(logits, "confidence_cotangent", forward_kernel, params);
+  const bool margins = params.quantity == Confidence::kMargin;
+  launch_rows(
+      logits, "confidence_cotangent",
+      margins ? forward_kernel<Confidence::kMargin> : forward_kernel<Confidence::kLogProbability>,
+      params);
 }
 
 void run_backward(const ConfidenceCotangentBackward& params, const Tensor& logits) {
-  launch_rows(logits, "confidence_cotangent_backward", backward_kernel, params);
+  const bool margins = params.quantity == Confidence::kMargin;
+  launch_rows(
+      logits, "confidence_cotangent_backward",
+      margins ? backward_kernel<Confidence::kMargin> : backward_kernel<Confidence::kLogProbability>,
+      params);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const ReverseStep& forward = params.forward;
   const StepConstants constants = step_constants<kPlain>(forward);
   const StepReads reads = reads_of_gradient(constants.terms, false);
-  const GuidanceSample sample{constants.row.c, 0.0f};
+  const GuidanceSample sample{constants.row.c, 0.0f, 0.0f};
   each_quads<kAccess>(grid, [&](const auto& io) {
     const auto raw_grad = io.load_raw(params.grad);
     const auto in = step_values<kPlain>(io, forward, load_step(io, forward, reads), nullptr);

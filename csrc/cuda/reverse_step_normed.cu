@@ -1,6 +1,7 @@
-// reverse_step and its backward on CUDA with a guidance norm: <G, G> of a sample first, in backward
-// <G, a> as well, then the elements. Formulas in math/reverse_step.h, how a sample is summed in
-// per_sample.cuh, which keeps G in between. Bytes: as in reverse_step.cu.
+// reverse_step and its backward on CUDA with a guidance norm or the stable step, whose factor is
+// one for each sample: <G, G> of a sample first, in backward <G, a> as well, then the elements.
+// Formulas in math/reverse_step.h, how a sample is summed in per_sample.cuh, which keeps G in
+// between. Bytes: as in reverse_step.cu.
 #include "cuda/per_sample.cuh"
 #include "cuda/reverse_step.cuh"
 
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(threads_of<Squares<kPlain>>(kKeeping), blocks_
     add_products(io, g, g, lanes[0]);
   };
   if (!sample.template sum<0>(squares, square)) return;
-  const float scale = guidance_scale(constants.row, params.guidance_norm, square[0]);
+  const float scale = guidance_scale(constants.row, params.guidance_norm, square[0],
+                                     margin_of(params, sample.number()));
 
   sample.update([&](const auto& io, const auto& g, const auto& raw) {
     store_step(io, params, constants, scale, step_values<kPlain>(io, params, raw, &g));
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(threads_of<SquaresAndDots>(kKeeping), blocks_o
     add_products(io, g, g, lanes[0]);
   };
   if (!sample.template sum<0>(squares, square)) return;
-  const float scale = guidance_scale(constants.row, forward.guidance_norm, square[0]);
+  const float margin = margin_of(forward, sample.number());
+  const float scale = guidance_scale(constants.row, forward.guidance_norm, square[0], margin);
 
   const auto sum_gradient_of = [&](const auto& io, const auto& values, const auto& in) {
     return sum_gradients(io, constants, scale, values, finish_load(io, params.grad, in.grad));
@@ -113,7 +116,10 @@ __global__ void __launch_bounds__(threads_of<SquaresAndDots>(kKeeping), blocks_o
   };
   if (!sample.template sum<1>(dots, dot)) return;
   const GuidanceSample guidance =
-      guidance_sample(constants.row, forward.guidance_norm, square[0], dot[0]);
+      guidance_sample(constants.row, forward.guidance_norm, square[0], dot[0], margin);
+  if (params.grad_margin != nullptr && sample.leads()) {
+    params.grad_margin[sample.number()] = guidance.grad_margin;
+  }
 
   sample.update([&](const auto& io, const auto& g, const auto& in) {
     const auto values = step_values<false>(io, forward, in.step, &g);

@@ -15,6 +15,7 @@
 #include "math/normal.h"
 #include "math/reduce.h"
 #include "math/reverse_step.h"
+#include "math/stable_guidance.h"
 
 namespace py = pybind11;
 
@@ -105,6 +106,20 @@ PYBIND11_MODULE(_host, m) {
   m.def("uniform", py::vectorize([](uint32_t word) { return uniform<float>(word); }));
   m.def("log", py::vectorize([](float value) { return log_positive<float>(value); }));
   m.def("exp", py::vectorize([](float value) { return exp<float>(value); }));
+  m.def("exp_minus_1", py::vectorize([](float value) { return exp_minus_1<float>(value); }));
+  m.def("log_1p", py::vectorize([](float value) { return log_1p(value); }));
+  const auto stable = [](float c, float square, float margin) {
+    return stable_guidance(c, square, margin);
+  };
+  m.def("stable_scale", py::vectorize([=](float c, float square, float margin) {
+          return stable(c, square, margin).scale;
+        }));
+  m.def("stable_turn", py::vectorize([=](float c, float square, float margin) {
+          return stable(c, square, margin).turn;
+        }));
+  m.def("stable_margin_slope", py::vectorize([=](float c, float square, float margin) {
+          return stable(c, square, margin).margin_slope;
+        }));
 
   m.def("sqrt_by_reciprocal", py::vectorize(&sqrt_by_reciprocal));
   m.def("log_confidence",

@@ -41,10 +41,22 @@ COUP_FAST_FN F log_positive(F value) {
   return sum + L::fma(p, f2 * f, lost + square);
 }
 
-// exp(value), within 1.1 ulp; 0 below the smallest normal result, NaN for NaN.
-// value = n ln 2 + r, exp r = 1 + r + r^2 Q(r).
+// log(1 + value) for value >= 0, within 1.5 ulp: log(u) + (value - (u - 1)) / u for u = 1 + value
+// rounded.
+COUP_FAST_FN float log_1p(float value) {
+  const float u = 1.0f + value;
+  return log_positive<float>(u) + (value - (u - 1.0f)) / u;
+}
+
+// value = n ln 2 + r
 template <class F>
-COUP_FAST_FN F exp(F value) {
+struct ReducedExponent {
+  typename Lanes<F>::U power;  // n in the place of a float's exponent
+  F grown;                     // exp(r) - 1 = r + r^2 Q(r)
+};
+
+template <class F>
+COUP_FAST_FN ReducedExponent<F> reduced_exponent(F value) {
   using L = Lanes<F>;
   const F shifted = L::fma(value, L::set(kLog2E), L::set(kRoundToInt));
   const F n = shifted - L::set(kRoundToInt);
@@ -55,10 +67,29 @@ COUP_FAST_FN F exp(F value) {
   q = horner_step(q, r, 0x1.5558b0p-5f);
   q = horner_step(q, r, 0x1.555492p-3f);
   q = horner_step(q, r, 0x1.fffffcp-2f);
-  const F power = L::fma(r * r, q, r) + L::set(1.0f);
-  F result = L::from_bits(L::bits(power) + (L::bits(shifted) << 23));
+  return ReducedExponent<F>{L::bits(shifted) << 23, L::fma(r * r, q, r)};
+}
+
+// exp(value), within 1.1 ulp; 0 below the smallest normal result, NaN for NaN.
+template <class F>
+COUP_FAST_FN F exp(F value) {
+  using L = Lanes<F>;
+  const ReducedExponent<F> parts = reduced_exponent<F>(value);
+  F result = L::from_bits(L::bits(parts.grown + L::set(1.0f)) + parts.power);
   result = L::select(value < L::set(-87.3365f), L::set(0.0f), result);
   result = L::select(value > L::set(88.7228f), L::from_bits(L::set_bits(0x7f800000u)), result);
+  return L::select(value == value, result, value);
+}
+
+// exp(value) - 1 for values up to 88, within 1.5 ulp; NaN for NaN. 2^n (exp(r) - 1) + (2^n - 1).
+template <class F>
+COUP_FAST_FN F exp_minus_1(F value) {
+  using L = Lanes<F>;
+  const F one = L::set(1.0f);
+  const ReducedExponent<F> parts = reduced_exponent<F>(value);
+  const F power = L::from_bits(L::bits(one) + parts.power);
+  F result = L::fma(parts.grown, power, power - one);
+  result = L::select(value < L::set(-17.5f), L::set(-1.0f), result);
   return L::select(value == value, result, value);
 }
 

@@ -14,6 +14,7 @@
 #include "math/clamp.h"
 #include "math/elementary.h"
 #include "math/rows.h"
+#include "math/stable_guidance.h"
 
 namespace coup_fast {
 
@@ -29,7 +30,7 @@ struct StepRow {
 constexpr int kStepColumns = 19;
 static_assert(sizeof(StepRow) == kStepColumns * sizeof(float), "a row is its columns");
 
-enum class GuidanceNorm : int32_t { kNone = 0, kNormalised = 1, kClipped = 2 };
+enum class GuidanceNorm : int32_t { kNone = 0, kNormalised = 1, kClipped = 2, kStable = 3 };
 
 // Which inputs a call has.
 struct StepInputs {
@@ -99,9 +100,12 @@ COUP_FAST_FN constexpr StepReads reads_of_sum(const StepTerms& terms) {
                    terms.z};
 }
 
-// c_i: the row's c scaled by the norm of the sample's guidance; 0 if that is 0.
-COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float square) {
+// c_i: the row's c scaled by the norm of the sample's guidance, 0 if that is 0; or that of
+// math/stable_guidance.h, for which alone `margin` matters.
+COUP_FAST_FN float guidance_scale(const StepRow& row, GuidanceNorm norm, float square,
+                                  float margin) {
   if (norm == GuidanceNorm::kNone) return row.c;
+  if (norm == GuidanceNorm::kStable) return stable_guidance(row.c, square, margin).scale;
   if (square == 0.0f) return 0.0f;
   const float length = Lanes<float>::sqrt(square);
   if (norm == GuidanceNorm::kNormalised) return row.c / length;
@@ -219,19 +223,26 @@ COUP_FAST_FN F sum_gradient(const StepRow& row, const StepTerms& terms,
   return clamp_gradient<F>(y, step_sum<F>(row, terms, factors, in), row.out_lo, row.out_hi);
 }
 
-// What the elements of a sample need to know about its guidance: c_i, and <G, a> / <G, G> where
-// the norm depends on G (a: the gradient of c_i G divided by c_i, see guided_gradient).
+// What the elements of a sample need to know about its guidance: c_i, and how much of G is turned
+// away where c_i depends on it, t <G, a> / <G, G> with t = -2 d log c_i / d log <G, G> (a: the
+// gradient of c_i G divided by c_i, see guided_gradient). And the gradient of the sample's margin.
 struct GuidanceSample {
   float scale;
   float turn;
+  float grad_margin;
 };
 
 COUP_FAST_FN GuidanceSample guidance_sample(const StepRow& row, GuidanceNorm norm, float square,
-                                            float dot) {
-  const float scale = guidance_scale(row, norm, square);
+                                            float dot, float margin) {
+  if (norm == GuidanceNorm::kStable) {
+    const StableGuidance stable = stable_guidance(row.c, square, margin);
+    const float turn = stable.turn == 0.0f ? 0.0f : stable.turn * (dot / square);
+    return GuidanceSample{stable.scale, turn, row.c == 0.0f ? 0.0f : stable.margin_slope * dot};
+  }
+  const float scale = guidance_scale(row, norm, square, margin);
   const bool fixed = norm == GuidanceNorm::kNone || square == 0.0f ||
                      (norm == GuidanceNorm::kClipped && Lanes<float>::sqrt(square) <= row.g_max);
-  return GuidanceSample{scale, fixed ? 0.0f : dot / square};
+  return GuidanceSample{scale, fixed ? 0.0f : dot / square, 0.0f};
 }
 
 // a = y, or V y with learned variance
@@ -246,7 +257,7 @@ struct StepGradients {
 };
 
 // The gradients of all inputs of some elements; 0 where a term does not contribute.
-//   G: c_i (a - G <G, a> / <G, G>), the second part only where c_i depends on G
+//   G: c_i (a - t G <G, a> / <G, G>), the second part only where c_i depends on G
 //   s: y (x_var V x + c_i V G + e V r + z dd/dlogV) dlogV/ds
 template <class F>
 COUP_FAST_FN StepGradients<F> step_gradients(const StepRow& row, const StepTerms& terms,

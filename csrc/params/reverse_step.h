@@ -20,6 +20,7 @@ struct ReverseStep {
   const float* coeffs;         // [kStepColumns]
   View out;                    // out: float32, layout of x
   GuidanceNorm guidance_norm;  // what c is divided by
+  const float* margin;         // [batch], of a stable step; else null
   int64_t batch;
   int64_t channels;  // of x
   int64_t pixels;    // of a channel
@@ -34,7 +35,12 @@ struct ReverseStepBackward {
   View grad_s;
   View grad_g;
   View grad_r;
+  float* grad_margin;  // out: [batch], or null
 };
+
+COUP_FAST_FN float margin_of(const ReverseStep& step, int64_t sample) {
+  return step.margin == nullptr ? 0.0f : step.margin[sample];
+}
 
 COUP_FAST_FN StepInputs inputs_of(const ReverseStep& step) {
   return StepInputs{step.m.data != nullptr, step.s.data != nullptr, step.g.data != nullptr,

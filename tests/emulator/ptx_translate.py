@@ -60,6 +60,7 @@ def _same_type() -> dict[str, tuple[str, str]]:
         "mul.rn.f32": ("f32", "a * b"),
         "div.rn.f32": ("f32", "a / b"),
         "fma.rn.f32": ("f32", "ptx::fma(a, b, c)"),
+        "rcp.rn.f32": ("f32", "1.0f / a"),
         "sqrt.rn.f32": ("f32", "__builtin_sqrtf(a)"),
         "rsqrt.approx.ftz.f32": ("f32", "ptx::rsqrt_approx(a)"),
         "max.f32": ("f32", "__builtin_fmaxf(a, b)"),

@@ -117,6 +117,7 @@ CASES = {
         of_floats("rsqrt.approx.ftz.f32 %f3, %f1;"), word(4), 0, word(0.5) - 1,
     ),
     "the larger": (of_floats("max.f32 %f3, %f1, 0f3F800000;"), word(-2), 0, word(1)),
+    "a reciprocal": (of_floats("rcp.rn.f32 %f3, %f1;"), word(3), 0, 0x3EAAAAAB),
     "less is false with a NaN": (compared("lt.f32"), NAN, 0, 0),
     "less or unordered is true with a NaN": (compared("ltu.f32"), NAN, 0, 1),
     "not less or unordered": (compared("ltu.f32"), word(1), word(1), 0),

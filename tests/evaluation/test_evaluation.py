@@ -23,6 +23,7 @@ from coup_fast.evaluation.intervals import Average
 from coup_fast.evaluation.metrics import numbers
 from coup_fast.evaluation.plots import AXES, series
 from coup_fast.evaluation.report import Report
+from coup_fast.stiffness import stiffness
 
 
 def check_wilson(share: Proportion | Average, rate: float) -> None:
@@ -354,6 +355,13 @@ def test_a_report_in_all_forms(tmp_path: Path) -> None:
             assert {"gradient", "eot", "norm", "eps", "seed"} <= row["attack"].keys()
         assert row["images"] == 2
         assert set(row["attacked"]) == {"one_draw", "average", "worst", "majority"}
+    row = next(row for row in data["rows"] if row["defence"]["name"] == "coup t*=0.05")
+    score_model, classifier = eval_models.load("vp")
+    purifier = Purifier(score_model, classifier, method="coup", num_steps=2, t_star=0.05)
+    found = stiffness(purifier, eval_models.images(2)[0]).as_dict()
+    assert row["guidance"] == found
+    assert found["steepness"]["0.5"] > 0
+    assert f"has median {found['steepness']['0.5']:.3g}" in (tmp_path / "report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert len(rows) == len(data["rows"]) == len(report.lines)
     assert float(rows[0]["clean_one_draw"]) == data["rows"][0]["clean"]["one_draw"]["rate"]

@@ -32,6 +32,7 @@ def test_float32_gradient_agrees_with_float64_autograd(method: str, backend, gra
 NORMS = [
     {"guidance_scale": 3.0},
     {"guidance_scale": 3.0, "guidance_norm": "normalised"},
+    {"guidance_scale": 3.0, "guidance_solver": "stable"},
     {"guidance_scale": 3.0, "guidance_norm": "clipped", "guidance_max_norm": 0.1},
 ]
 
@@ -64,7 +65,7 @@ def test_stopped_guidance_gradient_treats_the_guidance_as_constant() -> None:
     state = run.start(leaf)
     for k in range(run.num_steps):
         x = state[0]
-        out, guidance = run.evaluate(k, x)
+        out, guidance, _ = run.evaluate(k, x)
         keys, noise = run.noise.at(run.noise_index[k])
         row = run.tables.rows[k]
         state = (reference.reverse_step(x, out, row, keys, guidance.detach(), None, noise),)

@@ -34,9 +34,13 @@ def outputs() -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     for classes in (1, 10, 1003):
         logits = 3 * torch.randn(5, classes)
         grads = (torch.randn(5), torch.randn(5, classes))
-        yield f"confidence {classes}", ops.confidence_cotangent(logits)
-        backward = kernels.confidence_cotangent_backward(*grads, logits)
-        yield f"confidence_backward {classes}", (backward,)
+        for quantity in ("log_confidence", "margin"):
+            if quantity == "margin" and classes == 1:
+                continue
+            name = f"{quantity} {classes}"
+            yield f"confidence {name}", ops.confidence_cotangent(logits, quantity)
+            backward = kernels.confidence_cotangent_backward(*grads, logits, quantity)
+            yield f"confidence_backward {name}", (backward,)
 
 
 def steps(layout: torch.memory_format) -> Iterator[tuple[str, tuple[Tensor, ...]]]:

@@ -239,12 +239,18 @@ def _adaptive_step() -> Iterator[Case]:
 
 def _confidence() -> Iterator[Case]:
     def both(name: str, logits: Callable[[], Tensor]) -> Iterator[Case]:
-        yield Case("confidence_cotangent", name, lambda: (logits(),))
-        yield Case(
-            "confidence_cotangent_backward",
-            name,
-            lambda: (torch.randn(len(logits())), torch.randn_like(logits()), logits()),
-        )
+        for quantity in ("log_confidence", "margin"):
+            if quantity == "margin" and logits().shape[1] < 2:
+                continue
+            yield Case(
+                "confidence_cotangent", f"{name} {quantity}", lambda q=quantity: (logits(), q)
+            )
+            yield Case(
+                "confidence_cotangent_backward",
+                f"{name} {quantity}",
+                lambda q=quantity: (torch.randn(len(logits())), torch.randn_like(logits()),
+                                    logits(), q),
+            )  # fmt: skip
 
     for shape in [(1, 1), (33, 2), (5, 10), (9, 31), (3, 32), (2, 33), (33, 1000), (2, 30011)]:
         for dtype in DTYPES:

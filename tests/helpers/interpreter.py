@@ -32,6 +32,7 @@ def step(
     r: Tensor | None = None,
     z: Tensor | None = None,
     norm: str = "none",
+    margin: Tensor | None = None,
 ) -> Tensor:
     a = dict(zip(ROW_COLUMNS, row.tolist(), strict=True))
     zero = torch.zeros_like(x)
@@ -49,9 +50,34 @@ def step(
         g = torch.where(length == 0, zero, g / length)
     elif norm == "clipped":
         g = torch.where(length > a["g_max"], g * (a["g_max"] / length), g)
+    elif margin is not None and a["c"] != 0:  # norm "stable"
+        change = margin_change(margin.to(length), a["c"] * length.flatten().square())
+        still = length == 0
+        step_of = change.view_as(length) / torch.where(still, 1.0, length.square())
+        explicit = a["c"] * torch.sigmoid(-margin.to(length)).view_as(length)
+        g = g * torch.where(still, explicit, step_of) / a["c"]
     x0 = (a["p"] * x + a["q"] * m).clamp(a["x0_lo"], a["x0_hi"])
     total = a["u"] * x0 + v * x + a["w"] * m + c * g + e * r + d * z
     return a["out_scale"] * total.clamp(a["out_lo"], a["out_hi"]) + a["out_bias"]
+
+
+def margin_change(margin: Tensor, pull: Tensor) -> Tensor:
+    """D with m + D + exp(m + D) = m + exp(m) + pull >= m + exp(m), by bisection."""
+    low, high = torch.zeros_like(pull), pull.clone()
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        beyond = middle + margin.exp() * torch.expm1(middle) > pull
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return 0.5 * (low + high)
+
+
+def margin_gradient(classifier: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """∇ₓ of the top logit less log-sum-exp of the others, by plain autograd, and that margin."""
+    x = x.detach().requires_grad_()
+    logits = classifier((x + 1) / 2)
+    top, winner = logits.max(1)
+    margin = top - logits.scatter(1, winner[:, None], -torch.inf).logsumexp(1)
+    return torch.autograd.grad(margin.sum(), x)[0], margin.detach()
 
 
 def gradient(classifier: Network, x: Tensor) -> Tensor:
@@ -78,15 +104,18 @@ def states(
     x = start(plan.start, u, draw() if plan.start_noisy else None)
     result = [x]
     for k, row in enumerate(plan.coeffs):
-        m = g = None
+        m = g = margin = None
         if np.isfinite(plan.times[k]):
             t = torch.full((len(u),), plan.times[k], dtype=torch.float64)
             m = network(x, t * time_scale)
         if plan.guided[k]:
             assert classifier is not None
-            g = gradient(classifier, x)
+            if plan.guidance_norm == "stable":
+                g, margin = margin_gradient(classifier, x)
+            else:
+                g = gradient(classifier, x)
         z = draw() if plan.noisy[k] else None
-        x = step(row, x, m, g, 2 * u - 1, z, plan.guidance_norm)
+        x = step(row, x, m, g, 2 * u - 1, z, plan.guidance_norm, margin)
         result.append(x)
     return result
 

@@ -15,7 +15,7 @@ from helpers import interpreter
 
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)
-NORMS = ("none", "normalised", "clipped")
+NORMS = ("none", "normalised", "clipped", "stable")
 
 
 def step_row(**columns: float) -> Tensor:
@@ -70,6 +70,7 @@ class Step:
     reference: Tensor | None = None
     noise: Tensor | None = None
     guidance_norm: str = "none"
+    margin: Tensor | None = None
 
     @property
     def args(self) -> tuple[Tensor | str | None, ...]:
@@ -96,6 +97,7 @@ class Step:
             step.reference,
             step.noise,
             self.guidance_norm,
+            self.margin,
         )
 
     def magnitude(self) -> Tensor:
@@ -123,6 +125,7 @@ class Step:
             step.reference,
             step.noise,
             self.guidance_norm,
+            self.margin,
         )
 
 
@@ -150,6 +153,7 @@ def step(
         guidance=torch.randn(shape).to(guide),
         reference=torch.randn(shape).to(reference),
         guidance_norm=guidance_norm,
+        margin=4 * torch.randn(batch) if guidance_norm == "stable" else None,
     )
 
 

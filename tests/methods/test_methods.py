@@ -251,6 +251,9 @@ def test_guidance_is_offered_everywhere(name: str) -> None:
     )
     assert clipped.guidance_norm == "clipped"
     assert (clipped.coeffs[:, plan.G_MAX] == 0.5).all()
+    stable = build(name, kind=kind, **short | {"guidance_scale": 2.0, "guidance_solver": "stable"})
+    assert stable.guidance_norm == "stable"
+    np.testing.assert_array_equal(stable.coeffs, made.coeffs)
 
 
 def test_unknown_names_list_what_exists() -> None:
@@ -282,6 +285,19 @@ def test_unknown_names_list_what_exists() -> None:
         ("coup", {"guidance_norm": "l2"}, ValueError, "guidance_norm .*clipped, got 'l2'"),
         ("coup", {"guidance_norm": "clipped"}, ValueError, "guidance_max_norm"),
         ("coup", {"guidance_max_norm": 1.0}, ValueError, "clipped"),
+        ("coup", {"guidance_solver": "implicit"}, ValueError, "guidance_solver .*got 'implicit'"),
+        (
+            *("coup", {"guidance_solver": "stable", "guidance_norm": "normalised"}, ValueError),
+            "guidance_solver=.stable. .*got guidance_norm='normalised'",
+        ),
+        (
+            *("ddpm", {"guidance_solver": "stable", "variance": "learned"}, ValueError),
+            "guidance_solver=.stable. .*variance=.learned.",
+        ),
+        (
+            *("gdmp", {"guidance_solver": "stable", "variance": "learned"}, ValueError),
+            "guidance_solver=.stable. .*variance=.learned.",
+        ),
         ("coup", {"solver": "heun"}, ValueError, "solver .*got 'heun'"),
         ("coup", {"forward_noise": 1}, TypeError, "forward_noise .* 1"),
         ("vp-ode", {"clip_denoised": None}, TypeError, "clip_denoised"),

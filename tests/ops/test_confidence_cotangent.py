@@ -199,7 +199,7 @@ def test_errors_name_argument_given_and_expected(logits, said: str) -> None:
 
 def test_errors_of_backward() -> None:
     logits = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=r": grad_log_confidence .*\[2\], got float32 \[3\]"):
+    with pytest.raises(RuntimeError, match=r": grad_value .*\[2\], got float32 \[3\]"):
         backward(torch.zeros(3), logits, logits)
     with pytest.raises(RuntimeError, match=r": grad_cotangent .*\[2, 3\], got float32 \[2, 4\]"):
         backward(torch.zeros(2), torch.zeros(2, 4), logits)

@@ -21,6 +21,7 @@ def calls() -> dict[str, tuple]:
     state, grad = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     adaptive = (state, grad, 0.9 * grad, torch.tensor([True, False]), torch.rand(8))
     logits = torch.randn(2, 10)
+    stable = step((2, 3, 4, 5), guidance_norm="stable")
     return {
         "normal": (keys, [2, 3, 4, 5]),
         "perturb": (state, row, keys, grad),
@@ -28,10 +29,17 @@ def calls() -> dict[str, tuple]:
         "reverse_step": call.args,
         "reverse_step_": call.args,
         "reverse_step_backward": (grad, *call.args),
+        "reverse_step stable": stable.args,
+        "reverse_step_backward stable": (grad, *stable.args),
         "adaptive_step": adaptive,
         "adaptive_step_backward": (grad, *adaptive),
         "confidence_cotangent": (logits,),
         "confidence_cotangent_backward": (torch.randn(2), torch.randn(2, 10), logits),
+        "confidence_cotangent margin": (logits, "margin"),
+        "confidence_cotangent_backward margin": (
+            *(torch.randn(2), torch.randn(2, 10)),
+            *(logits, "margin"),
+        ),
     }
 
 
@@ -77,24 +85,39 @@ def on_meta(argument: object) -> object:
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_fake_answers_as_its_kernel(name: str, wrong: str) -> None:
-    op = getattr(kernels, name)
+    op = getattr(kernels, name.split()[0])
     for args in changed(CALLS[name], WRONG[wrong]):
         assert answer(op, tuple(map(on_meta, args))) == answer(op, args)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("reverse_step")])
+@pytest.mark.parametrize("name", ["reverse_step", "reverse_step_", "reverse_step_backward"])
 def test_a_fake_knows_the_guidance_norms(name: str) -> None:
-    args = (*CALLS[name][:-1], "clip")
-    said = f"coup_fast::{name}: guidance_norm must be none, normalised or clipped, got clip"
+    args = (*CALLS[name][:-2], "clip", None)
+    said = f"coup_fast::{name}: guidance_norm must be none, normalised, clipped or stable, got clip"
     for given in (args, tuple(map(on_meta, args))):
         assert answer(getattr(kernels, name), given) == said
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tensors_of_several_devices_are_refused(name: str) -> None:
-    op, args = getattr(kernels, name), CALLS[name]
+    op, args = getattr(kernels, name.split()[0]), CALLS[name]
     tensors = sum(isinstance(a, torch.Tensor) for a in args)
     for mixed in changed(args, on_meta):
         if tensors > 1:
             with pytest.raises(RuntimeError, match="they must be on the same device"):
                 op(*mixed)
+
+
+@pytest.mark.parametrize("name", ["confidence_cotangent", "confidence_cotangent_backward"])
+def test_a_fake_knows_the_quantities(name: str) -> None:
+    *_, logits = CALLS[name]
+    rest = CALLS[name][:-1]
+    for args, said in (
+        ((*rest, logits, "margins"), "quantity must be log_confidence or margin, got margins"),
+        (
+            (*(t[..., :1] if t.ndim > 1 else t for t in rest), logits[:, :1], "margin"),
+            "logits must have at least two classes for the margin, got float32 [2, 1]",
+        ),
+    ):
+        for given in (args, tuple(map(on_meta, args))):
+            assert answer(getattr(kernels, name), given) == f"coup_fast::{name}: {said}"

@@ -155,9 +155,13 @@ def reverse_step(draw: Any, in_place: bool = False) -> Call:
         "noise": draw(st.none() | tensors(shape, draw(FLOAT))),
         "guidance_norm": draw(st.sampled_from(NORMS)),
     }
+    if args["guidance_norm"] == "stable" and args["guidance"] is not None:
+        args["margin"] = draw(tensors((batch,), torch.float32, draw(st.sampled_from([1, 8]))))
+        args["coeffs"][ROW_COLUMNS.index("c")].abs_()  # guidance towards confidence
     if in_place:
         return Call("reverse_step_", args)
-    return Call("reverse_step", args, ("x", "model_out", "guidance", "reference"))
+    leaves = ("x", "model_out", "guidance", "reference", "margin")
+    return Call("reverse_step", args, tuple(name for name in leaves if name in args))
 
 
 @st.composite
@@ -182,9 +186,11 @@ def adaptive_step(draw: Any) -> Call:
 
 @st.composite
 def confidence_cotangent(draw: Any) -> Call:
-    shape = (draw(SIZE), draw(st.sampled_from([1, 2, 3, 7, 10, 33, 1000])))
-    logits = tensors(shape, draw(FLOAT), draw(st.sampled_from([1, 8, 256])))
-    return Call("confidence_cotangent", {"logits": draw(logits)}, ("logits",))
+    classes = draw(st.sampled_from([1, 2, 3, 7, 10, 33, 1000]))
+    logits = tensors((draw(SIZE), classes), draw(FLOAT), draw(st.sampled_from([1, 8, 256])))
+    quantities = ["log_confidence", "margin"] if classes > 1 else ["log_confidence"]
+    args = {"logits": draw(logits), "quantity": draw(st.sampled_from(quantities))}
+    return Call("confidence_cotangent", args, ("logits",))
 
 
 OPERATORS = {

@@ -23,9 +23,10 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
 def step_calls() -> dict[str, tuple]:
     shape = (3, 2, 4, 5)
     learned = step(shape, dtype=torch.float16, learned=True, guidance_norm="clipped")
-    bare = step(shape)
+    bare, stable = step(shape), step(shape, guidance_norm="stable")
     return {
         "full": learned.args,
+        "stable": stable.args,
         "channels_last": learned.map(channels_last).args,
         "views": learned.map(lambda t: t.repeat(1, 2, 1, 1)[:, : t.shape[1]]).args,
         "plain": (bare.x, bare.model_out, bare.coeffs, None, None, None, None, "none"),
@@ -67,18 +68,23 @@ def sample_calls() -> dict[str, tuple[Callable, tuple]]:
     calls["adaptive_step"] = (kernels.adaptive_step, adaptive)
     calls["adaptive_step_backward"] = (kernels.adaptive_step_backward, (h.flip(0), *adaptive))
     logits = torch.randn(4, 10)
-    calls["confidence_cotangent"] = (kernels.confidence_cotangent, (logits,))
-    calls["confidence_cotangent_backward"] = (
-        kernels.confidence_cotangent_backward,
-        (torch.randn(4), torch.randn(4, 10), logits),
-    )
+    for quantity in ("log_confidence", "margin"):
+        grads = torch.randn(4), torch.randn(4, 10)
+        calls[f"confidence_cotangent {quantity}"] = (
+            kernels.confidence_cotangent,
+            (logits, quantity),
+        )
+        calls[f"confidence_cotangent_backward {quantity}"] = (
+            kernels.confidence_cotangent_backward,
+            (*grads, logits, quantity),
+        )
     return calls
 
 
 CALLS = sample_calls()
 # By input: the gradients that opcheck should find registered.
 DIFFERENTIABLE = {
-    "reverse_step": (0, 1, 4, 5),
+    "reverse_step": (0, 1, 4, 5, 8),
     "perturb": (0,),
     "adaptive_step": (0, 1, 2),
     "confidence_cotangent": (0,),

@@ -106,7 +106,7 @@ def test_nan_and_infinity_propagate_through_clamps() -> None:
     assert out[0, 0, 0, 1] == expected[0, 0, 0, 1] == 1.25
 
 
-@pytest.mark.parametrize("norm", NORMS[1:])
+@pytest.mark.parametrize("norm", ["normalised", "clipped"])
 def test_guidance_of_norm_zero(norm: str) -> None:
     call = step(guidance_norm=norm)
     call.guidance[1] = 0
@@ -114,6 +114,27 @@ def test_guidance_of_norm_zero(norm: str) -> None:
     grads = torch.ops.coup_fast.reverse_step_backward(torch.ones_like(call.x), *call.args)
     assert not grads[2][1].any()
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_stable_step_without_gradient_moves_nothing() -> None:
+    """Its factor is then the explicit one, c σ(-m), which the gradient through it needs."""
+    row = step_row(v=1.0, c=0.7)
+    call = replace(step(row="langevin", guidance_norm="stable"), coeffs=row, keys=None)
+    call.guidance[1] = 0
+    assert torch.equal(ops.reverse_step(*call.args)[1], call.x[1])
+    grads = torch.ops.coup_fast.reverse_step_backward(torch.ones_like(call.x), *call.args)
+    explicit = 0.7 * torch.sigmoid(-call.margin[1])
+    torch.testing.assert_close(grads[2][1], explicit.expand_as(call.x[1]), rtol=1e-6, atol=0)
+    assert grads[4][1] == 0
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_margins_of_rows_without_guidance_get_no_gradient() -> None:
+    call = replace(step(guidance_norm="stable"), coeffs=step_row(v=0.5))
+    call.guidance[0, 0, 0, 0] = torch.nan
+    grads = torch.ops.coup_fast.reverse_step_backward(torch.ones_like(call.x), *call.args)
+    assert not grads[2].any()
+    assert not grads[4].any()
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -142,7 +163,7 @@ def test_outputs_have_the_layout_of_their_input(channels: int, layout) -> None:
     assert out.stride() == call.x.stride()
     grads = torch.ops.coup_fast.reverse_step_backward(out, *call.args)
     for grad, of in zip(
-        grads, (call.x, call.model_out, call.guidance, call.reference), strict=True
+        grads[:4], (call.x, call.model_out, call.guidance, call.reference), strict=True
     ):
         assert (grad.stride(), grad.dtype, grad.shape) == (of.stride(), of.dtype, of.shape)
 
@@ -184,12 +205,16 @@ def test_gradient_is_that_of_the_formula(shape, row: str, learned: bool, norm: s
 def assert_gradient_is_that_of_the_formula(call) -> None:
     exact = known_noise(call).map(lambda t: t.double())
     leaves = [exact.x, exact.model_out, exact.guidance, exact.reference]
+    if exact.margin is not None:
+        exact = replace(exact, margin=exact.margin.double())
+        leaves.append(exact.margin)
     leaves = [t.requires_grad_() for t in leaves]
     grad = torch.randn_like(call.x)
     out = reference.reverse_step(*exact.args)  # whose gradient test_reference_step.py checks
     expected = torch.autograd.grad(out, leaves, grad.double(), allow_unused=True)
     grads = torch.ops.coup_fast.reverse_step_backward(grad, *call.args)
-    for actual, wanted, of in zip(grads, expected, leaves, strict=True):
+    assert len(grads[4]) == (0 if exact.margin is None else len(call.x))
+    for actual, wanted, of in zip(grads, expected, leaves, strict=False):
         wanted = torch.zeros_like(of) if wanted is None else wanted
         error, scale = (actual.double() - wanted).abs(), wanted.abs().max() + 1e-6
         assert float(error.max()) <= 5e-6 * float(scale)
@@ -216,7 +241,7 @@ def test_gradients_in_low_precision_are_rounded_once(dtype) -> None:
     grad = torch.randn_like(call.x)
     low = torch.ops.coup_fast.reverse_step_backward(grad, *call.args)
     exact = torch.ops.coup_fast.reverse_step_backward(grad, *call.map(lambda t: t.float()).args)
-    for a, b in zip(low[1:], exact[1:], strict=True):
+    for a, b in zip(low[1:4], exact[1:4], strict=True):
         assert torch.equal(a, b.to(dtype))
     wide = known_noise(call).map(lambda t: t.double())
     wide.model_out.requires_grad_()
@@ -225,9 +250,12 @@ def test_gradients_in_low_precision_are_rounded_once(dtype) -> None:
     assert float(ulps(low[1], wanted)[normal].max()) <= 1
 
 
-@pytest.mark.parametrize("wanted", ["x", "model_out", "guidance", "reference"])
-def test_autograd_returns_what_is_asked_for(wanted: str) -> None:
-    call = step(guidance_norm="clipped")
+@pytest.mark.parametrize("norm", ["clipped", "stable"])
+@pytest.mark.parametrize("wanted", ["x", "model_out", "guidance", "reference", "margin"])
+def test_autograd_returns_what_is_asked_for(wanted: str, norm: str) -> None:
+    call = step(guidance_norm=norm)
+    if getattr(call, wanted) is None:
+        return
     leaf = getattr(call, wanted).clone().requires_grad_()
     call = replace(call, **{wanted: leaf})
     out = ops.reverse_step(*call.args)
@@ -243,9 +271,9 @@ def test_gradient_without_optional_inputs_and_from_an_expanded_one() -> None:
     (grad,) = torch.autograd.grad(ops.reverse_step(x, None, row).sum(), x)  # grad: expanded ones
     assert torch.equal(grad, torch.full_like(x, 0.5))
     grads = torch.ops.coup_fast.reverse_step_backward(
-        x.detach(), x.detach(), None, row, None, None, None, None, "none"
+        x.detach(), x.detach(), None, row, None, None, None, None, "none", None
     )
-    assert [g.numel() for g in grads] == [x.numel(), 0, 0, 0]
+    assert [g.numel() for g in grads] == [x.numel(), 0, 0, 0, 0]
 
 
 def test_second_gradient_is_refused() -> None:
@@ -259,13 +287,16 @@ def test_second_gradient_is_refused() -> None:
 # --- edges and errors -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("norm", ["normalised", "stable"])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
-def test_empty_tensors(shape) -> None:
-    call = step(shape, dtype=torch.float16, guidance_norm="normalised")
+def test_empty_tensors(shape, norm: str) -> None:
+    call = step(shape, dtype=torch.float16, guidance_norm=norm)
     assert ops.reverse_step(*call.args).shape == shape
     ops.reverse_step_(*call.args)
     grads = torch.ops.coup_fast.reverse_step_backward(call.x, *call.args)
-    assert [g.shape for g in grads] == [call.x.shape] * 4
+    assert [g.shape for g in grads[:4]] == [call.x.shape] * 4
+    assert grads[4].shape == (len(call.x) if norm == "stable" else 0,)
+    assert not grads[4].any()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +323,21 @@ def test_empty_tensors(shape) -> None:
         ({"coeffs": torch.zeros(2, 19)}, r": coeffs .*float32 \[19\], got float32 \[2, 19\]"),
         ({"keys": torch.zeros(3, 2).long()}, r": keys .*int64 \[2, 2\] .* got int64 \[3, 2\]"),
         ({"keys": torch.zeros(2, 2)}, r": keys .*int64 .* got float32 \[2, 2\]"),
-        ({"guidance_norm": "l2"}, ": guidance_norm .*none, normalised or clipped, got l2"),
+        ({"guidance_norm": "l2"}, ": guidance_norm .*none, normalised, clipped or stable, got l2"),
+        ({"guidance_norm": "stable"}, ": margin must .*got guidance_norm stable, guidance and no"),
+        ({"margin": torch.zeros(2)}, ": margin must .*got guidance_norm none, guidance and a mar"),
+        (
+            {"guidance_norm": "stable", "guidance": None, "margin": torch.zeros(2)},
+            ": margin must .*got guidance_norm stable, no guidance and a margin",
+        ),
+        (
+            {"guidance_norm": "stable", "margin": torch.zeros(3)},
+            r": margin must be float32 \[2\], got float32 \[3\]",
+        ),
+        (
+            {"guidance_norm": "stable", "margin": torch.zeros(2).double()},
+            r": margin must be float32 \[2\], got float64 \[2\]",
+        ),
     ],
 )
 def test_errors_name_argument_given_and_expected(change: dict, said: str) -> None:

@@ -30,7 +30,7 @@ else:
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-RUN_HERE = ("attacks.md", "evaluation.md", "gradients.md")
+RUN_HERE = ("attacks.md", "evaluation.md", "gradients.md", "guidance.md")
 RUN_ELSEWHERE = {
     "integrations.md",
     "methods.md",

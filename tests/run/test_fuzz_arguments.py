@@ -56,6 +56,7 @@ METHOD_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "step_size": lambda value: value is None or number(1e-5, 1)(value),
     "guidance_scale": number(0, math.inf),
     "guidance_norm": one_of("none", "normalised", "clipped"),
+    "guidance_solver": one_of("explicit", "stable"),
     "guidance_max_norm": lambda value: value is None or number(0, math.inf)(value),
     "solver": one_of("euler", "exponential"),
     "variance": one_of("fixed-small", "fixed-large", "learned"),

@@ -94,9 +94,9 @@ def test_gradients_do_not_depend_on_the_batch(method: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("norm", ["normalised", "clipped"])
+@pytest.mark.parametrize("norm", ["normalised", "clipped", "stable"])
 def test_guidance_norms_are_per_sample(norm: str, backend: str) -> None:
-    options = {"guidance_norm": norm}
+    options = {"guidance_solver" if norm == "stable" else "guidance_norm": norm}
     if norm == "clipped":
         options["guidance_max_norm"] = 0.05
     clean, same = per_sample("coup", backend, **options), compare(backend)

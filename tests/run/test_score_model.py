@@ -65,7 +65,7 @@ def test_bad_arguments_are_named() -> None:
         with pytest.raises(ValueError, match=rf"time_scale .*{scale}"):
             ScoreModel(TinyNetwork(), time_scale=scale)
     for name, values in {
-        "time_scale": [None, "999", True, torch.tensor(999.0)],
+        "time_scale": ["999", True, torch.tensor(999.0)],
         "t_max": ["1", False],
         "schedule": ["vp", VPSchedule],
     }.items():

@@ -97,19 +97,36 @@ int64_t winner_of(const Row& logits) {
   return winner;
 }
 
-// What the row's elements need to know. Leaves exp(l_j - l_w) in place of the logits, and for the
-// winner 0.
-ConfidenceRow row_of(Row& logits, int64_t winner) {
+struct RowSums {
+  ConfidenceRow row;
+  float value;
+  int64_t winner;
+  int64_t anchor;  // the winner, or the first largest of the other classes
+};
+
+// What the row's elements need to know. Leaves the relative probabilities in place of the logits,
+// and for the winner 0.
+RowSums sums_of(Row& logits, Confidence quantity) {
+  const bool margins = quantity == Confidence::kMargin;
+  const int64_t winner = winner_of(logits);
   const float largest = logits[winner];
-  const ConfidenceRow unsummed = confidence_row(largest, 0.0f);
   logits[winner] = -INFINITY;
+  const int64_t anchor = margins ? winner_of(logits) : winner;
+  const float second = logits[anchor];
+  const ConfidenceRow unsummed =
+      margins ? margin_row(largest, second, 0.0f) : confidence_row(largest, 0.0f);
   float* data = logits.data();
   const float others = sum_classes(logits, [=](int64_t j, Vec lane) __attribute__((always_inline)) {
     const Vec relative = relative_probability<Vec>(unsummed, load(data + j));
     store(data + j, relative);
     return lane + relative;
   });
-  return confidence_row(largest, others);
+  if (margins) {
+    const ConfidenceRow row = margin_row(largest, second, others);
+    return RowSums{row, margin(row, largest), winner, anchor};
+  }
+  const ConfidenceRow row = confidence_row(largest, others);
+  return RowSums{row, log_confidence(row), winner, anchor};
 }
 
 }  // namespace
@@ -118,15 +135,14 @@ void confidence_cotangent_rows(const ConfidenceCotangent& params, int64_t begin,
   Row row(params.classes);
   for (int64_t i = begin; i < end; ++i) {
     row.read(params.logits, i, -INFINITY);
-    const int64_t winner = winner_of(row);
-    const ConfidenceRow sums = row_of(row, winner);
+    const RowSums sums = sums_of(row, params.quantity);
     float* data = row.data();
     for (int64_t j = 0; j < row.padded(); j += kWidth) {
-      store(data + j, -normalised<Vec>(sums, load(data + j)));
+      store(data + j, -normalised<Vec>(sums.row, load(data + j)));
     }
-    row[winner] = winner_cotangent(sums);
+    row[sums.winner] = winner_cotangent(sums.row);
     row.write(params.cotangent, i);
-    params.log_confidence[i] = log_confidence(sums);
+    params.value[i] = sums.value;
   }
 }
 
@@ -136,27 +152,26 @@ void confidence_cotangent_backward_rows(const ConfidenceCotangentBackward& param
   for (int64_t i = begin; i < end; ++i) {
     row.read(params.logits, i, -INFINITY);
     grads.read(params.grad_cotangent, i, 0.0f);
-    const int64_t winner = winner_of(row);
-    const ConfidenceRow sums = row_of(row, winner);
-    row[winner] = 1.0f;
+    const RowSums sums = sums_of(row, params.quantity);
+    row[sums.winner] = params.quantity == Confidence::kMargin ? 0.0f : 1.0f;
     float* data = row.data();
     const float* g = grads.data();
-    const float g_winner = grads[winner];
+    const float g_anchor = grads[sums.anchor];
     const auto relative = [=](int64_t j) __attribute__((always_inline)) {
-      return load(g + j) - Lanes<Vec>::set(g_winner);
+      return load(g + j) - Lanes<Vec>::set(g_anchor);
     };
     const float dot = sum_classes(row, [&](int64_t j, Vec lane) __attribute__((always_inline)) {
-      return Lanes<Vec>::fma(normalised<Vec>(sums, load(data + j)), relative(j), lane);
+      return Lanes<Vec>::fma(normalised<Vec>(sums.row, load(data + j)), relative(j), lane);
     });
-    const float grad_log = params.grad_log_confidence[i];
-    const float p_winner = normalised<float>(sums, 1.0f);
-    const float at_winner = confidence_gradient<float>(grad_log, dot, winner_cotangent(sums),
-                                                       p_winner, g_winner - g_winner);
+    const float grad_value = params.grad_value[i];
+    const float at_winner = confidence_gradient<float>(
+        grad_value, dot, winner_cotangent(sums.row), winner_probability(params.quantity, sums.row),
+        grads[sums.winner] - g_anchor);
     for (int64_t j = 0; j < row.padded(); j += kWidth) {
-      const Vec p = normalised<Vec>(sums, load(data + j));
-      store(data + j, confidence_gradient<Vec>(grad_log, dot, -p, p, relative(j)));
+      const Vec p = normalised<Vec>(sums.row, load(data + j));
+      store(data + j, confidence_gradient<Vec>(grad_value, dot, -p, p, relative(j)));
     }
-    row[winner] = at_winner;
+    row[sums.winner] = at_winner;
     row.write(params.grad_logits, i);
   }
 }

@@ -230,7 +230,7 @@ void reverse_step_backward_tiles(const ReverseStepBackward& params, const Guidan
     const float* gradient = access.read(params.grad, buffers.out);
     const Inputs in = read_inputs(forward, reads, access, tile, buffers);
     const GuidanceSample sample =
-        samples != nullptr ? samples[tile.sample] : GuidanceSample{row.c, 0.0f};
+        samples != nullptr ? samples[tile.sample] : GuidanceSample{row.c, 0.0f, 0.0f};
     float* out[5];
     for (int k = 0; k < 5; ++k) out[k] = access.begin_write(*views[k], *staged[k]);
     for_vectors(tile.count, [=, &row](auto at) __attribute__((always_inline)) {
