@@ -58,6 +58,15 @@ def _formed(
     return NetworkForm(network, call, time_dtype, size_multiple)
 
 
+def _no_schedule(given: Any) -> TypeError:
+    of_diffusers = type(given).__module__.startswith("diffusers")
+    cure = "; use coup_fast.models.load_diffusers(network, scheduler=…)" if of_diffusers else ""
+    return TypeError(
+        "schedule must be a VPSchedule, a DiscreteSchedule, an EDMSchedule or a FlowSchedule, "
+        f"got {type(given).__name__}{cure}"
+    )
+
+
 class OnPath(nn.Module):
     """A network of a `FlowSchedule` as a network of the VP state x: it is asked at √(a² + b²) x.
 
@@ -158,12 +167,7 @@ class ScoreModel(nn.Module):
         from coup_fast.schedules import FlowSchedule, Schedule, VPSchedule, check_pair
 
         if not isinstance(schedule, Schedule | None):
-            of_diffusers = type(schedule).__module__.startswith("diffusers")
-            cure = "; use coup_fast.models.load_diffusers(network, scheduler=…)"
-            raise TypeError(
-                "schedule must be a VPSchedule, a DiscreteSchedule, an EDMSchedule or a "
-                f"FlowSchedule, got {type(schedule).__name__}{cure if of_diffusers else ''}"
-            )
+            raise _no_schedule(schedule)
         if schedule is None:
             schedule = FlowSchedule() if kind == "velocity" else VPSchedule()
         check_pair(kind, schedule)

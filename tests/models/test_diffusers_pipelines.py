@@ -358,3 +358,8 @@ def test_half_precision_and_the_chain_of_a_config() -> None:
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.1)
     assert discrete_schedule(pipeline.scheduler.config).num_steps == STEPS
+
+
+def test_a_scheduler_in_place_of_a_schedule_names_the_loader() -> None:
+    with pytest.raises(TypeError, match=r"^schedule .* got DDPMScheduler; use .*load_diffusers"):
+        coup_fast.ScoreModel(unet(), schedule=scheduler())
