@@ -89,8 +89,9 @@ class AttackResult:
         zero_gradients: how often an image's gradient was exactly 0, which is a sign of masked
             gradients.
         gradient_runs: images times draws that were differentiated.
-        score_evaluations: images that passed through the score network, recomputation and the
-            measuring of memory included.
+        score_evaluations: images that passed through the score network in the forward passes of
+            the attack. What a backward pass computes again and what is measured is not counted, so
+            the number does not depend on the memory that there was.
         classifier_evaluations: the same of the classifier, guidance included; 0 for a classifier in
             which no module can be seen, behind a purifier. For a model that is not ours, its calls.
         draws: forwards of the defence behind each gradient: `eot`, or 1 where the defence is not

@@ -17,14 +17,14 @@ from coup_fast._torch.calls import logits_of
 from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
-from coup_fast.attacks.eot import eot_gradient
+from coup_fast.attacks.eot import default_budget, eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign
 from coup_fast.attacks.losses import Loss
 from coup_fast.attacks.options import AttackGradient
 from coup_fast.options import PurifierOptions
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
-from coup_fast.run.first_look import is_looking
+from coup_fast.run.aside import counts
 
 Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
 
@@ -86,7 +86,6 @@ class Objective:
         self.targeted = False
         self.memory_budget = memory_budget
         self.draws = draws
-        self._micro_batch: int | None = None
         self.score_evaluations = 0
         self.classifier_evaluations = 0
         self.model: PurifiedClassifier | Foreign
@@ -154,6 +153,8 @@ class Objective:
 
         Raises FloatingPointError for a loss or gradient that is not finite, naming the image.
         """
+        if self.memory_budget is None:  # once: what is free changes, and the cutting with it
+            self.memory_budget = default_budget(images.device)
         with self.counted():
             found = eot_gradient(
                 self.model,
@@ -164,9 +165,7 @@ class Objective:
                 sample_ids=self.sample_ids,
                 draw=draw,
                 memory_budget=self.memory_budget,
-                micro_batch=self._micro_batch,
             )
-        self._micro_batch = found.micro_batch  # measured once, at the first iterate
         gradient = found.gradient
         evaluation = self._evaluation(found.losses.detach(), found.scores.detach(), gradient)
         finite = evaluation.loss.isfinite() & gradient.isfinite().flatten(1).all(1)
@@ -199,21 +198,21 @@ class Objective:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the images that pass through the networks."""
+        """Count the images that pass through the networks, where a result is made of it."""
 
-        counts: dict[nn.Module, int] = {}
+        images: dict[nn.Module, int] = {}
 
         def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             given = arguments[0] if arguments else None
-            if isinstance(given, Tensor) and given.ndim > 0 and not is_looking():
-                counts[module] += len(given)
+            if isinstance(given, Tensor) and given.ndim > 0 and counts():
+                images[module] += len(given)
 
         purifiers, classifiers = self._counted_parts()
         scores = {purifier.score_model for purifier in purifiers}
         guiding = [purifier.classifier for purifier in purifiers]
         networks = _together(map(modules_behind, [*guiding, *classifiers]))
-        counts.update(dict.fromkeys([*scores, *(m for group in networks for m in group)], 0))
-        hooks = [module.register_forward_pre_hook(count) for module in counts]
+        images.update(dict.fromkeys([*scores, *(m for group in networks for m in group)], 0))
+        hooks = [module.register_forward_pre_hook(count) for module in images]
         foreign = self.model if isinstance(self.model, Foreign) else None
         calls = 0 if foreign is None else foreign.calls
         try:
@@ -221,14 +220,14 @@ class Objective:
         finally:
             for hook in hooks:
                 hook.remove()
-            self.score_evaluations += sum(counts[module] for module in scores)
+            self.score_evaluations += sum(images[module] for module in scores)
             # Of modules that one function calls, that with the most images tells.
-            self.classifier_evaluations += sum(max(counts[m] for m in group) for group in networks)
+            self.classifier_evaluations += sum(max(images[m] for m in group) for group in networks)
             # Its calls are classifications, unless the hooks have counted those.
             if (
                 foreign is not None
                 and not classifiers
-                and counts.keys().isdisjoint(foreign.modules)
+                and images.keys().isdisjoint(foreign.modules)
             ):
                 self.classifier_evaluations += foreign.calls - calls
 
@@ -302,11 +301,5 @@ def _stand_in(defence: Defence, gradient: AttackGradient, through_vote: bool) ->
 
 
 def _differentiated(purifier: Purifier, gradient: AttackGradient) -> Purifier:
-    """The purifier with this gradient.
-
-    It measures the graphs of its steps anew, so that the evaluations of an attack are counted alike
-    whatever ran before it in this process.
-    """
-    other = purifier.with_options(**GRADIENTS[gradient])
-    other._kept.graph_bytes = {}
-    return other
+    """The purifier with this gradient."""
+    return purifier.with_options(**GRADIENTS[gradient])

@@ -132,8 +132,9 @@ class _Recomputed:
                     graph, _ = record(run, k, known, attacked)
                     verify = run.options.verify_states
                     if following is not None and (look or verify):
-                        out = graph.out.detach()
-                        check_replay(run, k, known, attacked, out, following, strict=verify)
+                        check_replay(
+                            run, k, known, attacked, graph.out.detach(), following, strict=verify
+                        )
                     look = False
                 grad, part = _step_backward(graph, grad)
                 if part is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from coup_fast._torch.differentiated import explain
 from coup_fast.plan import AnyPlan, Plan
+from coup_fast.run.aside import aside
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.guidance import confidence_gradient, guidance_of
 from coup_fast.run.replay_guards import Fingerprint
@@ -29,7 +29,6 @@ from coup_fast.run.warn import warn
 Function = Callable[[Tensor], Tensor]
 
 _SEED = 20140820  # of the direction along which derivatives are compared
-_looking: ContextVar[bool] = ContextVar("looking", default=False)
 _IMAGES = 2  # at most; enough to see that one depends on another
 _CUT = (
     "the {}'s answer carries no gradient, though it depends on the input; compute it with torch "
@@ -125,17 +124,8 @@ def look_at_classifier(
 def _aside() -> Iterator[None]:
     """Within a caller's modes, but not in them, and not seen by hooks on what autograd saves."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    token = _looking.set(True)
-    try:
-        with torch.inference_mode(False), torch.no_grad(), hooks:
-            yield
-    finally:
-        _looking.reset(token)
-
-
-def is_looking() -> bool:
-    """Whether models are called for a look now: those calls are no part of any run."""
-    return _looking.get()
+    with torch.inference_mode(False), torch.no_grad(), hooks, aside():
+        yield
 
 
 def _refuse_infinities(run: Run, k: int, answer: Tensor, channels: int) -> None:

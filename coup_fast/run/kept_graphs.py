@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from coup_fast._torch.differentiated import differentiated
+from coup_fast.run.aside import aside
 from coup_fast.run.assumptions import named_modules
 from coup_fast.run.steps import Run, State
 
@@ -75,7 +76,7 @@ class KeptGraphs:
         graph, after = record(self.run, k, state, attacked)
         after = tuple(t.detach() for t in after)
         if self.run.options.verify_states:
-            with torch.no_grad():
+            with torch.no_grad(), aside():
                 plain = self.run.step(k, state, attacked)
             if not _same(plain, after):
                 return plain
@@ -103,7 +104,7 @@ class KeptGraphs:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), aside():
             graph, recorded = record(self.run, k, state, attacked)
         same = _same(recorded, after)
         del graph, recorded

@@ -10,6 +10,7 @@ from helpers.tiny import SHORT, TinyClassifier, TinyNetwork, images, short_purif
 from torch import Tensor, nn
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel
+from coup_fast.attacks import PGD
 from coup_fast.attacks.eot import MemoryModel, eot_gradient
 from coup_fast.attacks.peak_memory import peak_bytes
 
@@ -202,3 +203,20 @@ def test_eot_fills_its_budget_with_graphs() -> None:
     least = got.memory.bytes(1)
     small = eot_gradient(defence, u, labels, draws=2, memory_budget=least)
     assert small.micro_batch == 1
+
+
+def test_every_iterate_of_an_attack_keeps_its_graphs() -> None:
+    u, labels = images(), torch.tensor([0, 1, 2])
+    clean = short_purifier("coup", check_values=False)
+    defence = PurifiedClassifier(clean, TinyClassifier())
+    calls: list[int] = []
+    clean.score_model.network.register_forward_hook(lambda *_: calls.append(1))
+
+    def calls_of_attack(steps: int) -> int:
+        calls.clear()
+        PGD(eps=0.1, steps=steps, eot=2)(defence, u, labels, memory_budget=ALL)
+        return len(calls)
+
+    calls_of_attack(1)  # measures the graphs
+    a_step = clean.plan.num_network_calls // clean.plan.num_steps
+    assert calls_of_attack(5) - calls_of_attack(2) == 3 * a_step * clean.plan.num_steps
