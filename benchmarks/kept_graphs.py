@@ -1,4 +1,4 @@
-"""What graphs of steps that are kept in memory save: a gradient, an attack, and the memory they take.
+"""What kept graphs of steps save in a gradient and in an attack, and what memory they take.
 
     python benchmarks/kept_graphs.py
     python benchmarks/kept_graphs.py --parts attack --batch 2 --repeats 3
@@ -120,7 +120,7 @@ def attack_rows(
     models: gradient_models.Models, steps: int, repeats: int, budget: int
 ) -> list[dict[str, Any]]:
     """Time of an attack, with graphs kept and with every step computed again."""
-    score_model, classifier, images = models
+    _, classifier, images = models
     labels = classifier(images).argmax(1)
     attack = preset("pgd40", eot=8, eps=0.2)
     rows = []
@@ -148,7 +148,7 @@ def result_bytes(found: EotGradient) -> int:
 
 def memory_rows(models: gradient_models.Models, steps: int) -> list[dict[str, Any]]:
     """Peak of an EOT gradient under budgets from one run's need up."""
-    score_model, classifier, images = models
+    _, classifier, images = models
     labels = classifier(images).argmax(1)
     rows = []
     for method in METHODS:

@@ -76,6 +76,14 @@ class Defence:
         """Whether somebody else built it, as a function from pixels to scores."""
         return ":" in self.method
 
+    def computes_as(self, other: Defence) -> bool:
+        """Whether it differs from another one in nothing but its name; never if it is foreign."""
+        own = self.method, self.num_draws, self.vote
+        if self.foreign or own != (other.method, other.num_draws, other.vote):
+            return False
+        usual = {} if self.method == UNDEFENDED else methods.options(self.method)
+        return {**usual, **self.options} == {**usual, **other.options}
+
     @property
     def guided(self) -> bool:
         """Whether the classifier's confidence steers the purification."""
@@ -99,6 +107,9 @@ class Row:
         return f"{self.defence.name}, {what}"
 
 
+_TABLES = ("data", "rows", "compare")  # fields of the configuration that are no single value
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """The whole configuration of an evaluation; `from_dict` makes one from the tables of a file.
@@ -114,6 +125,7 @@ class EvalConfig:
         seed: of the defences' noise.
         threads: of each process.
         memory_budget: bytes that an attack's gradients may take at once.
+        compare: pairs of defences' names that are compared image by image, stated before the run.
     """
 
     data: Data
@@ -124,6 +136,7 @@ class EvalConfig:
     seed: int = 0
     threads: int = 1
     memory_budget: int = 2**31
+    compare: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON and for the identity of a state."""
@@ -134,8 +147,10 @@ class EvalConfig:
             }
             for row in self.rows
         ]
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
-        return {**plain, "data": asdict(self.data), "rows": rows}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TABLES}
+        compare = [list(pair) for pair in self.compare]
+        stated = {"compare": compare} if compare else {}
+        return {**plain, "data": asdict(self.data), "rows": rows, **stated}
 
     def batches(self) -> list[range]:
         """Sample ids of each batch. They do not depend on the number of processes."""
@@ -268,6 +283,22 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
     return tuple(rows)
 
 
+def _compared(tables: Iterable[Mapping[str, Any]], names: list[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs of defences that the [[compare]] tables name."""
+    pairs: list[tuple[str, str]] = []
+    for given in tables:
+        table = reading.known("[[compare]]", given, ["a", "b"])
+        if {*table} != {"a", "b"}:
+            raise ValueError('a [[compare]] needs two names of defences, as in a = "X", b = "Y"')
+        a, b = (checks.choice(f"{key} of [[compare]]", table[key], names) for key in ("a", "b"))
+        if a == b:
+            raise ValueError(f"a [[compare]] must name two defences, got {a!r} twice")
+        if (a, b) in pairs or (b, a) in pairs:
+            raise ValueError(f"[[compare]] names {a!r} and {b!r} twice; it would count as two")
+        pairs.append((a, b))
+    return tuple(pairs)
+
+
 def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     """The configuration that a dictionary describes, with the keys of a TOML file.
 
@@ -279,8 +310,8 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
         ValueError: a key or value is unknown or out of range; the message says what is possible.
         TypeError: a value is of the wrong kind.
     """
-    plain = {f.name: f.default for f in fields(EvalConfig) if f.name not in ("data", "rows")}
-    known = [*plain, "data", "defence", "attack", "controls"]
+    plain = [f.name for f in fields(EvalConfig) if f.name not in _TABLES]
+    known = [*plain, "data", "defence", "attack", "controls", "compare"]
     table = reading.known("the configuration", given, known)
     data = _data(table.get("data", {}))
     defences = [
@@ -307,7 +338,8 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     }
     models = reading.text("models", table.get("models", "mnist"))
     rows = _rows(defences, reading.tables("attack", table.get("attack", [])))
-    return EvalConfig(data, models, rows, **numbers)
+    compare = _compared(reading.tables("compare", table.get("compare", [])), names)
+    return EvalConfig(data, models, rows, compare=compare, **numbers)
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:

@@ -43,6 +43,33 @@ class _NotFinite(Exception):
     """Raised by the hooks that look for the first NaN; says whose output it was."""
 
 
+class _Shared:
+    """What rows of one batch have in common, so that it is computed once.
+
+    bare: what attacks that ignore the purifier found, the same for every defence of a classifier.
+    results: of rows, for defences that differ in nothing but their names. A defence's clean images
+    are a row, and its attacked rows do not purify them again.
+    """
+
+    def __init__(self) -> None:
+        self.batch = -1
+        self.bare: dict[tuple[int, Attack], AttackResult] = {}
+        self.results: list[tuple[Row, dict[str, Any]]] = []
+
+    def of(self, batch: int) -> _Shared:
+        """That of this batch; what is known of another one is forgotten."""
+        if self.batch != batch:
+            self.batch, self.bare, self.results = batch, {}, []
+        return self
+
+    def result(self, row: Row) -> dict[str, Any] | None:
+        """The result of a row that computes the same as this one, if there was one."""
+        for known, result in self.results:
+            if known.attack == row.attack and known.defence.computes_as(row.defence):
+                return result
+        return None
+
+
 class Worker:
     """Models, images and defences of an evaluation, on one device.
 
@@ -66,8 +93,7 @@ class Worker:
         self.batches = config.batches()
         self._load = load
         self._networks: dict[str, tuple[coup_fast.ScoreModel, ClassifierFunction]] = {}
-        # What attacks that ignore the purifier found on one batch: the same for every defence.
-        self._bare: tuple[int, dict[tuple[int, Attack], AttackResult]] = (-1, {})
+        self._shared = _Shared()
         self.defences: dict[str, PurifiedClassifier | ClassifierFunction] = {}
         for row in config.rows:
             if isinstance(row.attack, AutoAttack):
@@ -143,8 +169,11 @@ class Worker:
         (RuntimeError; images of a size it cannot take), ValueError for labels it has no class for.
         """
         row = self.config.rows[unit[1]]
+        shared = self._shared.of(unit[0])
+        if (known := shared.result(row)) is not None:
+            return known
         try:
-            return self._run(unit, row)
+            result = self._run(unit, row)
         except FloatingPointError as error:
             raise EvaluationError(self._whose_fault(unit, row, error)) from error
         except RuntimeError as error:
@@ -152,6 +181,8 @@ class Worker:
                 f"{type(error).__name__}: {' '.join(str(error).split())}: "
                 f"{self._where(unit, row)}. The finished batches are kept."
             ) from error
+        shared.results.append((row, result))
+        return result
 
     def _run(self, unit: Unit, row: Row) -> dict[str, Any]:
         ids = self.batches[unit[0]]
@@ -211,9 +242,7 @@ class Worker:
 
         if attack.gradient != "classifier" or not isinstance(model, PurifiedClassifier):
             return compute()
-        if self._bare[0] != batch:
-            self._bare = (batch, {})
-        found, key = self._bare[1], (id(model.classifier), attack)
+        found, key = self._shared.of(batch).bare, (id(model.classifier), attack)
         if key not in found:
             found[key] = compute()
         return found[key]

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from helpers import eval_models, tiny
+from torch import nn
 
-from coup_fast import PurifiedClassifier, Purifier
+from coup_fast import PurifiedClassifier, Purifier, ScoreModel
 from coup_fast.attacks.pgd import PGD
 from coup_fast.cli.demo_measures import measure_defence, operator_share, score
 from coup_fast.cli.demo_pictures import GridRow, chosen_steps, image_grid
@@ -23,7 +24,10 @@ from coup_fast.evaluation.intervals import Average
 from coup_fast.evaluation.metrics import numbers
 from coup_fast.evaluation.plots import AXES, series
 from coup_fast.evaluation.report import Report
+from coup_fast.run.aside import counts as is_counted
 from coup_fast.stiffness import stiffness
+
+NAMES = ("COUP", "again")
 
 
 def check_wilson(share: Proportion | Average, rate: float) -> None:
@@ -324,6 +328,60 @@ def test_an_attack_that_ignores_the_purifier_runs_once_for_all_defences(
     assert calls == [0.1, 0.2, 0.1, 0.2]  # two batches
     for line in together.lines:
         assert line.attacked == alone[line.row.defence.name, line.attack_label]
+
+
+def evaluations(tables: dict, out: Path) -> tuple[Report, int]:
+    """The report, and how many images went through the score network, looks left out."""
+    seen: list[int] = []
+
+    def load(score: str) -> tuple[ScoreModel, nn.Module]:
+        score_model, classifier = eval_models.load(score)
+        score_model.register_forward_pre_hook(
+            lambda _, given: seen.append(len(given[0]) * is_counted())
+        )
+        return score_model, classifier
+
+    data = eval_models.images(4)
+    report = evaluate(from_dict(tables), out, models=load, data=data)
+    assert report is not None
+    return report, sum(seen)
+
+
+def test_clean_images_are_purified_once_for_all_rows_of_a_defence(tmp_path: Path) -> None:
+    few = eval_models.tables(4, controls=False)
+    for attacks in (0, 1, 3):
+        radii = [0.1, 0.2, 0.3][:attacks]
+        weak = [{"preset": "classifier", "steps": 1, "eps": eps} for eps in radii]
+        _, images = evaluations({**few, "attack": weak}, tmp_path / str(attacks))
+        assert images == (1 + attacks) * 4 * 3 * 2  # images, draws, steps
+
+
+def test_defences_that_differ_by_name_are_computed_once(tmp_path: Path) -> None:
+    one = eval_models.tables(4, controls=False)
+    first = one["defence"][0]
+    usual = {**first, "name": "again", "options": {**first["options"], "t_star": 0.1}}
+    other = {**first, "name": "other", "num_draws": 2}
+    _, images = evaluations(one, tmp_path / "one")
+    both, with_twin = evaluations({**one, "defence": [first, usual]}, tmp_path / "both")
+    _, with_other = evaluations({**one, "defence": [first, other]}, tmp_path / "other")
+    assert with_twin == images < with_other
+    named = {name: [x.attacked for x in both.lines if x.row.defence.name == name] for name in NAMES}
+    assert named["COUP"] == named["again"]
+    assert len(named["COUP"]) == 3
+
+
+def test_what_was_shared_is_computed_again_after_a_stop(tmp_path: Path) -> None:
+    tables = eval_models.tables(4, controls=False)
+    first = tables["defence"][0]
+    tables["defence"] = [first, {**first, "name": "again"}]
+    whole, _ = evaluations(tables, tmp_path)
+    text = whole.csv()
+    for path in (tmp_path / "state").glob("batch-00001-row-*.json"):
+        if whole.config.rows[int(path.stem[-3:])].defence.name == "again":
+            path.unlink()
+    resumed, images = evaluations(tables, tmp_path)
+    assert images > 0
+    assert resumed.csv() == text
 
 
 def test_numbers_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
