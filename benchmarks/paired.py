@@ -3,9 +3,9 @@
     coup-fast eval benchmarks/steps.toml --out DIR
     python benchmarks/paired.py DIR --reference "COUP, Euler num_steps=100" --match COUP
 
-All rows of an evaluation are about the same images, so two defences differ by the images that only
-one of them gets right: *lost* and *won* against the reference, and the exact test of McNemar (1947)
-whether as many were lost as won. The intervals of a report treat rows as if their images differed.
+This is for looking at an evaluation that is there. Comparisons that are to count as tests are
+stated before the run, in [[compare]] tables of the configuration, and are in its report; p is not
+adjusted for the number of comparisons here.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import binomtest
-
+from coup_fast.evaluation.paired import COLUMNS, count_pairs
 from coup_fast.evaluation.tables import render_table
 
 
-def right(folder: Path) -> dict[tuple[str, str], NDArray[np.bool_]]:
+def right(folder: Path) -> dict[tuple[str, str], list[bool]]:
     """Whether each image is classified rightly under draw 0, by (defence, attack or "clean").
 
-    As in a report, only batches that every row has finished count, so entry i of all arrays is
+    As in a report, only batches that every row has finished count, so entry i of all lists is
     about the same image. Attacks that differ in any option are different ones.
     """
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -40,7 +37,7 @@ def right(folder: Path) -> dict[tuple[str, str], NDArray[np.bool_]]:
     finished = [batch for _, batch in sorted(batches.items()) if len(batch) == len(rows)]
     names = attack_names([row["attack"] for row in rows])
     return {
-        (row["defence"]["name"], names[i]): np.array([v for batch in finished for v in batch[i]])
+        (row["defence"]["name"], names[i]): [v for batch in finished for v in batch[i]]
         for i, row in enumerate(rows)
     }
 
@@ -79,11 +76,9 @@ def main() -> None:
         reference = found.get((args.reference, attack))
         if reference is None or defence == args.reference or args.match not in defence:
             continue
-        lost, won = int((reference & ~values).sum()), int((values & ~reference).sum())
-        p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
-        rates = f"{100 * values.mean():.1f} %", f"{100 * reference.mean():.1f} %"
-        body.append([defence, attack, *rates, str(lost), str(won), f"{p:.3f}"])
-    print(render_table(["defence", "attack", "right", "reference", "lost", "won", "p"], body))
+        counts = count_pairs(values, reference)
+        body.append([defence, attack, *counts.cells()])
+    print(render_table(["defence", "attack", "right", "reference", *COLUMNS], body))
 
 
 if __name__ == "__main__":

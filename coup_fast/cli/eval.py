@@ -153,7 +153,7 @@ def _show(report: Report, args: argparse.Namespace, device: str) -> None:
     paths = report.write(args.out, device, common.command_line(args.argv))
     notes = "\n".join(f"- {note}" for note in report.notes())
     names = "  ".join(path.name for path in paths)
-    text = f"\n{report.heading()}\n\n{report.table()}\n\n{notes}\n\n{args.out}/: {names}"
+    text = f"\n{report.heading()}\n\n{report.tables()}\n\n{notes}\n\n{args.out}/: {names}"
     common.report(args, text, json.loads(paths[0].read_text(encoding="utf-8")))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
 from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
+from coup_fast.evaluation.paired import Comparison, comparison_table, comparisons
 from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
 from coup_fast.evaluation.state import FORMAT, Unit
@@ -119,6 +120,25 @@ class Report:
         }
         return {"fooled_own_draws": sum(fooled) / max(len(fooled), 1), **counts}
 
+    def _right(self, row: int) -> list[bool]:
+        """Whether a row's images are right under draw 0."""
+        predictions, labels = self._predictions(row)
+        pairs = zip(predictions, labels, strict=True)
+        return [draws[0] == label for draws, label in pairs]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """What the stated comparisons of two defences came to."""
+        return comparisons(self.config, self._right)
+
+    def comparison_table(self, style: Style = "terminal") -> str:
+        """One line per stated comparison and attack; "" if none was stated."""
+        return comparison_table(self.comparisons, style) if self.comparisons else ""
+
+    def tables(self, style: Style = "terminal") -> str:
+        """`table`, and `comparison_table` below it."""
+        return "\n\n".join(filter(None, [self.table(style), self.comparison_table(style)]))
+
     def headers(self) -> list[str]:
         """Of the table's columns."""
         k = self.config.draws
@@ -145,7 +165,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes())
-        return f"<div><p>{escape(self.heading())}</p>{self.table('html')}<ul>{notes}</ul></div>"
+        return f"<div><p>{escape(self.heading())}</p>{self.tables('html')}<ul>{notes}</ul></div>"
 
     def heading(self) -> str:
         """What the table counts."""
@@ -167,6 +187,13 @@ class Report:
             "The defences are randomised: an attack needs fresh draws at each iterate (EOT), and "
             "of AutoAttack the version `rand` is the right one.",
         ]
+        if self.comparisons:
+            notes.append(
+                "difference: accuracy of a less that of b under draw 0, in points, with Newcombe's "
+                "95 % interval for paired proportions. won : lost: images that only a, and only b, "
+                f"got right; p of McNemar's exact test, and Holm's for the {len(self.comparisons)} "
+                "comparisons that were stated before the run."
+            )
         weak = {line.row.attack.gradient: line.weakness for line in self.lines if line.row.attack}
         for gradient, reason in weak.items():
             if reason:
@@ -255,6 +282,7 @@ class Report:
             "images": self.images,
             "complete": self.complete,
             "rows": rows,
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "notes": self.notes(),
             "identity": self.identity,
         }
@@ -316,7 +344,7 @@ class Report:
     def markdown(self, run: dict[str, Any] | None = None) -> str:
         """Heading, table, notes, and where it comes from."""
         notes = "\n".join(f"- {note}" for note in self.notes())
-        text = f"{self.heading()}\n\n{self.table('markdown')}\n\n{notes}\n"
+        text = f"{self.heading()}\n\n{self.tables('markdown')}\n\n{notes}\n"
         if run is None:
             return text
         about = run["environment"]

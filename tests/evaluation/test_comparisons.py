@@ -1,0 +1,208 @@
+"""Two defences compared image by image: the statistics against others', and in reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import eval_models
+from scipy.stats import binomtest, multinomial
+
+from coup_fast.cli import main
+from coup_fast.evaluation.config import from_dict, read_toml
+from coup_fast.evaluation.evaluate import evaluate
+from coup_fast.evaluation.paired import Paired, count_pairs, holm
+from coup_fast.evaluation.report import Report
+from coup_fast.evaluation.state import StateError
+
+LAMBDA_0 = "COUP without guidance (λ=0)"
+
+
+@pytest.mark.parametrize(
+    ("won", "lost"), [(0, 0), (1, 0), (0, 7), (5, 5), (9, 2), (25, 7), (400, 480), (3, 1500)]
+)
+def test_p_is_that_of_the_exact_sign_test(won: int, lost: int) -> None:
+    want = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    got = Paired(3, won, lost, 4).p
+    assert got == pytest.approx(want, rel=1e-9)
+    assert got == Paired(4, lost, won, 3).p
+
+
+# Fagerland, Lydersen, Laake, "Statistical Analysis of Contingency Tables" (2017), chapter 8:
+# Newcombe's square-and-add interval for the data of Bentur et al. (2009) and Cavo et al. (2012), to
+# as many digits as the book and its R package contingencytables print.
+PUBLISHED = [
+    ((1, 1, 7, 12), (-0.507, -0.026), 3),
+    ((59, 6, 16, 80), (-0.1186, -0.0046), 4),
+]
+
+
+@pytest.mark.parametrize(("counts", "ends", "digits"), PUBLISHED)
+def test_intervals_are_newcombes(
+    counts: tuple[int, ...], ends: tuple[float, float], digits: int
+) -> None:
+    found = Paired(*counts).interval()
+    assert tuple(round(end, digits) for end in found) == ends
+    both, won, lost, neither = counts
+    swapped = Paired(both, lost, won, neither).interval()
+    assert swapped == pytest.approx((-found[1], -found[0]), abs=1e-15)
+
+
+@pytest.mark.parametrize("truth", [(0.6, 0.15, 0.1, 0.15), (0.8, 0.03, 0.03, 0.14)])
+def test_intervals_hold_the_difference_as_often_as_they_say(truth: tuple[float, ...]) -> None:
+    samples = multinomial(120, truth, seed=3).rvs(2000)
+    held = 0
+    for counts in samples.tolist():
+        low, high = Paired(*counts, confidence=0.9).interval()
+        held += low <= truth[1] - truth[2] <= high
+    assert 0.88 < held / len(samples) < 0.94
+
+
+def test_extreme_counts_have_an_interval_within_bounds() -> None:
+    one_cell = [(9, 0, 0, 0), (0, 9, 0, 0), (0, 0, 9, 0), (0, 0, 0, 9)]
+    for counts in [*one_cell, (5, 4, 0, 0), (1, 0, 0, 0)]:
+        one = Paired(*counts)
+        low, high = one.interval()
+        assert -1.0 <= low <= one.difference <= high <= 1.0
+    nothing = Paired(0, 0, 0, 0)
+    assert math.isnan(nothing.difference)
+    assert nothing.interval() == (-1.0, 1.0)
+    assert nothing.as_dict()["difference"] is None
+
+
+def test_images_are_counted_in_pairs() -> None:
+    found = count_pairs([True, True, False, False, True], [True, False, True, False, True])
+    assert found == Paired(2, 1, 1, 1)
+    assert (found.a.rate, found.b.rate) == (0.6, 0.6)
+    with pytest.raises(ValueError, match="same images, got 2 and 1"):
+        count_pairs([True, True], [True])
+    with pytest.raises(ValueError, match="must not be negative"):
+        Paired(1, -1, 0, 0)
+    with pytest.raises(ValueError, match="confidence"):
+        Paired(1, 1, 0, 0, confidence=1.0)
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        values = (torch.rand(7, generator=generator) ** 4).tolist()
+        adjusted = holm(values)
+        for alpha in (0.01, 0.05, 0.2):
+            rejected: set[int] = set()  # as published: stop at the first that is too large
+            for rank, i in enumerate(sorted(range(7), key=values.__getitem__)):
+                if values[i] > alpha / (7 - rank):
+                    break
+                rejected.add(i)
+            assert rejected == {i for i, p in enumerate(adjusted) if p <= alpha}
+
+
+COMPARE = """
+[[compare]]
+a = "COUP"
+b = "COUP without guidance (λ=0)"
+[[compare]]
+a = "COUP"
+b = "undefended"
+"""
+
+
+def stated(tmp_path: Path, text: str = COMPARE) -> dict:
+    path = tmp_path / "given.toml"
+    path.write_text(text, encoding="utf-8")
+    return {**eval_models.tables(), **read_toml(path)}
+
+
+def run(tables: dict, out: Path) -> Report:
+    data = eval_models.images(6)
+    report = evaluate(from_dict(tables), out, models=eval_models.load, data=data)
+    assert report is not None
+    return report
+
+
+def test_stated_comparisons_are_in_every_form_of_the_report(tmp_path: Path) -> None:
+    report = run(stated(tmp_path), tmp_path)
+    rows = report.config.rows
+    right = {}
+    for path in (tmp_path / "state").glob("batch-*.json"):
+        unit = json.loads(path.read_text(encoding="utf-8"))
+        row, result = rows[unit["row"]], unit["result"]
+        for sample, draws, label in zip(
+            result["sample_ids"], result["predictions"], result["labels"], strict=True
+        ):
+            right[row.defence.name, row.attack, sample] = draws[0] == label
+    # Clean images of both pairs, and the attack by the exact gradient that the first pair met.
+    attack = next(r.attack for r in rows if r.attack is not None and r.defence.name == "COUP")
+    want = [("COUP", LAMBDA_0, None), ("COUP", LAMBDA_0, attack), ("COUP", "undefended", None)]
+    assert [(c.a, c.b, c.attack == "none") for c in report.comparisons] == [
+        (a, b, met is None) for a, b, met in want
+    ]
+    for found, (a, b, met) in zip(report.comparisons, want, strict=True):
+        pairs = [(right[a, met, i], right[b, met, i]) for i in range(6)]
+        assert found.counts.won == pairs.count((True, False))
+        assert found.counts.lost == pairs.count((False, True))
+        assert found.counts.both == pairs.count((True, True))
+    assert [c.p_holm for c in report.comparisons] == holm([c.counts.p for c in report.comparisons])
+    markdown = report.markdown()
+    assert "won : lost, p" in markdown
+    assert "Holm" in markdown
+    as_json = report.as_dict()["comparisons"]
+    assert as_json == [c.as_dict() for c in report.comparisons]
+    assert json.loads(json.dumps(as_json))[0]["b"] == LAMBDA_0
+    assert LAMBDA_0 in report._repr_html_()
+    assert report.comparison_table() in report.tables()
+
+
+def test_a_report_without_comparisons_says_nothing_about_them(tmp_path: Path) -> None:
+    report = run(eval_models.tables(), tmp_path)
+    assert report.comparisons == report.as_dict()["comparisons"] == []
+    assert report.tables() == report.table()
+    assert "Holm" not in report.markdown()
+    assert "compare" not in report.identity["config"]
+
+
+def test_comparisons_belong_to_the_run_that_they_were_stated_for(tmp_path: Path) -> None:
+    run(eval_models.tables(), tmp_path)
+    with pytest.raises(StateError, match=r"holds another evaluation: config\.compare"):
+        run(stated(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ([{"a": "COUP", "b": "COOP"}], r"b of \[\[compare\]\] .*'COOP'.*did you mean 'COUP'"),
+        ([{"a": "COUP"}], r"\[\[compare\]\] needs two names"),
+        ([{"a": "COUP", "b": "COUP"}], "'COUP' twice"),
+        (
+            [{"a": "COUP", "b": "undefended"}, {"a": "undefended", "b": "COUP"}],
+            "'undefended' and 'COUP' twice",
+        ),
+        ([{"a": "COUP", "b": "undefended", "c": 1}], r"\[\[compare\]\] has no 'c'"),
+        ([{"a": 1, "b": "COUP"}], r"a of \[\[compare\]\] .*got 1"),
+        ("COUP", r"each under \[\[compare\]\]"),
+    ],
+)
+def test_wrong_comparisons_are_refused(compare: object, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_dict({**eval_models.tables(), "compare": compare})
+
+
+def test_the_command_prints_comparisons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    import numpy as np
+
+    images, labels = eval_models.images(6)
+    np.savez("images.npz", images=images.numpy(), labels=labels.numpy())
+    config = tmp_path / "config.toml"
+    config.write_text(eval_models.TOML.format(images=4) + COMPARE, encoding="utf-8")
+    assert main(["eval", str(config), "--out", "out", "--no-progress"]) == 0
+    assert "won : lost, p" in capsys.readouterr().out
+    report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    assert len(report["comparisons"]) >= 2
