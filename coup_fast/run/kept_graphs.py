@@ -62,6 +62,7 @@ class KeptGraphs:
         self._graphs: dict[int, StepGraph] = {}
         self._first = run.num_steps  # from this step on, graphs are kept
         self._settled = False
+        self._options = replace(run.options, graph_memory=0)
 
     def step(self, k: int, state: State, attacked: Tensor | None) -> State:
         """The state after step k, whose graph is kept if it belongs to those that fit."""
@@ -127,9 +128,8 @@ class KeptGraphs:
         x = state[0]
         device = x.device.type
         cast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        options = replace(self.run.options, graph_memory=0)
         layout = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
-        return self.run.kind(k), x.shape, x.dtype, x.device, layout, options, cast
+        return self.run.kind(k), x.shape, x.dtype, x.device, layout, self._options, cast
 
 
 def _same(a: State, b: State) -> bool:

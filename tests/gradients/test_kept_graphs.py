@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -220,3 +221,17 @@ def test_every_iterate_of_an_attack_keeps_its_graphs() -> None:
     calls_of_attack(1)  # measures the graphs
     a_step = clean.plan.num_network_calls // clean.plan.num_steps
     assert calls_of_attack(5) - calls_of_attack(2) == 3 * a_step * clean.plan.num_steps
+
+
+@pytest.mark.parametrize("method", ["coup", "diffpure"])
+def test_an_eot_gradient_stays_within_its_budget(method: str) -> None:
+    u, labels = images(), torch.tensor([0, 1, 2])
+    defence = PurifiedClassifier(short_purifier(method), TinyClassifier())
+    memory = eot_gradient(defence, u, labels, draws=8, memory_budget=ALL).memory
+    least, run = memory.bytes(1), memory.per_run + 3 * memory.one_step
+    for budget in (least, least + run, 2 * least + 8 * run, memory.fixed + 30 * run):
+        take = partial(eot_gradient, defence, u, labels, draws=8, memory_budget=budget)
+        found = take()  # measures the graphs of this micro-batch
+        parts = (found.gradient, found.losses, found.scores)
+        result = sum(part.numel() * part.element_size() for part in parts)
+        assert peak_bytes(take, u.device) - result <= budget
