@@ -32,6 +32,7 @@ from coup_fast.models.bundled import score_for
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
 from coup_fast.run import validation
+from coup_fast.run.aside import aside
 from coup_fast.score_model import ClassifierFunction
 from coup_fast.stiffness import stiffness
 
@@ -278,7 +279,8 @@ class Worker:
         if purifier.plan.guidance_norm not in ("none", "stable"):
             return None
         few = slice(0, GUIDED_IMAGES)
-        return stiffness(purifier, images[few], sample_ids[few]).as_dict()
+        with aside():
+            return stiffness(purifier, images[few], sample_ids[few]).as_dict()
 
     @torch.no_grad()
     def _scores(
