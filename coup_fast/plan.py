@@ -100,8 +100,10 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every coefficient and time, in hexadecimal."""
-        return _digest(self.start, self.coeffs, self.times)
+        """SHA-256 of every coefficient and time and of what the steps do with them, in hex."""
+        usual = self.guidance_norm == "none" and not self.learned_variance
+        how = "" if usual else f"{self.guidance_norm} {self.learned_variance}"
+        return _digest(self.start, self.coeffs, self.times, how=how)
 
     def in_pixels(self, k: int) -> bool:
         """Whether the state after k steps is an image; before the last step it is 2u - 1."""
@@ -202,8 +204,9 @@ class AdaptivePlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every coefficient, in hexadecimal."""
-        return _digest(self.start, self.coeffs)
+        """SHA-256 of every coefficient and δ, in hexadecimal."""
+        how = "" if self.delta == 1e-3 else f"{self.delta!r}"
+        return _digest(self.start, self.coeffs, how=how)
 
     def in_pixels(self, k: int) -> bool:
         """Whether the state after k steps is an image: always."""
@@ -232,8 +235,10 @@ class AdaptivePlan:
 AnyPlan = Plan | AdaptivePlan
 
 
-def _digest(*tables: Array) -> str:
-    return hashlib.sha256(b"".join(table.tobytes() for table in tables)).hexdigest()
+def _digest(*tables: Array, how: str) -> str:
+    """SHA-256; `how` is empty for what is usual, so that digests in older reports stay."""
+    numbers = b"".join(table.tobytes() for table in tables)
+    return hashlib.sha256(numbers + how.encode()).hexdigest()
 
 
 def _summary(plan: AnyPlan) -> str:

@@ -10,7 +10,7 @@ import torch
 from helpers import interpreter
 from helpers.scripts import ROOT
 
-from coup_fast import plan
+from coup_fast import VPSchedule, methods, plan
 from coup_fast.plan import (
     DIFFUSION_KINDS,
     ROW_COLUMNS,
@@ -196,3 +196,21 @@ def test_plans_describe_themselves() -> None:
     assert "std=0.54772256" in lines[1]
     assert lines[2].split() == ["0", "t=0.2", "v=0.5", "e=0.2", "d=0.1"]
     assert "out_bias=0.5" in lines[3]
+
+
+def test_plans_that_act_differently_have_other_digests() -> None:
+    """The same coefficients under another norm, or ADP's γ measured at another distance."""
+
+    def digest(method: str, kind: str = "eps", **options: object) -> str:
+        return methods.plan(method, VPSchedule(), kind, num_steps=2, **options).digest
+
+    coup = [
+        digest("coup"),
+        digest("coup", guidance_norm="normalised"),
+        digest("coup", guidance_solver="stable"),
+    ]
+    ddpm = [digest("ddpm"), digest("ddpm", variance="learned")]
+    adp = [digest("adp", "ncsn"), digest("adp", "ncsn", delta=2e-3, step_lambda=0.025)]
+    for digests in (coup, ddpm, adp):
+        assert len(set(digests)) == len(digests)
+    assert digest("coup") == digest("coup", guidance_norm="none")
