@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coup_fast.files import FileError
 from coup_fast.models.checkpoint_files import read_state
 from coup_fast.models.normalized import Normalized
 from coup_fast.models.state import (
@@ -22,6 +23,7 @@ from coup_fast.models.state import (
     check_fits,
     describe,
     prefixes_of,
+    state_keys,
     under,
     unwrapped,
 )
@@ -146,7 +148,10 @@ def _file(
 
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint file {path}")
-        return load_network(path)[0]
+        try:
+            return load_network(path)[0]
+        except FileError as error:
+            raise FileError(f"{error}; or give architecture=, the module it is for") from error
     found, what = read_state(path), str(path)
     for entry in key.split(".") if key else ():
         if not isinstance(found, Mapping) or entry not in found:
@@ -156,7 +161,10 @@ def _file(
     try:
         state = as_state(found, what)
     except ValueError as error:
-        raise ValueError(f"{error}; name the entry that is one with key=") from error
+        above = f"{key}." if key else ""
+        keys = [f"key={above + name!r}" for name in state_keys(found)]
+        cure = f"give {' or '.join(keys)}" if keys else "no entry of it is one"
+        raise ValueError(f"{error}; {cure}") from error
     if architecture is None:
         raise ValueError(
             f"{what} holds weights alone: give architecture=, the module that they are for"

@@ -33,6 +33,26 @@ def describe(found: Any) -> str:
     return f"{type(found).__name__} {str(found)[:40]}"
 
 
+def _is_state(found: Any) -> bool:
+    return (
+        isinstance(found, Mapping)
+        and len(found) > 0
+        and all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+        )
+    )
+
+
+def state_keys(found: Any) -> list[str]:
+    """The entries of a checkpoint that are state dicts, as "a" or, within another, "a.b"."""
+    keys = []
+    for name, entry in found.items() if isinstance(found, Mapping) else ():
+        keys += [str(name)] * _is_state(entry)
+        within = entry.items() if isinstance(entry, Mapping) else ()
+        keys += [f"{name}.{inner}" for inner, value in within if _is_state(value)]
+    return keys
+
+
 def as_state(found: Any, what: str) -> State:
     """`found` as a state dict: names to tensors.
 
@@ -42,10 +62,8 @@ def as_state(found: Any, what: str) -> State:
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(found, Mapping) and found:
-        others = [name for name, value in found.items() if not isinstance(value, Tensor)]
-        if not others and all(isinstance(name, str) for name in found):
-            return dict(found)
+    if _is_state(found):
+        return dict(found)
     raise ValueError(f"{what} should be a state dict (names to tensors); it is {describe(found)}")
 
 

@@ -215,6 +215,33 @@ def test_wrapped_weights_fill_an_architecture(tmp_path: Path, wrapper: str) -> N
     assert all(map(torch.equal, weights, loaded.state_dict().values()))
 
 
+def test_the_keys_of_state_dicts_are_named(tmp_path: Path) -> None:
+    """As a line that can be typed; a file without weights has none."""
+    path, state = tmp_path / "a.ckpt", _network().state_dict()
+    held = {"epoch": 3, "state_dict": state, "ema": {"decay": 0.9, "shadow": state}}
+    torch.save(held, path)
+    with pytest.raises(ValueError, match=r"give key='state_dict' or key='ema\.shadow'$"):
+        load_classifier(path, architecture=_network)
+    with pytest.raises(ValueError, match=r"give key='ema\.shadow'$"):
+        load_classifier(path, architecture=_network, key="ema")
+    loaded = load_classifier(path, architecture=_network, key="ema.shadow").state_dict()
+    assert all(map(torch.equal, state.values(), loaded.values()))
+    torch.save({"state": {}, "param_groups": [{"lr": 0.1}]}, path)
+    with pytest.raises(ValueError, match="no entry of it is one"):
+        load_classifier(path, architecture=_network)
+
+
+def test_safetensors_of_others_want_an_architecture(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    save_file(_network().state_dict(), path)
+    with pytest.raises(ValueError, match="architecture="):
+        load_classifier(path)
+    assert isinstance(load_classifier(path, architecture=_network), nn.Sequential)
+
+
 def test_of_several_prefixes_one_is_named(tmp_path: Path) -> None:
     torch.save(_prefixed("net.") | _prefixed("ema.net.", ("loss.w",)), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a\.ckpt.*prefix='ema\.net\.' or prefix='net\.'"):
