@@ -77,6 +77,7 @@ def numbers(
     name: str, value: Any, low: float, high: float, *, above: bool = False
 ) -> tuple[float, ...]:
     """A non-empty sequence of finite numbers in [low, high]; `above` leaves out low itself."""
+    value = value.tolist() if isinstance(value, np.ndarray | Tensor) else value
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
         raise TypeError(_sentence(name, "a non-empty sequence of numbers", value))
     return tuple(number(f"each of {name}", item, low, high, above=above) for item in value)

@@ -396,9 +396,7 @@ def _check_plan(
 ) -> None:
     """Raises ValueError if these models cannot run the plan."""
     validation.check_times(plan.times, score_model.t_max, plan.method)
-    validation.check_whole_times(
-        plan.times, score_model.time_scale, score_model.time_dtype, plan.method
-    )
+    validation.check_whole_times(plan.times, score_model, plan.method)
     if plan.needs_classifier and classifier is None:
         raise ValueError(
             f"method {plan.method!r} is guided by a classifier and none is given; pass one, or "

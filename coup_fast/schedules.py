@@ -48,6 +48,11 @@ class VPSchedule:
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    @property
+    def usual_time_scale(self) -> float:
+        """What published networks of the schedule are told is t times this."""
+        return 999.0
+
     def __post_init__(self) -> None:
         low = checks.number("beta_min", self.beta_min, 0, above=True)
         object.__setattr__(self, "beta_min", low)
@@ -128,6 +133,11 @@ class DiscreteSchedule:
     betas: tuple[float, ...] = tuple(np.linspace(1e-4, 0.02, 1000).tolist())
     exact_index: bool = False
 
+    @property
+    def usual_time_scale(self) -> float:
+        """N, with which the times i/N become the index."""
+        return float(self.num_steps)
+
     def __post_init__(self) -> None:
         numbers = [getattr(beta, "item", lambda beta=beta: beta)() for beta in self.betas]
         betas = [checks.number("each of betas", b, 0, 1, above=True, below=True) for b in numbers]
@@ -191,7 +201,9 @@ class DiscreteSchedule:
         if self.num_steps < 2 or not np.allclose(betas, straight, rtol=1e-6, atol=0):
             raise ValueError(
                 "this discrete schedule is not linear in β, so it has no continuous VP form; "
-                "use a discrete method: ddpm, ddim, gdmp, gradual or one-shot"
+                "use a discrete method (ddpm, ddim, gdmp, gradual, one-shot, consistency or "
+                "flowpure), or coup_fast.models.with_data_range(score_model, -1, 1), which asks "
+                "the network between its indices"
             )
         return VPSchedule(self.num_steps * self.betas[0], self.num_steps * self.betas[-1])
 
@@ -237,6 +249,11 @@ class EDMSchedule:
 
     sigma_max: float = 80.0
 
+    @property
+    def usual_time_scale(self) -> float:
+        """sigma_max, with which the times become σ."""
+        return self.sigma_max
+
     def __post_init__(self) -> None:
         sigma_max = checks.number("sigma_max", self.sigma_max, 0, above=True)
         object.__setattr__(self, "sigma_max", sigma_max)
@@ -275,6 +292,11 @@ class FlowSchedule:
     noise_std: float = 0.6
 
     process: ClassVar[VPSchedule] = VPSchedule()
+
+    @property
+    def usual_time_scale(self) -> float:
+        """1: the time itself."""
+        return 1.0
 
     def __post_init__(self) -> None:
         checks.choice("source", self.source, FLOW_SOURCES)
@@ -360,6 +382,11 @@ def check_pair(kind: str, schedule: Schedule) -> None:
         raise ValueError(
             f'kind "velocity" needs a FlowSchedule, got {type(schedule).__name__}; '
             'the v of Salimans and Ho is kind "v"'
+        )
+    if kind == "v" and isinstance(schedule, EDMSchedule):
+        raise ValueError(
+            'kind "v" mixes image and noise of a VPSchedule or a DiscreteSchedule, got '
+            'EDMSchedule; a denoiser is kind "x0"'
         )
     if flow and kind not in FLOW_KINDS:
         raise ValueError(

@@ -18,7 +18,7 @@ from coup_fast import checks
 from coup_fast._torch.attention import TwiceDifferentiableAttention
 from coup_fast._torch.calls import Call, NetworkForm, called, output_of
 from coup_fast._torch.differentiated import differentiated
-from coup_fast._torch.modules import declared_channels, described, grad_leaf, in_dtype_of
+from coup_fast._torch.modules import declared_channels, described, grad_leaf, in_dtype_of, mode_of
 from coup_fast._torch.transforms import refuse_scripting
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class OnPath(nn.Module):
         self, network: Callable[..., Any], schedule: FlowSchedule, time_scale: float
     ) -> None:
         super().__init__()
+        self.training = mode_of(network)
         self.network = network
         self.schedule = schedule
         self.time_scale = time_scale
@@ -119,9 +120,10 @@ class ScoreModel(nn.Module):
             noise-conditional score network or an energy's -∇E, as ADP uses it, in pixel space).
         schedule: the forward process that the network was trained for; default `VPSchedule()`, and
             `FlowSchedule()` for a velocity.
-        time_scale: the network is called with t times this, for t in [0, 1]. The published
-            continuous-time VP networks take 999 t, the default. Networks of a `FlowSchedule` take
-            t itself by default; those of diffusers take 1000 t.
+        time_scale: the network is called with t times this, for t in [0, 1]. The default is what
+            published networks of the schedule take: 999 t (`VPSchedule`), the index
+            (`DiscreteSchedule`: its number of steps), σ (`EDMSchedule`: its sigma_max), or t itself
+            (`FlowSchedule`; flow networks of diffusers take 1000 t).
         t_max: the largest t that the network was trained for, in (0, 1]. A plan that calls it at a
             later time is refused. None means all of [0, 1]. A `FlowSchedule` takes no t_max.
         time_dtype: the dtype of the t that the network gets: float32, float64, int32 or int64.
@@ -168,14 +170,21 @@ class ScoreModel(nn.Module):
 
         if not isinstance(schedule, Schedule | None):
             raise _no_schedule(schedule)
+        asked_at: VPSchedule | None = getattr(network, "asked_at", None)  # of `models.AtVPTimes`
         if schedule is None:
-            schedule = FlowSchedule() if kind == "velocity" else VPSchedule()
+            schedule = FlowSchedule() if kind == "velocity" else asked_at or VPSchedule()
         check_pair(kind, schedule)
         flow = isinstance(schedule, FlowSchedule)
         if time_scale is None:
-            time_scale = 1.0 if flow else 999.0
+            time_scale = 1.0 if asked_at is not None else schedule.usual_time_scale
+        if asked_at is not None and (schedule, time_scale) != (asked_at, 1):
+            raise ValueError(
+                f"{type(network).__name__} is asked at the times of {asked_at} and needs it as "
+                f"schedule, and time_scale=1, got {schedule} and time_scale={time_scale!r}"
+            )
         if flow and t_max is not None:
             raise ValueError(f"t_max={t_max!r} has no meaning for a FlowSchedule; leave it out")
+        self.training = mode_of(network)
         self.time_dtype = time_dtype
         self.kind = kind
         self.schedule = schedule
@@ -239,6 +248,7 @@ class EnergyModel(nn.Module):
             raise TypeError(
                 f"network must be a module or a callable E(x, t), got {type(network).__name__}"
             )
+        self.training = mode_of(network)
         self.network = network
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from coup_fast._torch.modules import declared_channels, described, module_of, name_of
+from coup_fast._torch.modules import declared_channels, described, mode_of, module_of, name_of
 
 # A function that calls a network: (network, x [B, C, H, W], t [B]) -> what the network returns.
 Call = Callable[[Any, Tensor, Tensor], Any]
@@ -27,6 +27,13 @@ _HOW = "it was called with"
 _PLAIN = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 _SIZES = ("size", "shape", "dimension", "match")  # in errors of networks that halve odd sizes
 _INDICES = ("indices", "scalar type", "scalar types", "used as indices", "dtype long")
+
+
+class TooSmallToMirror(ValueError):
+    """An image that cannot be mirrored as far as `size_multiple` wants; the network is not called.
+
+    It passes `called` as it is: what that would add is about a network that failed.
+    """
 
 
 def called(name: str, model: Callable[..., Any], **tensors: Tensor) -> Any:
@@ -77,7 +84,12 @@ def _hints(text: str, error: Exception, x: Tensor, *time: Tensor) -> list[str]:
         )
     if not time:
         return hints
-    if any(sign in lower for sign in _INDICES):
+    if "out of range" in lower and not time[0].is_floating_point():
+        hints.append(
+            "if its table of times is shorter, describe it by a DiscreteSchedule of as many steps "
+            "as the table has, with time_scale the same number"
+        )
+    elif any(sign in lower for sign in _INDICES):
         hints.append(
             "a network that looks its time up takes ScoreModel(time_dtype=torch.int64), with "
             "schedule=DiscreteSchedule() and time_scale=1000 for 1000 times"
@@ -156,6 +168,7 @@ class NetworkForm(nn.Module):
         size_multiple: int | None = None,
     ) -> None:
         super().__init__()
+        self.training = mode_of(network)
         self.network = network
         owner = module_of(network)
         if owner is not network:
@@ -199,7 +212,7 @@ def mirrored(x: Tensor, multiple: int) -> Tensor:
     """x [B, C, H, W] with its edges mirrored up to sizes that `multiple` divides; itself if so.
 
     As `F.pad(mode="reflect")`, whose backward pass on CUDA adds in no fixed order; slices do.
-    Raises ValueError for an image that is too small to be mirrored so far.
+    Raises TooSmallToMirror for an image that is too small to be mirrored so far.
     """
     for dim in (2, 3):
         size = x.shape[dim]
@@ -207,7 +220,7 @@ def mirrored(x: Tensor, multiple: int) -> Tensor:
         if after == 0:
             continue
         if after >= size:
-            raise ValueError(
+            raise TooSmallToMirror(
                 f"size_multiple={multiple} would add {before + after} to an image of "
                 f"{x.shape[2]}x{x.shape[3]}, more than it can mirror; use a smaller multiple"
             )

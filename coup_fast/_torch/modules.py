@@ -19,6 +19,16 @@ def module_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def mode_of(function: Any) -> bool:
+    """Whether the module behind a callable is in training mode, for the flag of what wraps it.
+
+    A new module is in training mode. A wrapper that kept that flag would report a training mode
+    that its network is not in, and hand it on where it is copied.
+    """
+    module = module_of(function)
+    return module is not None and module.training
+
+
 def name_of(function: Any) -> str:
     """A callable in a few words: a module's class, a function's name."""
     if isinstance(function, nn.Module):

@@ -15,21 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast._torch.calls import output_of
-from coup_fast._torch.modules import declared_channels
+from coup_fast._torch.modules import declared_channels, mode_of
 from coup_fast.schedules import VPSchedule
 
 
 class AtVPTimes(nn.Module):
     """A denoiser D(y, r), told its noise level, as f(x, t) of a VP process.
 
-        ScoreModel(AtVPTimes(denoiser), "x0", time_scale=1.0)
+        ScoreModel(AtVPTimes(denoiser), "x0")
 
     Args:
         network: module or callable, called with y = x/√ᾱ(t) [B, C, ...], which is an image in
             [-1, 1] with noise of standard deviation r, and with r = σ/√ᾱ [B], both in the dtype of
             the x and t it is given. It returns what the ScoreModel's kind says ("eps": the noise of
             standard deviation 1; "x0": the clean image), or an object with such a `.sample`.
-        schedule: the VP process; the ScoreModel's, default `VPSchedule()`.
+        schedule: the VP process, default `VPSchedule()`. The ScoreModel takes it from here, with
+            `time_scale=1`, and refuses another.
 
     Raises:
         TypeError: network cannot be called, or schedule is no VPSchedule.
@@ -43,8 +44,14 @@ class AtVPTimes(nn.Module):
             )
         if not isinstance(schedule, VPSchedule | None):
             raise TypeError(f"schedule must be a VPSchedule, got {type(schedule).__name__}")
+        self.training = mode_of(network)
         self.network = network
         self.schedule = schedule or VPSchedule()
+
+    @property
+    def asked_at(self) -> VPSchedule:
+        """The schedule at whose times in [0, 1] it is called; `ScoreModel` reads it."""
+        return self.schedule
 
     @property
     def in_channels(self) -> int | None:

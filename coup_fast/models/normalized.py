@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast._torch.calls import logits_of
-from coup_fast._torch.modules import dtype_of, first_parameter
+from coup_fast._torch.modules import dtype_of, first_parameter, mode_of
 
 Numbers = float | Sequence[float] | Tensor
 
@@ -40,15 +40,16 @@ class Normalized(nn.Module):
         super().__init__()
         if not callable(network):
             raise TypeError(f"network must be a module or a callable, got {type(network).__name__}")
-        means = [_checked("mean", value) for value in _numbers("mean", mean)]
+        means = [_checked("mean", value) for value in numbers_of("mean", mean)]
         stds = [
-            checks.number("each of std", value, 0, above=True) for value in _numbers("std", std)
+            checks.number("each of std", value, 0, above=True) for value in numbers_of("std", std)
         ]
         if len(means) != len(stds):
             raise ValueError(
                 f"mean and std must be equally many, one number per channel, got {len(means)} and "
                 f"{len(stds)}"
             )
+        self.training = mode_of(network)
         self.network = network
         self.in_channels = len(means) if not isinstance(mean, int | float) else None
         place = first_parameter(network)
@@ -65,7 +66,7 @@ class Normalized(nn.Module):
         return logits
 
 
-def _numbers(name: str, given: Any) -> list[Any]:
+def numbers_of(name: str, given: Any) -> list[Any]:
     """The numbers of an argument: of a sequence, of a tensor [C] or [C, 1, 1], or the one."""
     if isinstance(given, int | float):
         return [given]

@@ -17,6 +17,8 @@ from coup_fast import checks
 from coup_fast._torch.modules import declared_channels, first_parameter
 from coup_fast._torch.transforms import refuse_transforms
 from coup_fast.run.sample_ids import content_ids
+from coup_fast.schedules import DiscreteSchedule, FlowSchedule
+from coup_fast.score_model import ScoreModel
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RANGE_TOLERANCE = 1e-4  # rounding of callers' own pixel maps, not a licence to leave [0, 1]
@@ -34,20 +36,29 @@ def check_times(times: NDArray[np.float64], t_max: float | None, method: str) ->
         )
 
 
-def check_whole_times(
-    times: NDArray[np.float64], time_scale: float, dtype: torch.dtype | None, method: str
-) -> None:
+def check_whole_times(times: NDArray[np.float64], score_model: ScoreModel, method: str) -> None:
     """A plan's times [N] are whole numbers for a network that takes such. ValueError."""
+    dtype, schedule = score_model.time_dtype, score_model.schedule
     if dtype is None or dtype.is_floating_point:
         return
-    asked = times[np.isfinite(times)] * time_scale
+    asked = times[np.isfinite(times)] * score_model.time_scale
     broken = asked[np.abs(asked - np.rint(asked)) > 1e-3]
-    if len(broken):
-        raise ValueError(
-            f"{method} with these options calls the score model at time {broken[0]:g}, and "
-            f"time_dtype={dtype} takes whole numbers: describe a network of N indices by "
-            "schedule=DiscreteSchedule() and time_scale=N, or take steps that end at them"
+    if len(broken) == 0:
+        return
+    cure = "describe a network of N indices by schedule=DiscreteSchedule() and time_scale=N"
+    if isinstance(schedule, DiscreteSchedule):
+        cure = (
+            f"this schedule has {schedule.num_steps} indices, so use "
+            f"time_scale={schedule.num_steps}"
+            if score_model.time_scale != schedule.num_steps
+            else "take steps that end at them, or a schedule without exact_index=True"
         )
+    elif isinstance(schedule, FlowSchedule):
+        cure = "a flow is asked at all times between them, so leave time_dtype out"
+    raise ValueError(
+        f"{method} with these options calls the score model at time {broken[0]:g}, and "
+        f"time_dtype={dtype} takes whole numbers: {cure}"
+    )
 
 
 def check_images(images: Any) -> None:

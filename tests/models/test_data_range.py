@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import TinyClassifier, TinyNetwork, images
 from torch import Tensor, nn
 
-from coup_fast import DiscreteSchedule, EDMSchedule, Purifier, ScoreModel, VPSchedule
+from coup_fast import (
+    DiscreteSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    Purifier,
+    ScoreModel,
+    VPSchedule,
+)
 from coup_fast.models import with_data_range
 from coup_fast.models.analytic import GaussianMixture, MixtureNetwork
 
@@ -66,6 +74,85 @@ def test_a_network_of_other_pixels_is_the_exact_network(bounds, kind: str, sched
     torch.testing.assert_close(ours(x, t), wanted(x, t), rtol=1e-9, atol=1e-9)
 
 
+class Velocity(nn.Module):
+    """dx_t/dt of x_t = a x₀ + b z, from E[x₀ | x_t] of a mixture; t [B] is the path's time."""
+
+    def __init__(self, known: GaussianMixture, schedule: FlowSchedule) -> None:
+        super().__init__()
+        self.denoised = Denoiser(known)
+        self.schedule = schedule
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        progress = (t if self.schedule.data_at == 1 else 1 - t).reshape(-1, 1, 1, 1)
+        sign = 1 if self.schedule.data_at == 1 else -1
+        if self.schedule.source == "noise":
+            image = self.denoised(x / progress, (1 / progress - 1).flatten())
+            return sign * (image - (x - progress * image) / (1 - progress))
+        sigma = self.schedule.noise_std * (1 - progress)
+        return sign * (self.denoised(x, sigma.flatten()) - x) / (1 - progress)
+
+
+PATHS = [
+    FlowSchedule(),
+    FlowSchedule(data_at=0),
+    FlowSchedule("noised", noise_std=4.0),
+    FlowSchedule("noised", data_at=0, noise_std=4.0),
+]
+
+
+@pytest.mark.parametrize("bounds", RANGES, ids=["half", "pixels", "standardised"])
+@pytest.mark.parametrize("schedule", [*PATHS, OTHER_VP], ids=str)
+def test_velocities_of_other_pixels_are_exact(bounds, schedule) -> None:
+    known = mixture(*bounds)
+    if isinstance(schedule, FlowSchedule):
+        theirs = ScoreModel(Velocity(known, schedule), "velocity", schedule)
+    else:
+        noise = MixtureNetwork(known, "eps", schedule)
+
+        def v(x: Tensor, t: Tensor) -> Tensor:
+            signal = torch.from_numpy(schedule.alpha_bar(t.numpy())).sqrt().reshape(-1, 1, 1, 1)
+            sigma, z = (1 - signal**2).sqrt(), noise(x, t)
+            return signal * z - sigma * (x - sigma * z) / signal
+
+        theirs = ScoreModel(v, "v", schedule, time_scale=1.0)
+    ours = with_data_range(theirs, *bounds)
+    assert (ours.kind, ours.schedule) == ("eps", VPSchedule())
+    wanted = MixtureNetwork(mixture(), "eps", VPSchedule())
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.002, 0.05, 0.1, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(ours(x, t), wanted(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_a_chain_of_v_is_read_at_the_index_that_it_is_told() -> None:
+    """Below its first level it is told index 0, and v counts as one of that level, as in plans."""
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        level = torch.from_numpy(CHAIN.alpha_bar(t.numpy())).reshape(-1, 1, 1, 1)
+        z = torch.ones_like(x)
+        return level.sqrt() * z - (1 - level).sqrt() * (x - (1 - level).sqrt() * z) / level.sqrt()
+
+    ours = with_data_range(ScoreModel(v, "v", CHAIN, time_scale=1000), -1.0, 1.0)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.tensor([1e-5, 0.03, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(ours(x, t), torch.ones_like(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_keeps_its_mode() -> None:
+    """One in eval mode was put into training mode: dropout and batch norm changed its numbers."""
+    network = TinyNetwork().eval()
+    assert not with_data_range(ScoreModel(network), 0, 1).training
+    assert not any(part.training for part in network.modules())
+    assert with_data_range(ScoreModel(network.train()), 0, 1).training
+
+
+def test_bounds_are_arrays_too_and_say_how_many_channels_there_are() -> None:
+    low, high = np.array([-1.0, -1.1, -1.2]), torch.tensor([1.0, 0.9, 0.8]).reshape(3, 1, 1)
+    ours = with_data_range(ScoreModel(lambda x, t: x), low, high)
+    with pytest.raises(ValueError, match=r"takes images of 3 channels, got 1"):
+        Purifier(ours, method="diffpure", num_steps=1)(torch.rand(2, 1, 8, 8))
+
+
 @pytest.mark.parametrize("bounds", RANGES[::2], ids=["half", "standardised"])
 def test_a_chain_is_asked_between_its_indices(bounds) -> None:
     """A cosine chain, which is told the index; between two of them log ᾱ is linear."""
@@ -87,6 +174,14 @@ def test_a_chain_is_asked_between_its_indices(bounds) -> None:
     wanted = (1 - level).sqrt() * (x - level.sqrt() * plain.means[:1]) / spread
     torch.testing.assert_close(ours(x, t), wanted, rtol=1e-9, atol=1e-9)
     assert (asked[0] % 1 != 0).any()
+
+
+def test_chains_that_are_not_linear_run_every_method_so() -> None:
+    theirs = ScoreModel(TinyNetwork(), "v", CHAIN)
+    with pytest.raises(ValueError, match=r"not linear.*with_data_range\(score_model, -1, 1\)"):
+        Purifier(theirs, method="diffpure")
+    clean = Purifier(with_data_range(theirs, -1, 1), method="diffpure", num_steps=2)
+    assert clean(images(2)).isfinite().all()
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -129,7 +224,7 @@ def test_bad_arguments_are_named() -> None:
     model = ScoreModel(TinyNetwork())
     with pytest.raises(TypeError, match=r"score_model .*got TinyNetwork"):
         with_data_range(TinyNetwork(), 0, 1)
-    with pytest.raises(ValueError, match=r"kind .*eps, score, x0, got 'ncsn'"):
+    with pytest.raises(ValueError, match=r"kind .*v, velocity, got 'ncsn'"):
         with_data_range(ScoreModel(TinyNetwork(), "ncsn"), 0, 1)
     with pytest.raises(ValueError, match=r"low and high .*low < high.* got 1 and 0"):
         with_data_range(model, 1, 0)
@@ -137,10 +232,12 @@ def test_bad_arguments_are_named() -> None:
         with_data_range(model, [0.0, 0.0, 0.0], [1.0, 1.0, 1.1])
     with pytest.raises(ValueError, match="equally many"):
         with_data_range(model, [0.0, 0.0, 0.0], 1)
-    with pytest.raises(TypeError, match="low must be a finite number, got 'a'"):
+    with pytest.raises(TypeError, match="low must be numbers, one per channel, got 'a'"):
         with_data_range(model, "a", 1)
     chain = ScoreModel(
         TinyNetwork(), schedule=DiscreteSchedule(), time_scale=1000, time_dtype=torch.int64
     )
+    with pytest.raises(ValueError, match=r"FlowSchedule\(source='attacked'\) has none"):
+        with_data_range(ScoreModel(TinyNetwork(), "velocity", FlowSchedule("attacked")), 0, 1)
     with pytest.raises(ValueError, match=r"time_dtype=torch\.int64"):
         with_data_range(chain, 0, 1)

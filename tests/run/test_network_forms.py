@@ -213,8 +213,15 @@ def test_times_between_whole_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"coup .* at time 99\.9, .*torch\.int64.*DiscreteSched"):
         Purifier(model, TinyClassifier(), num_steps=3)
     chain = ScoreModel(Wants(whole), schedule=CHAIN, time_scale=999, time_dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"at time 99\.9, and time_dtype=torch\.int32"):
+    with pytest.raises(ValueError, match=r"at time 99\.9, .*torch\.int32.* use time_scale=1000"):
         Purifier(chain, TinyClassifier(), num_steps=100)
+    exact = DiscreteSchedule(exact_index=True)
+    between = ScoreModel(Wants(whole), schedule=exact, time_dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"at time 84\.7143, .* without exact_index=True"):
+        Purifier(between, TinyClassifier(), num_steps=7)
+    flow = ScoreModel(Wants(whole), "velocity", time_scale=1000, time_dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"a flow .* leave time_dtype out"):
+        Purifier(flow, TinyClassifier(), num_steps=7)
 
 
 @pytest.mark.parametrize("num_steps", [10, 100])
@@ -308,7 +315,7 @@ def test_gradients_through_mirrored_edges_are_exact() -> None:
 
 def test_an_image_too_small_to_be_mirrored_is_refused() -> None:
     clean = Purifier(ScoreModel(Halving(), size_multiple=32), method="diffpure", num_steps=1)
-    with pytest.raises(ValueError, match=r"size_multiple=32 .* 24 .*8x8"):
+    with pytest.raises(ValueError, match=r"^size_multiple=32 .* 24 .*8x8.*a smaller multiple$"):
         clean(images())
 
 
@@ -331,6 +338,12 @@ def test_a_network_that_fails_says_how_it_was_called() -> None:
     assert "call=" in said
     look_up = ScoreModel(nn.Embedding(1000, 3), call=lambda f, x, t: f(t), schedule=CHAIN)
     assert "time_dtype=torch.int64" in failing(look_up, u)
+    short = ScoreModel(
+        nn.Embedding(50, 3), call=lambda f, x, t: f(t), schedule=CHAIN, time_dtype=torch.int64
+    )
+    said = failing(short, u)
+    assert "(all 100)" in said
+    assert "table of times is shorter" in said
     odd = failing(ScoreModel(nn.Sequential(), call=lambda f, x, t: x + F.avg_pool2d(x, 2)), u)
     assert "size_multiple=32" in odd
 

@@ -10,8 +10,11 @@ from helpers.tiny import TinyClassifier, TinyNetwork, images
 from torch import nn
 
 from coup_fast._torch.modules import declared_channels
-from coup_fast.schedules import DiscreteSchedule, VPSchedule
+from coup_fast.models import AtVPTimes, Normalized
+from coup_fast.schedules import DiscreteSchedule, EDMSchedule, FlowSchedule, VPSchedule
 from coup_fast.score_model import EnergyModel, ScoreModel
+
+CHAIN = DiscreteSchedule()
 
 
 def test_network_is_called_with_scaled_times_and_returns_its_raw_output() -> None:
@@ -52,6 +55,49 @@ def test_input_is_cast_to_the_dtype_of_the_parameters_and_time_is_not(dtype) -> 
     network.register_forward_pre_hook(lambda module, args: seen.extend(a.dtype for a in args))
     out = ScoreModel(network)(images(2), torch.zeros(2))
     assert (out.dtype, seen) == (dtype, [dtype, torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scale"),
+    [
+        (None, 999.0),
+        (DiscreteSchedule.cosine(250), 250.0),
+        (EDMSchedule(50.0), 50.0),
+        (FlowSchedule(data_at=0), 1.0),
+    ],
+    ids=["vp", "discrete", "edm", "flow"],
+)
+def test_times_are_scaled_as_networks_of_the_schedule_expect(schedule, scale: float) -> None:
+    """A chain's index and EDM's σ were told as 999 t, silently."""
+    assert ScoreModel(TinyNetwork(), "x0", schedule).time_scale == scale
+    assert ScoreModel(TinyNetwork(), "x0", schedule, time_scale=3.0).time_scale == 3.0
+
+
+def test_at_vp_times_says_its_schedule_and_time_scale() -> None:
+    process = VPSchedule(0.1, 5.0)
+    network = AtVPTimes(TinyNetwork(), process)
+    model = ScoreModel(network, "x0")
+    assert (model.schedule, model.time_scale) == (process, 1.0)
+    for given in ({"schedule": VPSchedule()}, {"time_scale": 999.0}, {"schedule": CHAIN}):
+        with pytest.raises(
+            ValueError, match=r"AtVPTimes .*VPSchedule\(beta_min=0\.1, .*5\.0\).*got"
+        ):
+            ScoreModel(network, "x0", **given)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrappers_are_in_the_mode_of_their_network(training: bool) -> None:
+    network = TinyNetwork().train(training)
+    wrappers = [
+        ScoreModel(network),
+        ScoreModel(network, size_multiple=4).network,
+        ScoreModel(network, "velocity").network,
+        EnergyModel(network),
+        AtVPTimes(network),
+        Normalized(network, 0.5, 0.2),
+    ]
+    assert [wrapper.training for wrapper in wrappers] == [training] * len(wrappers)
+    assert wrappers[0].train(not training).network.training is not training
 
 
 def test_bad_arguments_are_named() -> None:
