@@ -116,8 +116,8 @@ class DiscreteSchedule:
     """Discrete variance-preserving chain, q(x_i | x_{i-1}) = N(√(1-β_i) x_{i-1}, β_i).
 
     The source is Ho et al., "Denoising diffusion probabilistic models" (NeurIPS 2020). A network
-    trained on it is told the index: use `ScoreModel(time_scale=N)`, so that the times i / N given
-    by `index_time` become i.
+    trained on it is told the index: `ScoreModel` takes N as its time scale by default, so that the
+    times i / N given by `index_time` become i.
 
     Args:
         betas: β_0 … β_{N-1}, each in (0, 1).
@@ -238,7 +238,8 @@ class EDMSchedule:
     """Variance-exploding noise x + σ z with σ up to sigma_max, for denoisers D(x, σ).
 
     The source is Karras et al., "Elucidating the design space of diffusion models" (NeurIPS 2022).
-    Time is σ / sigma_max, so `ScoreModel(kind="x0", time_scale=sigma_max)` tells the network σ.
+    Time is σ / sigma_max, and `ScoreModel` takes sigma_max as its time scale by default, so that
+    the network is told σ.
 
     Args:
         sigma_max: the largest σ, > 0.

@@ -87,12 +87,12 @@ def _hints(text: str, error: Exception, x: Tensor, *time: Tensor) -> list[str]:
     if "out of range" in lower and not time[0].is_floating_point():
         hints.append(
             "if its table of times is shorter, describe it by a DiscreteSchedule of as many steps "
-            "as the table has, with time_scale the same number"
+            "as the table has"
         )
     elif any(sign in lower for sign in _INDICES):
         hints.append(
             "a network that looks its time up takes ScoreModel(time_dtype=torch.int64), with "
-            "schedule=DiscreteSchedule() and time_scale=1000 for 1000 times"
+            "schedule=DiscreteSchedule() for 1000 times"
         )
     elif any(size % 32 for size in x.shape[2:]) and any(sign in lower for sign in _SIZES):
         hints.append(

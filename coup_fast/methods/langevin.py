@@ -36,7 +36,8 @@ def langevin(
     Args:
         schedule: not used.
         kind: "score", an energy's -∇U on x = 2u - 1: `ScoreModel(EnergyModel(U), "score")`. The
-            network is told t = 0 at each step.
+            network is told t = 0 at each step. A diffusion's score network has this kind too, but
+            the chain has no meaning for it.
         num_steps: the length of the chain.
         gradient_scale: weight of ∇U in a step, > 0.
         eta: standard deviation of a step's noise, >= 0.
