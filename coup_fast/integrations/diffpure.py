@@ -120,6 +120,7 @@ class _Runner(nn.Module):
         if not isinstance(img, Tensor) or img.ndim != 4:
             got = list(img.shape) if isinstance(img, Tensor) else type(img).__name__
             raise TypeError(f"img must be a tensor [B, C, H, W], got {got}")
+        rounds = checks.integer("args.sample_step", self.args.sample_step, 1)
         tag = f"rnd{random.randint(0, 10000)}" if tag is None else tag
         folder = None
         if self.pictures and bs_id < 2:
@@ -128,7 +129,7 @@ class _Runner(nn.Module):
         if folder is not None:
             folder.picture("original_input", x)
         results = []
-        for k in range(int(self.args.sample_step)):
+        for k in range(rounds):
             x = self._round(k, x, folder, noise[k] if noise is not None else None)
             results.append(x)
         return torch.cat(results).clamp(-1, 1) if self.clamps else torch.cat(results)

@@ -172,6 +172,7 @@ def test_a_random_level_varies_the_forward_noise(monkeypatch: pytest.MonkeyPatch
         ({}, {}, {"mode": "ga"}, r"mode must be one of 'sde', 'de', 'diffPure', got 'ga'"),
         ({}, {}, {}, r"args\.Guide is on .*cls=classifier"),
         ({"guidance_scale": 2.0}, {}, {"cls": CLASSIFIER}, r"lmd_guide and args\.guidance_scale"),
+        ({"sample_step": 0}, {}, {"cls": CLASSIFIER}, r"args\.sample_step .* at least 1"),
         ({"Guide": False}, {"guidance_scale": 2.0}, {}, r"args\.Guide is off.*guidance_scale="),
     ],
 )
