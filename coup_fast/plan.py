@@ -123,6 +123,13 @@ class Plan:
             noisy=self.noisy[:steps],
         )
 
+    def without_guidance(self) -> Plan:
+        """The same run, its noise included, with λ = 0."""
+        coeffs = self.coeffs.copy()
+        coeffs[:, C] = 0
+        unguided = np.zeros_like(self.guided)
+        return replace(self, coeffs=coeffs, guided=unguided, guidance_norm="none")
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {_summary(self)}>"
 
@@ -215,6 +222,10 @@ class AdaptivePlan:
     def first(self, steps: int) -> AdaptivePlan:
         """The first `steps` steps (all, if there are fewer)."""
         return replace(self, coeffs=self.coeffs[: checks.integer("steps", steps, 1)])
+
+    def without_guidance(self) -> AdaptivePlan:
+        """The same plan, which has no guidance."""
+        return self
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {_summary(self)}>"

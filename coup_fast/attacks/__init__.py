@@ -7,13 +7,16 @@ published settings. `.run(…)` also returns losses and counts network calls. Me
 an attack returns under draws that it did not see.
 """
 
+from coup_fast.attacks.adaptive import AdaptiveGuided
 from coup_fast.attacks.apgd import APGD
-from coup_fast.attacks.attack import FIRST_ATTACK_DRAW, Attack, AttackResult, Progress
+from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.autoattack import AutoAttack
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import GRADIENTS, WEAK_GRADIENTS
 from coup_fast.attacks.pgd import PGD
 from coup_fast.attacks.presets import PRESETS, preset
+from coup_fast.attacks.result import FIRST_ATTACK_DRAW, AttackResult, Progress
+from coup_fast.attacks.square import Square
 
 __all__ = [
     "APGD",
@@ -23,9 +26,11 @@ __all__ = [
     "PGD",
     "PRESETS",
     "WEAK_GRADIENTS",
+    "AdaptiveGuided",
     "Attack",
     "AttackResult",
     "AutoAttack",
     "Progress",
+    "Square",
     "preset",
 ]

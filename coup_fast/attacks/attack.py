@@ -1,7 +1,8 @@
-"""What all attacks share: their options, draws, the loop over iterates, and the result.
+"""What all attacks share: their options, their draws, and how they are called.
 
-An attack is a frozen dataclass of numbers; calling it runs it. One loop serves all of them: it
-evaluates the loss and its gradient under fresh draws and asks the attack's rule for the next point.
+An attack is a frozen dataclass of numbers; calling it runs it. One loop (`Search`) serves those
+that follow a gradient: it evaluates the loss and its gradient under fresh draws and asks the
+attack's rule for the next point.
 
 Draws. A defence's draws below `FIRST_ATTACK_DRAW` are left to whoever measures it. An attack with
 seed s works under draws from `FIRST_ATTACK_DRAW` · (1 + s), a new range for each iterate, and its
@@ -30,7 +31,7 @@ from torch import Tensor
 from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.ball import Ball
-from coup_fast.attacks.losses import LOSSES, TARGETED, other_classes
+from coup_fast.attacks.losses import LOSSES, TARGETED
 from coup_fast.attacks.objective import (
     GRADIENTS,
     WEAK_GRADIENTS,
@@ -39,73 +40,23 @@ from coup_fast.attacks.objective import (
     Objective,
 )
 from coup_fast.attacks.options import AttackGradient, AttackOptions, Keep, LossName, NoiseName
+from coup_fast.attacks.result import AttackResult, Progress
+from coup_fast.attacks.search import Search
 from coup_fast.run import validation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FIRST_ATTACK_DRAW = 2**32
-"""Draws of a defence below this number are left to whoever measures it; attacks never use them."""
-FIRST_START_DRAW = 2**62
 MAX_SEED = 2**29 - 1
 MAX_COUNT = 2**20 - 1
+_FLAGS = ("through_vote", "random_start", "targeted", "normalise_draws", "stop_when_fooled")
 NOISES = get_args(NoiseName)
 KEEPS = get_args(Keep)
 _ALWAYS_SAID = ("norm", "eps", "steps", "eot", "gradient", "step_size", "version")
+_LENGTHS = ("eps", "step_size", "final_step_size")
 
 AttackType = TypeVar("AttackType", bound="Attack")
 P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        done: iterates that are finished.
-        total: iterates of the whole run.
-        loss: mean loss over the images at the present iterate.
-        fooled: share of the draws that are misclassified there, in [0, 1].
-    """
-
-    done: int
-    total: int
-    loss: float
-    fooled: float
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """What an attack found.
-
-    `loss` and `fooled` are averages over the attack's own draws. They say how the attack went, and
-    they are no measure of robustness.
-
-    Attributes:
-        images: [B, C, H, W], inside the ball.
-        loss: float64 [B], at the last iterate that was evaluated (keep="last") or at the one that
-            is returned.
-        fooled: float64 [B], share of draws that are misclassified there, in [0, 1].
-        zero_gradients: how often an image's gradient was exactly 0, which is a sign of masked
-            gradients.
-        gradient_runs: images times draws that were differentiated.
-        score_evaluations: images that passed through the score network in the forward passes of
-            the attack. What a backward pass computes again and what is measured is not counted, so
-            the number does not depend on the memory that there was.
-        classifier_evaluations: the same of the classifier, guidance included; 0 for a classifier in
-            which no module can be seen, behind a purifier. For a model that is not ours, its calls.
-        draws: forwards of the defence behind each gradient: `eot`, or 1 where the defence is not
-            random.
-    """
-
-    images: Tensor
-    loss: Tensor
-    fooled: Tensor
-    zero_gradients: int
-    gradient_runs: int
-    score_evaluations: int
-    classifier_evaluations: int
-    draws: int
 
 
 Rule = Callable[[Tensor, Evaluation], Tensor]
@@ -116,7 +67,8 @@ def _images_of(
 ) -> Callable[Concatenate[Any, P], Tensor]:
     def call(attack: Attack, /, *args: P.args, **options: P.kwargs) -> Tensor:
         """The attacked images; takes and raises what `run` does."""
-        return run(attack, *args, **options).images
+        own: Callable[P, AttackResult] = getattr(attack, run.__name__)  # that of its class
+        return own(*args, **options).images
 
     takes = signature(run).replace(return_annotation="Tensor")
     call.__signature__ = takes  # type: ignore[attr-defined]
@@ -134,8 +86,9 @@ class Attack(ABC):
         eot: the draws behind each gradient (expectation over transformation).
         loss: "ce", "dlr" or "margin".
         gradient: "exact" takes the gradient of the run as it was, and "autograd" the same from a
-            whole graph. Three others are weak and exist for comparison: "stopped" holds guidance
-            constant, as the released COUP attack does; "bpda" takes the purifier's Jacobian as the
+            whole graph. Four others are not of the run itself: "stopped" holds guidance
+            constant, as the released COUP attack does; "unguided" takes the gradient of the run
+            without guidance, under the same noise; "bpda" takes the purifier's Jacobian as the
             identity; "classifier" leaves the purifier out.
         noise: "fresh" takes new draws at every iterate. "fixed" takes draw 0 (to eot - 1)
             throughout, which with eot=1 is the white-box attack on the defence as a deterministic
@@ -146,11 +99,20 @@ class Attack(ABC):
         random_start: whether to begin at a random point of the ball.
         restarts: how often to begin; the best result is kept.
         keep: "last" returns the last iterate; "best" returns the one that fooled most draws, and
-            among equals the one of highest loss.
+            among equals the one of highest loss. That is judged under draws of the defence that
+            the iterate was not chosen by; with gradient="classifier" it is the bare classifier.
         seed: of starts and draws, in [0, 2^29).
         targeted: whether to aim at a wrong class. The class follows from the image's label, its
             sample id and the number of the restart, and as many restarts as there are wrong classes
             try all.
+        normalise_draws: whether each draw's gradient is divided by its ℓ2 norm before the mean.
+            Otherwise the few draws that are near the boundary decide, since the gradients of the
+            others are tiny.
+        stop_when_fooled: whether an image takes no further iterate, and no restart, once all `eot`
+            draws of one iterate are misclassified. It saves time and can raise the numbers that
+            count draws (average, final iterate, majority). It raises "worst of k" only by an image
+            that is then right under all k of the judge's draws, which eot=1 makes likely. Where
+            the judge takes the same draw (noise="fixed"), a stopped image stays misclassified.
 
     Raises:
         TypeError: an option is of the wrong kind.
@@ -170,6 +132,8 @@ class Attack(ABC):
     keep: Keep = "last"
     seed: int = 0
     targeted: bool = False
+    normalise_draws: bool = False
+    stop_when_fooled: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", units.norm(self.norm))
@@ -177,7 +141,7 @@ class Attack(ABC):
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
-        for name in ("through_vote", "random_start", "targeted"):
+        for name in _FLAGS:
             checks.flag(name, getattr(self, name))
         object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
         for name, low, high in (
@@ -192,7 +156,7 @@ class Attack(ABC):
     def __repr__(self) -> str:
         """As it could be written: what is not said has its default."""
         said = [
-            f"{f.name}={_length(value) if f.name in ('eps', 'step_size') else repr(value)}"
+            f"{f.name}={_length(value) if f.name in _LENGTHS else repr(value)}"
             for f in fields(self)
             if (value := getattr(self, f.name)) != f.default or f.name in _ALWAYS_SAID
         ]
@@ -205,8 +169,17 @@ class Attack(ABC):
         through = "" if self.through_vote else ", blind to the vote"
         kind = self.kind
         if self.gradient == "classifier":
-            return f"{kind}, bare classifier"
-        return f"{kind}, {noise}, {self.gradient} gradient{through}"
+            return f"{kind}, bare classifier{self._stops}"
+        return f"{kind}, {noise}, {self._how} gradient{through}{self._stops}"
+
+    @property
+    def _how(self) -> str:
+        """The gradient, in words: "unit-norm exact"."""
+        return f"unit-norm {self.gradient}" if self.normalise_draws else self.gradient
+
+    @property
+    def _stops(self) -> str:
+        return ", stopped when fooled" if self.stop_when_fooled else ""
 
     @property
     def kind(self) -> str:
@@ -241,6 +214,8 @@ class Attack(ABC):
         *,
         sample_ids: Any = None,
         targets: Tensor | None = None,
+        surrogate: Defended | None = None,
+        init: Tensor | None = None,
         progress: Callable[[Progress], None] | None = None,
         memory_budget: int | None = None,
     ) -> AttackResult:
@@ -256,6 +231,10 @@ class Attack(ABC):
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.
             targets: int64 [B], the classes that a targeted attack aims at, in place of those that
                 it would choose.
+            surrogate: a defence to differentiate in place of `defended`, such as one with fewer
+                steps or another method. Which images are kept is still judged by `defended`.
+            init: [B, C, H, W], like images: where the first restart begins, in place of a random
+                point. Moved into the ball where it is outside.
             progress: called after every iterate.
             memory_budget: as for `coup_fast.eot_gradient`.
 
@@ -270,25 +249,48 @@ class Attack(ABC):
         ids = check_inputs(images, labels, sample_ids)
         if targets is not None:
             _check_targets(self, targets, labels)
+        check_init(init, images)
         units.check_radius(self.eps, self.norm, images[:1].numel())
-        objective = Objective(
+        return self._search(
             defended,
+            images,
             labels,
             ids,
-            (TARGETED if self.targeted else LOSSES)[self.loss],
-            self.gradient,
-            self.eot,
-            self.through_vote,
-            memory_budget,
+            targets=targets,
+            surrogate=surrogate,
+            init=init,
+            progress=progress,
+            memory_budget=memory_budget,
         )
-        search = _Search(self, objective, Ball(images, self.norm, self.eps), progress)
-        if len(images) > 0:
-            objective.settle(images, search.draw(0), fixed=self.noise == "fixed")
-            if self.targeted:
-                search.choose_targets(targets)
-            for restart in range(self.restarts):
-                search.restart(restart)
-        return search.result()
+
+    def _search(
+        self,
+        defended: Defended,
+        images: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        *,
+        targets: Tensor | None = None,
+        surrogate: Defended | None = None,
+        init: Tensor | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        memory_budget: int | None = None,
+        skip: int = 0,
+    ) -> AttackResult:
+        """`run`, of checked arguments; skip: as for `Search`."""
+
+        def objective(model: Defended, gradient: AttackGradient) -> Objective:
+            loss = (TARGETED if self.targeted else LOSSES)[self.loss]
+            options = (self.eot, self.through_vote, memory_budget, self.normalise_draws)
+            return Objective(model, labels, ids, loss, gradient, *options)
+
+        differentiated = objective(defended if surrogate is None else surrogate, self.gradient)
+        judge = differentiated
+        if surrogate is not None or self.gradient == "unguided":
+            judge = objective(defended, "exact")
+        ball = Ball(images, self.norm, self.eps)
+        start = None if init is None else ball.project(init)
+        return Search(self, differentiated, judge, ball, start, progress, skip).run(targets)
 
     __call__ = _images_of(run)
 
@@ -312,6 +314,22 @@ def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     return ids
 
 
+def check_init(init: Any, images: Tensor) -> None:
+    """Raises TypeError or ValueError for starts that do not fit the images."""
+    if init is None:
+        return
+    if not isinstance(init, Tensor) or init.dtype != images.dtype:
+        given = init.dtype if isinstance(init, Tensor) else type(init).__name__
+        raise TypeError(f"init must be a tensor of {images.dtype}, as images are, got {given}")
+    if init.shape != images.shape or init.device != images.device:
+        got = f"{list(init.shape)} on {init.device}"
+        raise ValueError(f"init must be {list(images.shape)} on {images.device}, got {got}")
+    if not bool(((init >= 0) & (init <= 1)).all()):
+        raise ValueError(
+            f"init must be in [0, 1], got {float(init.min()):g} to {float(init.max()):g}"
+        )
+
+
 def _check_targets(attack: Attack, targets: Any, labels: Tensor) -> None:
     if not attack.targeted:
         raise ValueError("targets were given to an attack with targeted=False")
@@ -323,99 +341,3 @@ def _check_targets(attack: Attack, targets: Any, labels: Tensor) -> None:
     if bool((targets == labels).any()):
         same = int((targets == labels).nonzero()[0])
         raise ValueError(f"targets must be wrong classes; that of image {same} is its label")
-
-
-class _Search:
-    """One run: the loop over iterates, and what it has found."""
-
-    def __init__(
-        self,
-        attack: Attack,
-        objective: Objective,
-        ball: Ball,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self.attack, self.objective, self.ball, self.progress = attack, objective, ball, progress
-        self.images = ball.centre.clone()
-        self.loss = torch.full_like(objective.labels, -torch.inf, dtype=torch.float64)
-        self.fooled = torch.zeros_like(self.loss)
-        self.done = self.zero_gradients = self.gradient_runs = 0
-        # The last iterate is evaluated where it has rivals.
-        self.compares = attack.keep == "best" or attack.restarts > 1
-        self.total = attack.restarts * (attack.steps + self.compares)
-        self.labels, self.classes, self.given = objective.labels, 0, False
-
-    def draw(self, iterate: int) -> int:
-        """The first draw of an iterate."""
-        if self.attack.noise == "fixed":
-            return 0
-        return FIRST_ATTACK_DRAW * (1 + self.attack.seed) + iterate * self.objective.draws_used
-
-    def choose_targets(self, given: Tensor | None) -> None:
-        """Aim at these classes, or let each restart choose. Raises ValueError for no class."""
-        self.classes = self.objective.classes(self.ball.centre, self.draw(0))
-        self.given = given is not None
-        if given is None:
-            return
-        if not bool(((given >= 0) & (given < self.classes)).all()):
-            raise ValueError(
-                f"targets must be classes, 0 to {self.classes - 1}, got {int(given.min())} to "
-                f"{int(given.max())}"
-            )
-        self.objective.aim(given)
-
-    def restart(self, number: int) -> None:
-        """Run the loop once from a new start, and keep what is better than before."""
-        attack, ball = self.attack, self.ball
-        if attack.targeted and not self.given:
-            ids = self.objective.sample_ids
-            self.objective.aim(other_classes(self.labels, ids, number, self.classes))
-        x = ball.centre
-        if attack.random_start:
-            x = ball.random(attack.seed, self.objective.sample_ids, FIRST_START_DRAW + number)
-        rule = attack.rule(ball)
-        for _ in range(attack.steps):
-            at_x = self.objective.gradient(x, self.draw(self.done))
-            self._count(at_x)
-            if attack.keep == "best":
-                self._keep_better(x, at_x)
-            x = ball.project(rule(x, at_x))
-        if not self.compares:
-            self.images, self.loss, self.fooled = x, at_x.loss, at_x.fooled
-            return
-        at_x = self.objective.value(x, self.draw(self.done))
-        self._report(at_x)
-        self._keep_better(x, at_x)
-
-    def _count(self, at_x: Evaluation) -> None:
-        self.gradient_runs += len(at_x.loss) * self.objective.draws_used
-        self.zero_gradients += int((at_x.gradient == 0).flatten(1).all(1).sum())
-        self._report(at_x)
-
-    def _report(self, at_x: Evaluation) -> None:
-        self.done += 1
-        if self.progress is not None:
-            loss, fooled = float(at_x.loss.mean()), float(at_x.fooled.mean())
-            self.progress(Progress(self.done, self.total, loss, fooled))
-
-    def _keep_better(self, x: Tensor, at_x: Evaluation) -> None:
-        more = at_x.fooled > self.fooled
-        better = more | ((at_x.fooled == self.fooled) & (at_x.loss > self.loss))
-        self.images = torch.where(better[:, None, None, None], x, self.images)
-        self.loss = torch.where(better, at_x.loss, self.loss)
-        self.fooled = torch.where(better, at_x.fooled, self.fooled)
-
-    def result(self) -> AttackResult:
-        """What was found, checked against the ball."""
-        if len(self.images):
-            self.ball.check(self.images)
-        return AttackResult(
-            self.images,
-            self.loss,
-            self.fooled,
-            self.zero_gradients,
-            self.gradient_runs,
-            self.objective.score_evaluations,
-            self.objective.classifier_evaluations,
-            self.objective.draws,
-        )

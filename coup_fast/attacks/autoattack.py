@@ -22,23 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
-from coup_fast.attacks.attack import (
-    FIRST_ATTACK_DRAW,
-    Attack,
-    AttackResult,
-    Progress,
-    Rule,
-    check_inputs,
-)
+from coup_fast.attacks.attack import Attack, Rule, check_inputs
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import Defended, Objective
 from coup_fast.attacks.options import Keep, Version
+from coup_fast.attacks.result import FIRST_ATTACK_DRAW, AttackResult, Progress
 from coup_fast.run.warn import warn
 
 VERSIONS = get_args(Version)
 # Options of other attacks that AutoAttack decides by itself.
-_DECIDED = ("loss", "through_vote", "random_start", "restarts", "keep", "targeted")
+_DECIDED = (
+    *("loss", "through_vote", "random_start", "restarts", "keep", "targeted"),
+    *("normalise_draws", "stop_when_fooled"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,10 +90,14 @@ class AutoAttack(Attack):
         *,
         sample_ids: Any = None,
         targets: Tensor | None = None,
+        surrogate: Defended | None = None,
+        init: Tensor | None = None,
         progress: Callable[[Progress], None] | None = None,
         memory_budget: int | None = None,
     ) -> AttackResult:
-        """Attack images; takes and raises what `Attack.run` does, but for `targets`.
+        """Attack images; takes and raises what `Attack.run` does, but for three arguments.
+
+        AutoAttack chooses its targets and starts, and differentiates the defence itself.
 
         progress is called after each image; zero gradients are not counted.
 
@@ -104,8 +105,9 @@ class AutoAttack(Attack):
             ImportError: pyautoattack is not installed.
             ValueError: there are fewer classes than its losses need.
         """
-        if targets is not None:
-            raise ValueError("AutoAttack chooses its targets")
+        for name, given in (("targets", targets), ("surrogate", surrogate), ("init", init)):
+            if given is not None:
+                raise ValueError(f"AutoAttack takes no {name}: it chooses these things itself")
         require_package()
         ids = check_inputs(images, labels, sample_ids)
         ball = Ball(images, self.norm, self.eps)

@@ -39,6 +39,13 @@ def l2_norms(values: Tensor) -> Tensor:
     return ordered_sum(values.double().flatten(1).square()).sqrt()
 
 
+def unit_norm(values: Tensor) -> Tensor:
+    """Each sample divided by its ℓ2 norm; 0 stays 0."""
+    norms = l2_norms(values)
+    inverse = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0)
+    return (values.double() * _as_factors(inverse, values.double())).to(values.dtype)
+
+
 def _next_towards(values: Tensor, exact: Tensor, inwards: float) -> Tensor:
     """`exact` (float64) in the dtype of values, on its `inwards` side (±inf) where it rounds."""
     rounded = exact.to(values.dtype)
@@ -77,11 +84,7 @@ class Ball:
 
     def ascent(self, gradient: Tensor) -> Tensor:
         """The steepest direction of unit length in the norm: sign(g), or g / ‖g‖₂; 0 for g = 0."""
-        if self.norm == "linf":
-            return gradient.sign()
-        norms = l2_norms(gradient)
-        inverse = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0)
-        return (gradient.double() * _as_factors(inverse, gradient.double())).to(gradient.dtype)
+        return gradient.sign() if self.norm == "linf" else unit_norm(gradient)
 
     def random(self, seed: int, sample_ids: Tensor, draw: int) -> Tensor:
         """A random point of the ball for each image, from the counters of its sample id and draw.

@@ -22,6 +22,7 @@ from torch.nn import functional
 from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import recordable
+from coup_fast.attacks.ball import unit_norm
 from coup_fast.attacks.foreign import Foreign, image_gradient
 from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
@@ -119,6 +120,7 @@ def eot_gradient(
     draw: int = 0,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
+    normalise_draws: bool = False,
 ) -> EotGradient:
     """The gradient of mean over draws of loss(scores, labels) with respect to each image.
 
@@ -142,6 +144,8 @@ def eot_gradient(
             leaves, and the backward pass does not compute those steps again.
         micro_batch: how many runs go at a time, in place of measuring. A run is one image under one
             draw.
+        normalise_draws: divide each draw's gradient by its ℓ2 norm before the mean, so that draws
+            of which the defence is sure, whose gradients are tiny, count as much as the others.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
     of the draws in float32 (float64 for float64 images), whatever the micro-batch is.
@@ -160,10 +164,11 @@ def eot_gradient(
         images, labels, ids = map(recordable, (images, labels, ids))
         if isinstance(defended, PurifiedClassifier):
             return _gradient(
-                defended, images, ids, labels, loss, draws, draw, memory_budget, micro_batch
+                *(defended, images, ids, labels, loss, draws, draw),
+                *(memory_budget, micro_batch, normalise_draws),
             )
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
-        return _foreign_gradient(foreign, images, labels, loss, draws, draw)
+        return _foreign_gradient(foreign, images, labels, loss, draws, draw, normalise_draws)
 
 
 def _gradient(
@@ -176,6 +181,7 @@ def _gradient(
     draw: int,
     memory_budget: int | None,
     micro_batch: int | None,
+    normalise_draws: bool,
 ) -> EotGradient:
     """The same of a defence of ours, in micro-batches."""
     if model.purifier.gradient == "none":
@@ -202,6 +208,7 @@ def _gradient(
         gradient, values, rows = _micro_batch(
             worker, images[which], ids[which], labels[which], first_draw, loss
         )
+        gradient = unit_norm(gradient) if normalise_draws else gradient
         losses.append(values)
         scores.append(rows)
         del values, rows  # so that the next micro-batch has their memory
@@ -225,7 +232,13 @@ def _gradient(
 
 
 def _foreign_gradient(
-    model: Foreign, images: Tensor, labels: Tensor, loss: Loss, draws: int, draw: int
+    model: Foreign,
+    images: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    draws: int,
+    draw: int,
+    normalise_draws: bool,
 ) -> EotGradient:
     """The same of a model that is not ours, one draw after the other."""
     checks.integer("draw", draw, 0)
@@ -234,7 +247,7 @@ def _foreign_gradient(
     for repetition in range(draws):
         first = draw + repetition * model.stride
         gradient, values, rows = model.gradient(images, labels, loss, first)
-        total += gradient
+        total += unit_norm(gradient) if normalise_draws else gradient
         losses.append(values)
         scores.append(rows)
     mean = (total / draws).to(images.dtype)

@@ -56,7 +56,7 @@ class Foreign:
     """
 
     def __init__(self, model: Any, sample_ids: Tensor, seed: int = 0) -> None:
-        self.model, self.sample_ids = model, sample_ids
+        self.model = model
         found = list(reachable(model, _is_purifier))
         # A PurifiedClassifier and its purifier too: a model may call the two parts by themselves.
         self.defences = [t for t in found if isinstance(t, PurifiedClassifier | Purifier)]
@@ -66,7 +66,14 @@ class Foreign:
         self.stride = 1
         self.calls = 0
         self._drivers: dict[nn.Module, Driver] = {}  # of the last call
-        self._name = hashlib.sha256(f"{seed} {sample_ids.tolist()}".encode()).digest()
+        self._generator_seed = seed
+        self.call_with(sample_ids)
+
+    def call_with(self, sample_ids: Tensor) -> None:
+        """From now on it will be called with these images, int64 [B]."""
+        self.sample_ids = sample_ids
+        name = f"{self._generator_seed} {sample_ids.tolist()}"
+        self._name = hashlib.sha256(name.encode()).digest()
 
     @property
     def seeding(self) -> str:

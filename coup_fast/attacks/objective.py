@@ -32,14 +32,16 @@ GRADIENTS: dict[AttackGradient, PurifierOptions] = {
     "exact": {"gradient": "exact", "guidance_gradient": "full"},
     "autograd": {"gradient": "autograd", "guidance_gradient": "full"},
     "stopped": {"gradient": "exact", "guidance_gradient": "stopped"},
+    "unguided": {"gradient": "exact", "guidance_gradient": "full"},
     "bpda": {"gradient": "bpda"},
     "classifier": {},
 }
 """How an attack takes its gradient, and the purifier's options that do it. "classifier" does
-without the purifier."""
+without the purifier, and "unguided" differentiates the run with λ = 0."""
 
 WEAK_GRADIENTS: dict[AttackGradient, str] = {
     "stopped": "treats the guidance as a constant",
+    "unguided": "leaves the guidance out of the run that it differentiates",
     "bpda": "takes the purifier's Jacobian as the identity",
     "classifier": "attacks the bare classifier and ignores the purifier",
 }
@@ -67,6 +69,7 @@ class Objective:
         labels, sample_ids: int64 [B].
         through_vote: the loss is taken of the combined vote over `num_draws`; False: of each draw.
         draws: repetitions over which the loss is averaged, after `settle` those that it takes.
+        normalise_draws: as for `eot_gradient`.
 
     Raises ValueError for a gradient that this model cannot be asked for.
     """
@@ -81,7 +84,9 @@ class Objective:
         draws: int,
         through_vote: bool,
         memory_budget: int | None,
+        normalise_draws: bool = False,
     ) -> None:
+        self.normalise_draws = normalise_draws
         self.labels, self.sample_ids, self.loss = labels, sample_ids, loss
         self.targeted = False
         self.memory_budget = memory_budget
@@ -130,6 +135,21 @@ class Objective:
         """
         self.labels, self.targeted = targets, True
 
+    @contextmanager
+    def only(self, rows: Tensor) -> Iterator[None]:
+        """Within this context it is about these rows of the batch, int64 [b], in place of all."""
+        labels, ids = self.labels, self.sample_ids
+        self._be_about(labels[rows], ids[rows])
+        try:
+            yield
+        finally:
+            self._be_about(labels, ids)
+
+    def _be_about(self, labels: Tensor, sample_ids: Tensor) -> None:
+        self.labels, self.sample_ids = labels, sample_ids
+        if isinstance(self.model, Foreign):
+            self.model.call_with(sample_ids)
+
     def scores(self, images: Tensor, first: int) -> Tensor:
         """Scores [B, K] of one forward, under the draws from `first` on."""
         if isinstance(self.model, PurifiedClassifier):
@@ -165,6 +185,7 @@ class Objective:
                 sample_ids=self.sample_ids,
                 draw=draw,
                 memory_budget=self.memory_budget,
+                normalise_draws=self.normalise_draws,
             )
         gradient = found.gradient
         evaluation = self._evaluation(found.losses.detach(), found.scores.detach(), gradient)
@@ -302,4 +323,7 @@ def _stand_in(defence: Defence, gradient: AttackGradient, through_vote: bool) ->
 
 def _differentiated(purifier: Purifier, gradient: AttackGradient) -> Purifier:
     """The purifier with this gradient."""
-    return purifier.with_options(**GRADIENTS[gradient])
+    other = purifier.with_options(**GRADIENTS[gradient])
+    if gradient == "unguided":
+        other = other.with_plan(other.plan.without_guidance())
+    return other

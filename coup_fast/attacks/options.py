@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 LossName = Literal["ce", "dlr", "margin"]
-AttackGradient = Literal["exact", "autograd", "stopped", "bpda", "classifier"]
+AttackGradient = Literal["exact", "autograd", "stopped", "unguided", "bpda", "classifier"]
 NoiseName = Literal["fresh", "fixed"]
 Keep = Literal["last", "best"]
+StepSchedule = Literal["constant", "cosine"]
 Version = Literal["rand", "standard"]
 
 
 class AttackOptions(TypedDict, total=False):
     """The options of all attacks, for `preset` and `Attack.replace`.
 
-    step_size belongs to `PGD`, rho and momentum to `APGD`, version and queries to `AutoAttack`, and
-    the others to every attack. Whether an attack takes an option is checked at run time.
+    step_size, step_schedule and final_step_size belong to `PGD`, rho and momentum to `APGD`,
+    gradients and finish_steps to `AdaptiveGuided`, p_init to `Square`, version and queries to
+    `AutoAttack`, and the others to every attack. Whether an attack takes an option is checked at
+    run time.
     """
 
     norm: str | float
@@ -31,8 +35,15 @@ class AttackOptions(TypedDict, total=False):
     keep: Keep
     seed: int
     targeted: bool
+    normalise_draws: bool
+    stop_when_fooled: bool
     step_size: float | str
+    step_schedule: StepSchedule
+    final_step_size: float | str | None
     rho: float
     momentum: float
+    gradients: Sequence[AttackGradient]
+    finish_steps: int
+    p_init: float
     version: Version
     queries: int

@@ -13,12 +13,15 @@
 | stopped | pgd-linf with the guidance held constant; weak | released COUP attack |
 | bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 (c) |
 | classifier | PGD-40 on the bare classifier; weak | |
+| adaptive-guided | the worst of three gradients on each image, EOT 4 | ours |
+| square | Square by mean margins, 1000 queries, EOT 4 | Andriushchenko et al., ECCV 2020 (e) |
 
 Where released code differs: (a) It starts at the image, `random_start=False`; its ℓ2 attack takes
 steps of 0.007 along signs. (b) It starts on the ball's surface, here anywhere in the ball, and
 calls an image broken by its last draw alone. (c) Its loss is that of the mean logits of the 15
 draws: `eot=1` on a `PurifiedClassifier(num_draws=15)`; it stops at the first success. (d) It aims
 at the nine best wrong classes of its first forward, here at all nine of ten classes.
+(e) It is for deterministic classifiers, stops at the first success, and takes 5000 queries.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from typing import TYPE_CHECKING
 
 from coup_fast import checks
 from coup_fast.attacks import units
+from coup_fast.attacks.adaptive import AdaptiveGuided
 from coup_fast.attacks.apgd import APGD
 from coup_fast.attacks.attack import Attack
 from coup_fast.attacks.autoattack import AutoAttack
 from coup_fast.attacks.options import AttackOptions
 from coup_fast.attacks.pgd import PGD
+from coup_fast.attacks.square import Square
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +54,8 @@ PRESETS: dict[str, Attack] = {
     "stopped": PGD(gradient="stopped"),
     "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),
     "classifier": PGD(gradient="classifier", steps=40, step_size=2 / 255, eot=1),
+    "adaptive-guided": AdaptiveGuided(),
+    "square": Square(),
 }
 """The attack of each name; the module's table says what they are and where they come from."""
 

@@ -29,6 +29,7 @@ HELP = "evaluate defences under adaptive attacks; it resumes after a stop"
 OVERRIDES = ("draws", "batch_size", "seed", "threads", "models")
 WITHOUT_CONFIG = ("methods", "set", "attacks", "eps", "step_size", "steps", "eot", "no_controls")
 _METHODS = ["coup", "diffpure", "adp"]
+_ATTACKS_HELP = "attacks (default: adaptive-guided if a method is guided, else pgd40)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="an option of all these methods, such as num_steps=10; may be repeated",
     )
-    add("--attacks", nargs="+", metavar="PRESET", help="attacks (default: pgd40)")
+    add("--attacks", nargs="+", metavar="PRESET", help=_ATTACKS_HELP)
     add("--eps", type=common.pixels, nargs="+", help="radius in pixels, such as 8/255")
     add("--step-size", type=common.pixels, help="step of PGD in pixels, such as 2/255")
     add("--steps", type=common.positive_int, help="steps of the attacks")
@@ -200,13 +201,18 @@ def _from_options(args: argparse.Namespace) -> dict[str, Any]:
     eps = args.eps or ([settings["epsilon"]] if "epsilon" in settings else None)
     chosen = {"eps": eps, "steps": args.steps, "eot": args.eot}
     changes = {key: value for key, value in chosen.items() if value is not None}
-    attacks = [{"preset": name, **changes} for name in args.attacks or ["pgd40"]]
+    from coup_fast.evaluation.config import Defence
+
+    methods = args.methods or _METHODS
+    guided = any(Defence("", one, {**known.get(one, {}), **options}).guided for one in methods)
+    default = "adaptive-guided" if guided else "pgd40"
+    attacks = [{"preset": name, **changes} for name in args.attacks or [default]]
     if args.step_size is not None:
         from coup_fast.attacks import PGD, PRESETS
 
         takers = [one for one in attacks if isinstance(PRESETS.get(one["preset"]), PGD)]
         if not takers:
-            raise CommandError("--step-size is for PGD, and none of --attacks is one")
+            raise CommandError("--step-size is for PGD, and none of the attacks is one")
         for one in takers:
             one["step_size"] = args.step_size
     return {"defence": defences, "attack": attacks, "controls": not args.no_controls}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast import checks, files, methods
-from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, Attack, preset, units
+from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, AdaptiveGuided, Attack, preset, units
 from coup_fast.evaluation import reading
 from coup_fast.purified_classifier import VOTES
 
@@ -236,10 +236,17 @@ def _controls(defences: list[Defence]) -> list[Defence]:
 
 def _applies(attack: Attack, defence: Defence) -> bool:
     """Whether an attack says something about a defence that another one does not."""
-    if attack.gradient == "stopped":
+    if attack.gradient in ("stopped", "unguided"):
         return defence.guided
     ours = defence.method != UNDEFENDED and not defence.foreign
     return ours or attack.gradient not in WEAK_GRADIENTS
+
+
+def _for(attack: Attack, defence: Defence) -> Attack:
+    """The attack as it runs on this defence, so that a row says what was done."""
+    if isinstance(attack, AdaptiveGuided) and not defence.guided:
+        attack = attack.unguided()
+    return _on_classifier(attack) if defence.method == UNDEFENDED else attack
 
 
 def _on_classifier(attack: Attack) -> Attack:
@@ -276,8 +283,7 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
                             f"attack {name!r} ({attack.gradient} gradient) needs a purifier of "
                             f"coup_fast, and {defence.name!r} is {defence.method}"
                         )
-                    deterministic = defence.method == UNDEFENDED
-                    row = Row(defence, _on_classifier(attack) if deterministic else attack)
+                    row = Row(defence, _for(attack, defence))
                     if row not in rows:
                         rows.append(row)
     return tuple(rows)

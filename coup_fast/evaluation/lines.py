@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coup_fast.attacks import Attack
 from coup_fast.evaluation.config import UNDEFENDED, Row
+from coup_fast.evaluation.intervals import Proportion
 from coup_fast.evaluation.metrics import Numbers
 
 _NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
@@ -22,6 +23,10 @@ def radius(attack: Attack) -> str:
 class Line:
     """A row of the configuration with its numbers; attacked is None for clean images alone.
 
+    curve: right under all of the first k draws, for k = 1 …, of attacked images if there are any.
+    rounded: the same as attacked, of the images rounded to 8 bits. fidelity: means of what
+    `coup_fast.evaluation.fidelity` measures of them; both None where nothing was measured.
+
     union: what the row's numbers join, where each image counts under the attack worst for it.
     """
 
@@ -31,6 +36,9 @@ class Line:
     attacked: Numbers | None
     attack_run: dict[str, float | int] | None
     union: tuple[str, ...] = ()
+    curve: tuple[Proportion, ...] = ()
+    rounded: Numbers | None = None
+    fidelity: dict[str, float | None] | None = None
 
     @property
     def defence_label(self) -> str:

@@ -41,6 +41,16 @@ def worst_of(attacks: Sequence[Sequence[Sequence[int]]], labels: Sequence[int]) 
     return found
 
 
+def worst_curve(predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> list[Proportion]:
+    """Right under all of the first k draws, for k = 1 … K; predictions and labels as `numbers`."""
+    pairs = list(zip(predictions, labels, strict=True))
+    draws = len(predictions[0]) if pairs else 0
+    return [
+        Proportion(sum(all(g == label for g in row[:k]) for row, label in pairs), len(pairs))
+        for k in range(1, draws + 1)
+    ]
+
+
 NUMBERS = ("one_draw", "average", "worst", "majority")
 
 

@@ -64,6 +64,8 @@ def draw(lines: Sequence[Line], images: int, draws: int, folder: Path) -> list[P
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "coup_fast"  # the same ids in every run
     paths = _save(_overview(lines, images, draws), folder / "accuracy")
+    if draws > 1:
+        paths += _save(_worst(lines), folder / "worst-of-k")
     for name, label, value in AXES:
         groups = series(lines, name, value)
         if groups:
@@ -166,6 +168,29 @@ def _overview(lines: Sequence[Line], images: int, draws: int) -> Figure:
     axis.set_xlabel(f"accuracy on {images} images, % (95 % Wilson intervals)")
     axis.grid(axis="x", linewidth=0.4)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _worst(lines: Sequence[Line]) -> Figure:
+    """Right under all of k draws, against k; weak attacks dashed."""
+    lines = [line for line in lines if len(line.curve) > 1]
+    figure = _figure(7.5, 4.5 + 0.16 * len(lines))
+    axis = figure.subplots()
+    for i, line in enumerate(lines):
+        axis.plot(
+            range(1, len(line.curve) + 1),
+            [100 * share.rate for share in line.curve],
+            "o--" if line.weakness else "o-",
+            color=COLOURS[i % len(COLOURS)],
+            markersize=4,
+            linewidth=1.2,
+            label=f"{line.row.defence.name}: {line.attack_label}",
+        )
+    axis.set_xlabel("k, draws that an image may be tried under")
+    axis.set_ylabel("right under all of k draws, %")
+    axis.set_ylim(-2, 102)
+    axis.grid(linewidth=0.4)
+    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
     return figure
 
 

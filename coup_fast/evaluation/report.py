@@ -9,14 +9,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
+from coup_fast.evaluation.fidelity import MEASURES, means
 from coup_fast.evaluation.lines import Line, radius
-from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_of
+from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_curve, worst_of
 from coup_fast.evaluation.paired import Comparison, comparison_table, comparisons
 from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
@@ -79,10 +81,12 @@ class Report:
         for i, row in enumerate(self.config.rows):
             name = row.defence.name
             if row.attack is not None:
-                line = Line(row, self.images, clean[name], self._numbers(i), self._attack_run(i))
-                found.append(line)
+                numbers_found = self._numbers(i)
+                line = Line(row, self.images, clean[name], numbers_found, self._attack_run(i))
+                found.append(replace(line, **self._measured(i)))
             elif name not in attacked:
-                found.append(Line(row, self.images, clean[name], None, None))
+                line = Line(row, self.images, clean[name], None, None)
+                found.append(replace(line, **self._measured(i)))
         order = list(clean)
         found += self._unions(found)
         return sorted(found, key=lambda line: order.index(line.row.defence.name))
@@ -99,19 +103,33 @@ class Report:
             if len(group) > 1:
                 rows = [self._predictions(self.config.rows.index(line.row)) for line in group]
                 labels = rows[0][1]
-                worst = numbers(worst_of([predictions for predictions, _ in rows], labels), labels)
+                joined = worst_of([predictions for predictions, _ in rows], labels)
+                worst = numbers(joined, labels)
                 names = tuple(line.attack_label for line in group)
                 clean = Row(group[0].row.defence, None)
-                unions.append(Line(clean, self.images, group[0].clean, worst, None, names))
+                line = Line(clean, self.images, group[0].clean, worst, None, names)
+                unions.append(replace(line, curve=tuple(worst_curve(joined, labels))))
         return unions
+
+    def _measured(self, row: int) -> dict[str, Any]:
+        """The fields of a `Line` beside its numbers."""
+        predictions, labels = self._predictions(row)
+        results = [self._units[batch, row]["result"] for batch in self.batches]
+        in_bytes = [line for result in results for line in result.get("rounded") or []]
+        return {
+            "curve": tuple(worst_curve(predictions, labels)),
+            "rounded": numbers(in_bytes, labels) if len(in_bytes) == len(labels) > 0 else None,
+            "fidelity": means([result.get("fidelity") for result in results]),
+        }
 
     def _attack_run(self, row: int) -> dict[str, float | int]:
         """How the attack went on its own draws, summed over batches."""
         runs = [self._units[batch, row]["result"]["attack"] for batch in self.batches]
         fooled = [share for run in runs for share in run["fooled"]]
         counts = {
-            key: sum(run[key] for run in runs)
+            key: sum(run.get(key, 0) for run in runs)
             for key in (
+                "stopped",
                 "zero_gradients",
                 "gradient_runs",
                 "score_evaluations",
@@ -157,6 +175,29 @@ class Report:
         align: list[Literal["left", "right", "center"]] = ["left", "left"]
         align += ["right"] * (len(self.headers()) - 2)
         text = render_table(self.headers(), rows, style, align)
+        return text.replace("WEAK ", "**weak:** ") if style == "markdown" else text
+
+    def measures(self, style: Style = "terminal") -> str:
+        """Beside the accuracies: worst of k, images rounded to 8 bits, fidelity, compression."""
+        some = [k for k in (1, 2, 5, 10, 20, 50, 100) if k < self.config.draws]
+        some.append(self.config.draws)
+        headers = ["defence", "attack", *(f"worst of {k}" for k in some), "8 bits, average"]
+        headers += ["L2 to clean", "L2 to input", "PSNR (dB)", "compression"]
+        rows: list[list[object]] = []
+        for line in self.lines:
+            curve = [line.curve[k - 1] if k <= len(line.curve) else None for k in some]
+            cells: list[object] = [None if c is None else f"{100 * c.rate:.1f} %" for c in curve]
+            average = None if line.rounded is None else line.rounded.average
+            cells.append(None if average is None else f"{100 * average.rate:.1f} %")
+            found = line.fidelity or dict.fromkeys(MEASURES)
+            for name in MEASURES:
+                value = found[name]
+                digits = 1 if name == "psnr" else 2
+                cells.append(None if value is None else f"{value:.{digits}f}")
+            rows.append([line.defence_label, line.attack_label, *cells])
+        align: list[Literal["left", "right", "center"]] = ["left", "left"]
+        align += ["right"] * (len(headers) - 2)
+        text = render_table(headers, rows, style, align)
         return text.replace("WEAK ", "**weak:** ") if style == "markdown" else text
 
     def __repr__(self) -> str:
@@ -208,6 +249,14 @@ class Report:
                 "same gradient computed in C++. “exact” differentiates through it to second order."
             )
             notes += [_guidance_note(name, found) for name, found in self._guidance().items()]
+        if any(row.attack is not None and row.attack.stop_when_fooled for row in self.config.rows):
+            stopped = sum(int((line.attack_run or {}).get("stopped", 0)) for line in self.lines)
+            notes.append(
+                "“stopped when fooled”: an image rests once it is misclassified under all draws of "
+                f"one iterate, here {stopped} times. Average, final iterate and majority can be "
+                "higher than without; worst only by a stopped image that is right under all of "
+                "the judge's draws."
+            )
         if any(line.union for line in self.lines):
             notes.append(
                 "Accuracy under an attack is an upper bound of robustness. The closest one here is "
@@ -274,6 +323,9 @@ class Report:
                     "clean": line.clean.as_dict(),
                     "attacked": None if line.attacked is None else line.attacked.as_dict(),
                     "attack_run": line.attack_run,
+                    "worst_of_k": [share.as_dict() for share in line.curve],
+                    "rounded": None if line.rounded is None else line.rounded.as_dict(),
+                    "fidelity": line.fidelity,
                 }
             )
         report = {
@@ -344,7 +396,8 @@ class Report:
     def markdown(self, run: dict[str, Any] | None = None) -> str:
         """Heading, table, notes, and where it comes from."""
         notes = "\n".join(f"- {note}" for note in self.notes())
-        text = f"{self.heading()}\n\n{self.tables('markdown')}\n\n{notes}\n"
+        more = f"## Further measures\n\n{self.measures('markdown')}"
+        text = f"{self.heading()}\n\n{self.tables('markdown')}\n\n{notes}\n\n{more}\n"
         if run is None:
             return text
         about = run["environment"]

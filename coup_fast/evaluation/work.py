@@ -19,11 +19,11 @@ from coup_fast._torch.calls import logits_of
 from coup_fast._torch.frozen import frozen_parameters
 from coup_fast._torch.modules import in_dtype_of
 from coup_fast._torch.reachable import modules_behind
-from coup_fast.attacks import Attack, AutoAttack
-from coup_fast.attacks.attack import AttackResult, Progress
+from coup_fast.attacks import Attack, AttackResult, AutoAttack, Progress
 from coup_fast.attacks.autoattack import require_package
 from coup_fast.attacks.foreign import Foreign
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
+from coup_fast.evaluation.fidelity import fidelity, rounded
 from coup_fast.evaluation.fingerprints import fingerprint
 from coup_fast.evaluation.sources import ModelLoader, foreign_defence, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
@@ -200,6 +200,7 @@ class Worker:
                 "fooled": found.fooled.tolist(),
                 "zero_gradients": found.zero_gradients,
                 "gradient_runs": found.gradient_runs,
+                "stopped": found.stopped,
                 "score_evaluations": found.score_evaluations,
                 "classifier_evaluations": found.classifier_evaluations,
             }
@@ -219,6 +220,12 @@ class Worker:
                 f"{low} to {high}"
             )
         result["predictions"] = scores.argmax(2).T.cpu().tolist()
+        if row.attack is not None:
+            in_bytes = self._scores(model, rounded(images), sample_ids)
+            result["rounded"] = in_bytes.argmax(2).T.cpu().tolist()
+        if isinstance(model, PurifiedClassifier):
+            clean = self.images[rows].to(self.device)
+            result["fidelity"] = fidelity(model, clean, images, sample_ids)
         return result
 
     def _attack(

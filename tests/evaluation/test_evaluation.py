@@ -21,7 +21,7 @@ from coup_fast.evaluation import Proportion, accuracy, environment, render_table
 from coup_fast.evaluation.config import from_dict, read_toml
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.intervals import Average
-from coup_fast.evaluation.metrics import numbers
+from coup_fast.evaluation.metrics import numbers, worst_curve
 from coup_fast.evaluation.plots import AXES, series
 from coup_fast.evaluation.report import Report
 from coup_fast.run.aside import counts as is_counted
@@ -161,6 +161,8 @@ def test_average_intervals_are_wilsons() -> None:
 def test_numbers_of_three_draws() -> None:
     predictions = [[1, 1, 1], [2, 0, 2], [0, 2, 1], [3, 1, 3]]
     found = numbers(predictions, [1, 2, 0, 1])
+    curve = worst_curve(predictions, [1, 2, 0, 1])
+    assert curve == [Proportion(3, 4), Proportion(1, 4), Proportion(1, 4)]
     assert found.one_draw == Proportion(3, 4)
     assert found.average == Average(3 + 2 + 1 + 1, 3, 4)
     assert found.worst == Proportion(1, 4)
@@ -398,7 +400,7 @@ def test_a_report_in_all_forms(tmp_path: Path) -> None:
     )
     report = run(tables, tmp_path, 2)
     names = {path.name for path in report.write(tmp_path, "cpu", "coup-fast eval")}
-    plots = ("accuracy", "accuracy-eps", "accuracy-eot", "accuracy-t_star")
+    plots = ("accuracy", "worst-of-k", "accuracy-eps", "accuracy-eot", "accuracy-t_star")
     assert names == {"report.json", "report.md", "report.csv"} | {
         name + ending for name in plots for ending in (".png", ".svg")
     }

@@ -17,7 +17,7 @@ from helpers import tiny
 from helpers.scripts import ROOT, environment
 
 import coup_fast
-from coup_fast.attacks import APGD, GRADIENTS, LOSSES, PGD, AutoAttack
+from coup_fast.attacks import APGD, GRADIENTS, LOSSES, PGD, AdaptiveGuided, AutoAttack, Square
 from coup_fast.attacks.options import AttackGradient, AttackOptions, LossName
 from coup_fast.methods import METHODS
 from coup_fast.options import MethodOptions, PurifierOptions
@@ -60,10 +60,11 @@ def test_the_options_of_a_run_are_those_that_it_checks() -> None:
 
 def test_the_options_of_attacks_are_their_fields() -> None:
     taken: dict[str, set[Any]] = {}
-    for attack in (PGD, APGD, AutoAttack):
+    for attack in (PGD, APGD, AutoAttack, AdaptiveGuided, Square):
         for name, hint in get_type_hints(attack).items():
             taken.setdefault(name, set()).update(alternatives(hint))
-    told = {"norm": {float}, "eps": {str}, "step_size": {str}}  # read by `attacks.units`
+    # What `attacks.units` reads:
+    told = {"norm": {float}, "eps": {str}, "step_size": {str}, "final_step_size": {str}}
     typed = {name: alternatives(hint) for name, hint in get_type_hints(AttackOptions).items()}
     assert typed == {name: hints | told.get(name, set()) for name, hints in taken.items()}
     assert get_args(AttackGradient) == tuple(GRADIENTS)
