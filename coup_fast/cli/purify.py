@@ -28,13 +28,12 @@ from coup_fast.cli.fitting import Fit
 from coup_fast.cli.folders import Record, check_target, find_images, same_file
 from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
-    IMAGE_SUFFIXES,
     ImageFile,
     image_target,
     read_array,
     read_image,
 )
-from coup_fast.files import FileError, lock
+from coup_fast.files import IMAGE_SUFFIXES, FileError, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
