@@ -109,14 +109,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument(
-        "--log",
+        "--watch",
         type=file_path,
         metavar="DIR",
         help="write metrics.csv and strips of held-out pictures there while it runs, and "
         "TensorBoard's files if it is installed",
     )
     parser.add_argument(
-        "--log-every", type=positive_int, metavar="N", help="steps between (default: a twentieth)"
+        "--watch-every", type=positive_int, metavar="N", help="steps between (default: a twentieth)"
     )
     parser.add_argument(
         "--timeout",
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, write the weights, print what the run reached."""
-    require("train", "safetensors", "tqdm", *(["PIL"] if args.log else []))
+    require("train", "safetensors", "tqdm", *(["PIL"] if args.watch else []))
     import torch
 
     from coup_fast.data import Look, find_source
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--energy is for score and ncsn")
     if args.channels and args.task == "classifier":
         raise CommandError("--channels is for score and ncsn; --set widths=[64,128] for a ConvNet")
-    if args.log_every and not args.log:
-        raise CommandError("--log-every is about --log: name its folder")
+    if args.watch_every and not args.watch:
+        raise CommandError("--watch-every is about --watch: name its folder")
     _check_files(args)
     device = choose_device(args.device)
     if args.threads:
@@ -165,8 +165,8 @@ def run(args: argparse.Namespace) -> int:
             energy=args.energy,
             init=args.init,
             flip=args.flip,
-            log=args.log,
-            log_every=args.log_every or 0,
+            log=args.watch,
+            log_every=args.watch_every or 0,
             device=device,
             half=args.half,
             progress=shown,

@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from coup_fast.evaluation.distributed import World
-from coup_fast.models import EnergyModel, EnergyUNet, UNet
+from coup_fast.models import UNet
+from coup_fast.models.unet import EnergyUNet
+from coup_fast.score_model import EnergyModel
 from coup_fast.training import runs
 from coup_fast.training.recipes import RECIPES
 from coup_fast.training.trainer import TrainConfig, Trainer
@@ -150,7 +152,7 @@ def test_the_command_trains_a_folder_on_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "net.safetensors"
     words = ["-m", "coup_fast", "train", "score", "--data", str(tmp_path / "photos")]
     words += ["--steps", "3", "--batch-size", "4", "--channels", "4", "--out", str(out)]
-    done = launch(*words, "--log", str(tmp_path / "log"), "--json", str(tmp_path / "facts.json"))
+    done = launch(*words, "--watch", str(tmp_path / "log"), "--json", str(tmp_path / "facts.json"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("11 images") == 1  # one of twelve is held out; said once
     assert out.exists()
