@@ -8,9 +8,10 @@ models that use it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -36,6 +37,19 @@ class World:
     def broadcast(self, message: str) -> str:
         """What rank 0 says."""
         return message
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, JSON data; None on the others if it raises there."""
+        made, text = None, "null"
+        if self.rank == 0:
+            try:
+                made = make()
+                text = json.dumps(made)
+            except BaseException:
+                self.broadcast("null")
+                raise
+        said = self.broadcast(text)
+        return made if self.rank == 0 else json.loads(said)
 
 
 class Group(World):

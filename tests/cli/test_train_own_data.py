@@ -38,7 +38,7 @@ def train(task: str, data: Path, out: Path, *more: str) -> dict[str, Any]:
     words = ["train", task, "--data", str(data), "--out", str(out), *QUICK, *more]
     assert main(words) == 0
     network, facts = load_network(out)
-    return {"network": network, **facts}
+    return {**facts, "network": network}
 
 
 def test_a_classifier_has_the_classes_of_the_folder(photos: Path, tmp_path: Path) -> None:
