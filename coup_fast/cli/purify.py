@@ -38,12 +38,12 @@ from coup_fast.cli.image_files import (
     read_array,
     read_image,
 )
-from coup_fast.evaluation.distributed import World, local_device, world
-from coup_fast.evaluation.state import EvaluationError, differences
 from coup_fast.files import IMAGE_SUFFIXES, FileError, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from coup_fast.evaluation.distributed import World
 
 _PATIENCE = 86400.0  # seconds that processes wait for the last one
 _LATER = "The finished results are kept: run the same command with --resume to go on."
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     broken: list[str] = []
     if source.is_dir():
-        with world(_PATIENCE, job.device, _LATER) as ranks, _plain_launch():
+        with _launched(job) as ranks:
             count, clipped = _run_folder(args, job, broken, ranks)
         if ranks.rank != 0:
             return 0  # process 0 says it
@@ -174,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> Job:
     from coup_fast import Purifier
+    from coup_fast.evaluation.distributed import local_device
 
     device = local_device(common.choose_device(args.device))
     if args.bundled_settings and args.score is not None:
@@ -261,6 +262,8 @@ def _run_folder(
     folder and begins its record, and then every process purifies each `ranks.size`-th batch. So the
     batches, and with them the bits, are those of one process.
     """
+    from coup_fast.evaluation.state import differences
+
     record = Record(args.target, job.settings | _made_with(job))
     with ExitStack() as stack:
         work = ranks.from_first(lambda: _begin(args, job, record, broken, stack))
@@ -304,10 +307,14 @@ def _begin(
 
 
 @contextmanager
-def _plain_launch() -> Iterator[None]:
-    """Errors of processes that lost one another, as errors of the command."""
+def _launched(job: Job) -> Iterator[World]:
+    """The processes that share a folder; where they lose one another, a `CommandError`."""
+    from coup_fast.evaluation.distributed import world
+    from coup_fast.evaluation.state import EvaluationError
+
     try:
-        yield
+        with world(_PATIENCE, job.device, _LATER) as ranks:
+            yield ranks
     except EvaluationError as error:
         raise CommandError(str(error)) from error
 

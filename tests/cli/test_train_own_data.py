@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import pages
 from helpers.commands import fails
+from helpers.scripts import ROOT
 from PIL import Image
 
 from coup_fast.cli import main
@@ -182,3 +184,23 @@ def test_wrong_requests_are_one_sentence(
         argv = ("train", task, "--data", data, "--out", out, *QUICK, *words)
         assert message in fails(capsys, *argv), words
         assert not out.exists()
+
+
+def test_the_page_on_own_data_is_true(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    reading, models = (block.text for block in pages.blocks(page) if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(reading, names)
+    assert names["found"].classes == ("a", "b", "c")
+    train("score", photos, Path("score.safetensors"), "--channels", "4")
+    train("classifier", photos, Path("classifier.safetensors"), "--set", "widths=[4]")
+    Path("my_models.py").write_text(models)
+    words = ["eval", "--models", "./my_models.py:load", "--data", "photos", "--methods", "coup"]
+    words += ["--images", "2", "--draws", "1", "--set", "num_steps=1", "--steps", "1"]
+    assert main([*words, "--eot", "1", "--no-controls", "--out", "results", "--no-progress"]) == 0
+    assert "coup" in Path("results/report.csv").read_text().lower()
+    bad = [*words, "--size", "33", "--out", "other"]
+    assert main(bad) in (1, 2)
