@@ -264,11 +264,11 @@ def _run_folder(
     """
     from coup_fast.evaluation.state import differences
 
-    record = Record(args.target, job.settings | _made_with(job))
     with ExitStack() as stack:
-        work = ranks.from_first(lambda: _begin(args, job, record, broken, stack))
+        work = ranks.from_first(lambda: _begin(args, job, broken, stack))
         if work is None:
             return 0, 0  # process 0 says why
+        record = Record(args.target, job.settings | _made_with(job))
         changed = differences(work["settings"], record.settings)
         if changed:
             raise CommandError(
@@ -284,12 +284,13 @@ def _run_folder(
 
 
 def _begin(
-    args: argparse.Namespace, job: Job, record: Record, broken: list[str], stack: ExitStack
+    args: argparse.Namespace, job: Job, broken: list[str], stack: ExitStack
 ) -> dict[str, Any]:
     """Look through the folder, lock and begin the record; returns what there is to do."""
     source, target = args.source, args.target
     names = find_images(source, target, args.recursive)
     _make_folder(target)
+    record = Record(target, job.settings | _made_with(job))
     stack.enter_context(lock(record.path))
     if args.resume:
         record.resume()

@@ -12,6 +12,7 @@ torchrun --nproc-per-node=4 -m coup_fast train score --data PLACE --out score.sa
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     arguments = parse_settings(args.set)
     if args.channels:
         arguments["channels"] = args.channels
-    shown = not args.no_progress
+    shown = not args.no_progress and os.environ.get("RANK", "0") == "0"
     try:
         look = Look(args.size, args.color or "")
         facts = train(
