@@ -61,6 +61,9 @@ def load_npz(path: Path) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{path}: images must be uint8 or floats in [0, 1], got {images.dtype}")
     if labels.dtype.kind not in "iu":
         raise TypeError(f"{path}: labels must be whole numbers, got {labels.dtype}")
+    if len(labels) == 0 or int(labels.min()) < 0:
+        held = "none" if len(labels) == 0 else f"a label {labels.min()}"
+        raise ValueError(f"{path}: labels must be whole numbers from 0; it has {held}")
     if images.dtype != np.uint8 and not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError(f"{path}: images have values outside [0, 1] (or NaN); scale them first")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

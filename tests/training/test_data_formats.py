@@ -163,6 +163,8 @@ def test_a_file_of_arrays(tmp_path: Path, dtype: type) -> None:
         (PIXELS, np.zeros(6, int), r"write images.transpose\(0, 3, 1, 2\)"),
         (PIXELS.transpose(0, 3, 1, 2), np.zeros((6, 1), int), r"write labels\[:, 0\]"),
         (PIXELS[..., 0], np.zeros(6, int), r"write images\[:, None\]"),
+        (PIXELS.transpose(0, 3, 1, 2), np.arange(6) - 1, r"from 0; it has a label -1"),
+        (PIXELS[:0].transpose(0, 3, 1, 2), np.zeros(0, int), "it has none"),
     ],
 )
 def test_other_arrays_say_what_to_write(
