@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, load_bundled
+from coup_fast.data import Source
 from coup_fast.evaluation.tables import render_table
 from coup_fast.models.network_files import build_network, load_network
 from coup_fast.training.checkpoint import read_checkpoint
-from coup_fast.training.runs import error_per_level, load_data
+from coup_fast.training.data import load_data
+from coup_fast.training.measures import error_per_level
 
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 METHODS: dict[str, dict[str, Any]] = {
@@ -110,8 +112,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of what was measured")
     args = parser.parse_args()
-    images, labels = load_data("cifar10", args.data, "validation")
-    images, labels = images[: args.images].float() / 255.0, labels[: args.images]
+    held_out = load_data(Source("cifar10", str(args.data)), "classifier").held_out
+    assert held_out.labels is not None
+    images, labels = held_out.images[: args.images].float() / 255.0, held_out.labels[: args.images]
     kept: dict[str, Any] = {}
     if args.keep is not None and args.keep.exists():
         kept = json.loads(args.keep.read_text(encoding="utf-8"))

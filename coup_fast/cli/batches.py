@@ -39,15 +39,17 @@ class Job:
         shapes: Sequence[tuple[int, ...]],
         ids: Sequence[int],
         read: Callable[[int], Tensor],
+        parts: Sequence[range] | None = None,
     ) -> Iterator[Tensor]:
         """Purify pictures; yields them in order, [c, h, w] each in its own shape.
 
         shapes: (c, h, w) of each. ids: the sample id of each. read: the pixels [c, h, w] in [0, 1]
-        of a picture by its number; called for the pictures of a batch when it begins.
+        of a picture by its number; called for the pictures of a batch when it begins. parts: the
+        batches to purify, of those that `parts` returns; by default all.
         """
         import torch
 
-        parts = self._parts(shapes)
+        parts = self.parts(shapes) if parts is None else parts
         for rows in parts:
             self.check_memory(len(rows), *shapes[rows.start][1:])
         steps = self.purifier.plan.num_steps
@@ -92,7 +94,7 @@ class Job:
                 f"it another): {' '.join(str(error).split())}"
             ) from error
 
-    def _parts(self, shapes: Sequence[tuple[int, ...]]) -> list[range]:
+    def parts(self, shapes: Sequence[tuple[int, ...]]) -> list[range]:
         """Positions of the batches: at most batch_size pictures, of one shape for the network."""
         parts: list[range] = []
         for i, shape in enumerate(shapes):

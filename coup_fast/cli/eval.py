@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coup_fast.cli import common
+from coup_fast.cli import common, networks
 from coup_fast.cli.common import CommandError
 
 if TYPE_CHECKING:
@@ -57,9 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", help="mnist or cifar10 (bundled), or MODULE:FUNCTION (default: mnist)")
     add(
         "--data",
-        help="digits, mnist, cifar10, a .npz file, or the folder with the files of mnist or "
-        "cifar10, whichever CONFIG or --models names (default: digits)",
+        help="digits (default); a folder of pictures whose sub-folders are classes, or of the "
+        "files of mnist, fashion-mnist, cifar10 or svhn; a .npz file; huggingface:NAME; "
+        "torchvision:NAME",
     )
+    add("--split", help="split of the data (default: test, where it has one)")
+    add(
+        "--size",
+        type=networks.image_size,
+        metavar="HxW",
+        help="resize the images, to 32 or 28x32",
+    )
+    add("--color", choices=("grey", "rgb"), help="convert the images")
     add(
         "--timeout",
         type=common.positive_number,
@@ -175,14 +184,30 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
     for name in OVERRIDES:
         if getattr(args, name) is not None:
             tables[name] = getattr(args, name)
-    place = "folder" if args.data and Path(args.data).is_dir() else "name"
-    data = {place: args.data, "images": args.images}
-    if place == "folder" and args.config is None and args.models in ("mnist", "cifar10"):
-        data["name"] = args.models
+    data = {key: getattr(args, key) for key in ("images", "split", "size", "color")}
+    if args.data is not None:
+        data |= _place(args.data, args.models if args.config is None else None)
     given = {key: value for key, value in data.items() if value is not None}
     if given and isinstance(tables.get("data", {}), dict):  # of a wrong one the reader will tell
         tables["data"] = {**tables.get("data", {}), **given}
     return tables
+
+
+def _place(data: str, models: str | None) -> dict[str, Any]:
+    """`name` and `folder` of [data] for --data.
+
+    A folder in which nothing is recognised has the set of bundled models, or of CONFIG, to be.
+    """
+    from coup_fast.data import find_source
+    from coup_fast.files import IMAGE_SUFFIXES
+
+    if not Path(data).is_dir():
+        return {"name": data}
+    source = find_source(data)
+    held = {path.suffix.lower() if path.is_file() else "/" for path in Path(data).iterdir()}
+    if source.folder or held & {"/", ".json", *IMAGE_SUFFIXES}:
+        return {"name": source.name, "folder": source.folder}
+    return {"folder": data, "name": models if models in ("mnist", "cifar10") else None}
 
 
 def _from_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coup_fast.cli.common import CommandError, say
-from coup_fast.cli.image_files import IMAGE_SUFFIXES
-from coup_fast.files import FileError, append_text, reading, whole_file, write_text
+from coup_fast.files import IMAGE_SUFFIXES, FileError, append_text, reading, whole_file, write_text
 
 RECORD = "coup-fast-purify.jsonl"
 FORMAT = 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from coup_fast.cli.common import CommandError, say
 from coup_fast.cli.fitting import Fit
-from coup_fast.files import FileError, read_arrays, whole_file
+from coup_fast.files import IMAGE_SUFFIXES, FileError, read_arrays, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from coup_fast.cli.folders import Record
     from coup_fast.integrations.pictures import Picture
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 ARRAY_SUFFIXES = (".npy", ".npz")
 _JPEG = (".jpg", ".jpeg")
 _NO_ALPHA = (*_JPEG, ".bmp", ".pgm", ".ppm")

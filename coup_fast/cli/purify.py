@@ -10,14 +10,19 @@ other pictures. Results are clipped to [0,1] only if the format holds whole numb
 counts the clipped values.
 
 Pictures of a folder that cannot be read are named at the end (exit code 1), and the others are
-purified. OUT/coup-fast-purify.jsonl keeps the settings of a folder, for --resume.
+purified. OUT/coup-fast-purify.jsonl keeps the settings of a folder, for --resume. Several processes
+share a folder and write the same results:
+torchrun --nproc-per-node=4 -m coup_fast purify IN OUT
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +33,20 @@ from coup_fast.cli.fitting import Fit
 from coup_fast.cli.folders import Record, check_target, find_images, same_file
 from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
-    IMAGE_SUFFIXES,
     ImageFile,
     image_target,
     read_array,
     read_image,
 )
-from coup_fast.files import FileError, lock
+from coup_fast.files import IMAGE_SUFFIXES, FileError, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from coup_fast.evaluation.distributed import World
+
+_PATIENCE = 86400.0  # seconds that processes wait for the last one
+_LATER = "The finished results are kept: run the same command with --resume to go on."
 HELP = "purify image files, folders of them, or .npy / .npz batches"
 
 
@@ -124,11 +132,16 @@ def run(args: argparse.Namespace) -> int:
     if written is not None and same_file(written, source):
         raise CommandError(f"--json {written} is IN: name another file")
     common.check_outputs([written], args.force, [args.target])
+    if not source.is_dir() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError(f"several processes share a folder, and {source} is one file")
     job = _prepare(args)
     start = time.perf_counter()
     broken: list[str] = []
     if source.is_dir():
-        count, clipped = _run_folder(args, job, broken)
+        with _launched(job) as ranks:
+            count, clipped = _run_folder(args, job, broken, ranks)
+        if ranks.rank != 0:
+            return 0  # process 0 says it
     else:
         count, clipped = (_run_array if is_array else _run_picture)(args, job)
     seconds = time.perf_counter() - start
@@ -161,8 +174,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> Job:
     from coup_fast import Purifier
+    from coup_fast.evaluation.distributed import local_device
 
-    device = common.choose_device(args.device)
+    device = local_device(common.choose_device(args.device))
     if args.bundled_settings and args.score is not None:
         raise CommandError("--bundled-settings suit the bundled models, not --score")
     options = common.parse_settings(args.set)
@@ -196,7 +210,7 @@ def _prepare(args: argparse.Namespace) -> Job:
         "convert_color": args.convert_color,
         "alpha": args.alpha,
     }
-    shown = not args.no_progress
+    shown = not args.no_progress and os.environ.get("RANK", "0") == "0"
     job = Job(purifier, fit, device, args.draw, args.batch_size, shown, settings)
     job.check_memory(1)
     return job
@@ -239,29 +253,71 @@ def _run_picture(args: argparse.Namespace, job: Job) -> tuple[int, int]:
     return 1, clipped
 
 
-def _run_folder(args: argparse.Namespace, job: Job, broken: list[str]) -> tuple[int, int]:
+def _run_folder(
+    args: argparse.Namespace, job: Job, broken: list[str], ranks: World
+) -> tuple[int, int]:
     """Purify the pictures of a folder; returns as `_run_array`.
 
-    What is wrong with those that cannot be read is added to `broken`.
+    What is wrong with those that cannot be read is added to `broken`. Process 0 looks through the
+    folder and begins its record, and then every process purifies each `ranks.size`-th batch. So the
+    batches, and with them the bits, are those of one process.
     """
+    from coup_fast.evaluation.state import differences
+
+    with ExitStack() as stack:
+        work = ranks.from_first(lambda: _begin(args, job, broken, stack))
+        if work is None:
+            return 0, 0  # process 0 says why
+        record = Record(args.target, job.settings | _made_with(job))
+        changed = differences(work["settings"], record.settings)
+        if changed:
+            raise CommandError(
+                f"process {ranks.rank} has other models or versions than process 0: {changed[0]}"
+            )
+        shapes = [tuple(shape) for shape in work["shapes"]]
+        own = job.parts(shapes)[ranks.rank :: ranks.size]
+        counts = _purify(args, job, record, work["names"], shapes, own)
+        found = [json.loads(message) for message in ranks.gather(json.dumps(counts))]
+        if ranks.rank == 0:
+            _warn_of_loss([args.target / name for name in work["names"]])
+    return sum(count for count, _ in found), sum(clipped for _, clipped in found)
+
+
+def _begin(
+    args: argparse.Namespace, job: Job, broken: list[str], stack: ExitStack
+) -> dict[str, Any]:
+    """Look through the folder, lock and begin the record; returns what there is to do."""
     source, target = args.source, args.target
     names = find_images(source, target, args.recursive)
     _make_folder(target)
     record = Record(target, job.settings | _made_with(job))
-    with lock(record.path):
-        if args.resume:
-            record.resume()
-            todo = [name for name in names if not record.has(name)]
-            common.say(f"{len(names) - len(todo)} of {len(names)} results are there")
-        else:
-            todo = names
-            files = [target / name for name in names]
-            common.refuse_to_overwrite([*files, record.path], args.force)
-        names, shapes = _looked_through(args, job, todo, broken)
-        for name in names:
-            _make_folder((target / name).parent)
-        record.begin()
-        return _purify(args, job, record, names, shapes)
+    stack.enter_context(lock(record.path))
+    if args.resume:
+        record.resume()
+        todo = [name for name in names if not record.has(name)]
+        common.say(f"{len(names) - len(todo)} of {len(names)} results are there")
+    else:
+        todo = names
+        files = [target / name for name in names]
+        common.refuse_to_overwrite([*files, record.path], args.force)
+    names, shapes = _looked_through(args, job, todo, broken)
+    for name in names:
+        _make_folder((target / name).parent)
+    record.begin()
+    return {"names": names, "shapes": shapes, "settings": record.settings}
+
+
+@contextmanager
+def _launched(job: Job) -> Iterator[World]:
+    """The processes that share a folder; where they lose one another, a `CommandError`."""
+    from coup_fast.evaluation.distributed import world
+    from coup_fast.evaluation.state import EvaluationError
+
+    try:
+        with world(_PATIENCE, job.device, _LATER) as ranks:
+            yield ranks
+    except EvaluationError as error:
+        raise CommandError(str(error)) from error
 
 
 def _looked_through(
@@ -305,8 +361,9 @@ def _purify(
     record: Record,
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
+    parts: Sequence[range],
 ) -> tuple[int, int]:
-    """Purify and write pictures, batch by batch; returns as `_run_array`."""
+    """Purify and write the pictures of these batches; returns as `_run_array`."""
     from coup_fast.integrations.pictures import picture_id
 
     pending: list[ImageFile] = []  # of the present batch
@@ -321,14 +378,14 @@ def _purify(
 
     clipped = done = 0
     try:
-        for purified in job.run(shapes, [picture_id(name) for name in names], read):
+        for purified in job.run(shapes, [picture_id(name) for name in names], read, parts):
             clipped += pending.pop(0).write(purified)
             done += 1
     except KeyboardInterrupt:
-        common.say(f"{done} of {len(names)} results are written; --resume continues from there")
+        total = sum(map(len, parts))
+        common.say(f"{done} of {total} results are written; --resume continues from there")
         raise
-    _warn_of_loss([args.target / name for name in names])
-    return len(names), clipped
+    return done, clipped
 
 
 def _warn_of_loss(targets: Sequence[Path]) -> None:

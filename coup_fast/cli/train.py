@@ -1,14 +1,18 @@
-"""Train a score model, an NCSN for ADP, or a classifier on MNIST or CIFAR-10.
+"""Train a score model, an NCSN for ADP, or a classifier, on a standard data set or your images.
 
-    coup-fast train score --dataset mnist --data DIR --out score.safetensors
+    coup-fast train score --data PLACE --out score.safetensors
 
-DIR holds the data set's standard files, which are checked. A run that was stopped in any way
-resumes from OUT.checkpoint and ends with the same weights.
+PLACE is a folder of pictures whose sub-folders are classes, a folder of the standard files of
+MNIST, Fashion-MNIST, CIFAR-10 or SVHN, a .npz file of images and labels, or huggingface:NAME. A run
+that was stopped in any way resumes from OUT.checkpoint and ends with the same weights. Several
+processes share each batch, and the numbers of images stay the same:
+torchrun --nproc-per-node=4 -m coup_fast train score --data PLACE --out score.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,11 @@ from coup_fast.cli.common import (
     check_folder,
     check_outputs,
     choose_device,
+    file_name,
     file_path,
     json_file,
     non_negative_int,
+    parse_settings,
     positive_int,
     positive_number,
     report,
@@ -28,6 +34,7 @@ from coup_fast.cli.common import (
     say,
     thread_count,
 )
+from coup_fast.cli.networks import image_size
 
 HELP = "train a score model, an NCSN or a classifier"
 
@@ -48,9 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("score", "ncsn", "classifier"),
         help="score: predicts VP noise (COUP, DiffPure); ncsn: NCSNv2 levels (ADP); or classifier",
     )
-    parser.add_argument("--dataset", choices=("mnist", "cifar10"), default="mnist")
     parser.add_argument(
-        "--data", type=file_path, required=True, metavar="DIR", help="folder of the data"
+        "--data", type=file_name, required=True, metavar="PLACE", help="where the images are"
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="what the files in the folder PLACE are: mnist, fashion-mnist, cifar10, svhn or "
+        "torchvision:NAME (default: what is found there)",
+    )
+    parser.add_argument(
+        "--size", type=image_size, metavar="HxW", help="resize the images, to 32 or 28x32"
+    )
+    parser.add_argument("--color", choices=("grey", "rgb"), help="convert the images")
+    parser.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the images (default: only CIFAR-10's)",
     )
     parser.add_argument(
         "--out", type=file_path, required=True, metavar="FILE", help="a .safetensors file"
@@ -65,16 +86,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default) takes bfloat16 where the hardware multiplies it",
     )
     parser.add_argument(
-        "--network", choices=("UNet", "NAFNet"), help="network of a score model (default: UNet)"
+        "--network",
+        choices=("UNet", "NAFNet", "ConvNet", "Classifier"),
+        help="UNet (default) or NAFNet of a score model; of a classifier ConvNet (default, but for "
+        "MNIST) or Classifier",
     )
     parser.add_argument(
         "--channels", type=positive_int, nargs="+", metavar="N", help="width of each level"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another argument of the network, such as blocks=2; may be repeated",
+    )
     parser.add_argument("--energy", action="store_true", help="train a scalar energy network")
     parser.add_argument(
-        "--init", type=file_path, metavar="FILE", help="trained VP network that ncsn starts from"
+        "--init",
+        type=file_path,
+        metavar="FILE",
+        help="weights to start from: a network of this task, or a VP network for ncsn",
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
+    parser.add_argument(
+        "--watch",
+        type=file_path,
+        metavar="DIR",
+        help="write metrics.csv and strips of held-out pictures there while it runs, and "
+        "TensorBoard's files if it is installed",
+    )
+    parser.add_argument(
+        "--watch-every", type=positive_int, metavar="N", help="steps between (default: a twentieth)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive_number,
+        default=1800.0,
+        help="seconds to wait for another process (default: 1800)",
+    )
     parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add_output_arguments(parser, force="overwrite FILE, and OUT of another run")
@@ -82,37 +132,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, write the weights, print what the run reached."""
-    require("train", "safetensors", "tqdm")
+    require("train", "safetensors", "tqdm", *(["PIL"] if args.watch else []))
     import torch
 
+    from coup_fast.data import Look, find_source
+    from coup_fast.evaluation.state import EvaluationError
     from coup_fast.training.runs import train
 
     if args.energy and args.task == "classifier":
         raise CommandError("--energy is for score and ncsn")
     if args.channels and args.task == "classifier":
-        raise CommandError("--channels is for score and ncsn")
+        raise CommandError("--channels is for score and ncsn; --set widths=[64,128] for a ConvNet")
+    if args.watch_every and not args.watch:
+        raise CommandError("--watch-every is about --watch: name its folder")
     _check_files(args)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {field: getattr(args, option) for option, field in _FIELDS.items()}
+    arguments = parse_settings(args.set)
+    if args.channels:
+        arguments["channels"] = args.channels
+    shown = not args.no_progress and os.environ.get("RANK", "0") == "0"
     try:
+        look = Look(args.size, args.color or "")
         facts = train(
             args.task,
-            args.dataset,
-            args.data,
+            find_source(args.data, args.dataset, look, progress=shown),
             args.out,
             overrides={field: value for field, value in given.items() if value is not None},
             network=args.network,
-            channels=args.channels,
+            arguments=arguments,
             energy=args.energy,
             init=args.init,
+            flip=args.flip,
+            log=args.watch,
+            log_every=args.watch_every or 0,
             device=device,
             half=args.half,
-            progress=not args.no_progress,
+            progress=shown,
+            timeout=args.timeout,
         )
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise CommandError(str(error)) from error
+    except (ValueError, TypeError, FileNotFoundError, ImportError, EvaluationError) as error:
+        raise CommandError(" ".join(str(error).split())) from error
+    if facts is None:
+        return 0  # the first process says it
     report(args, _text(facts), {"out": str(args.out), **facts})
     say(f"wrote {args.out}")
     return 0

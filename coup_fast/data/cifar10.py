@@ -66,6 +66,12 @@ def load_cifar10(folder: str | Path, split: str = "train") -> tuple[Tensor, Tens
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def holds_cifar10(folder: Path) -> bool:
+    """Whether a folder has CIFAR-10's files, by their names."""
+    names = ("data_batch_1.bin", "data_batch_1", "test_batch.bin", "test_batch")
+    return any((folder / place / name).is_file() for place in _FOLDERS for name in names)
+
+
 def _batch(folder: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     for place in _FOLDERS:
         binary, pickled = folder / place / f"{name}.bin", folder / place / name

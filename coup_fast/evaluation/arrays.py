@@ -1,4 +1,4 @@
-"""Images and labels as users have them: what does not fit is said with what to write instead."""
+"""Images and labels that are given to `evaluate`: what does not fit is said with its cure."""
 
 from __future__ import annotations
 
@@ -8,28 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def check_shapes(where: str, images: Any, labels: Any) -> None:
-    """That images are [N, C, H, W] and labels [N], tensors or arrays both.
-
-    where: names them in the error. Raises ValueError.
-    """
-    shape, count = list(images.shape), list(labels.shape)
-    cure = ""
-    if len(shape) == 3:
-        cure = "; for grey images [N, H, W] write images[:, None]"
-    elif len(shape) == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
-        order = "permute" if isinstance(images, Tensor) else "transpose"
-        cure = f"; for channels last write images.{order}(0, 3, 1, 2)"
-    elif len(shape) == 4 and count == [shape[0], 1]:
-        cure = "; for labels [N, 1] write labels[:, 0]"
-    elif len(shape) == 4 and len(count) == 2 and count[0] == shape[0]:
-        cure = "; for one-hot labels write labels.argmax(1)"
-    elif len(shape) == 4 and count == shape[:1]:
-        return
-    raise ValueError(
-        f"{where}: images must be [N, C, H, W] and labels [N], got {shape} and {count}{cure}"
-    )
+from coup_fast.data.arrays import check_shapes
 
 
 def checked_data(data: Any, count: int) -> tuple[Tensor, Tensor]:

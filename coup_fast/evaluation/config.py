@@ -35,12 +35,17 @@ class Data:
     """Which images are evaluated.
 
     Args:
-        name: "digits" (the held-out MNIST digits), "mnist", "cifar10", or a .npz file with `images`
-            [N, C, H, W] (uint8, or floats in [0, 1]) and `labels` [N].
+        name: what `coup_fast.data.Source` takes: "digits" (the held-out MNIST digits), "mnist",
+            "fashion-mnist", "cifar10", "svhn", a folder of pictures, a .npz file with `images`
+            [N, C, H, W] (uint8, or floats in [0, 1]) and `labels` [N], "huggingface:…" or
+            "torchvision:…".
         images: how many, the first of a permutation by `seed`.
         seed: of that permutation.
-        split: "report" or "validation" of the digits, "test" or "train" of mnist and cifar10.
-        folder: where the files of mnist and cifar10 are.
+        split: "report" or "validation" of the digits, "test" or "train" of the others; by default
+            "report" and "test", and all images of a source without splits.
+        folder: where the files of a named set are.
+        size: (height, width) that images are resized to; None: as they are.
+        color: "grey" or "rgb", which images are converted to; "": as they are.
     """
 
     name: str = "digits"
@@ -48,6 +53,8 @@ class Data:
     seed: int = 0
     split: str = ""
     folder: str = ""
+    size: tuple[int, int] | None = None
+    color: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,13 +168,25 @@ class EvalConfig:
 def _data(given: Any) -> Data:
     """The [data] table."""
     data = Data(**reading.known("[data]", given, [f.name for f in fields(Data)]))
-    for name in ("name", "split", "folder"):
+    for name in ("name", "split", "folder", "color"):
         reading.text(f"{name} of [data]", getattr(data, name))
     return replace(
         data,
         images=checks.integer("images of [data]", data.images, 1),
         seed=checks.integer("seed of [data]", data.seed, 0),
+        size=_size(data.size),
     )
+
+
+def _size(given: Any) -> tuple[int, int] | None:
+    """Height and width, of one number for a square or of two."""
+    if given is None:
+        return None
+    sides = [given, given] if isinstance(given, int) else given
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise TypeError(f"size of [data] must be a number, or [height, width], got {given!r}")
+    height, width = (checks.integer("each size of [data]", side, 1) for side in sides)
+    return height, width
 
 
 def _defences(given: Mapping[str, Any]) -> list[Defence]:

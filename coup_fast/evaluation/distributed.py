@@ -1,15 +1,17 @@
-"""The processes of an evaluation: who they are, what they tell each other, who has died.
+"""The processes of a launch: who they are, what they tell each other, who has died.
 
-After each round every rank hands its result to rank 0, which alone touches the disk, and hears
-whether to go on. What travels are a few hundred bytes of text from the host's memory, so gloo
-carries it on any machine; with CUDA the default group is NCCL's beside it, for models that use it.
+In an evaluation, every rank hands its result to rank 0 after each round, which alone touches the
+disk, and hears whether to go on. What travels are a few hundred bytes of text from the host's
+memory, so gloo carries it on any machine; with CUDA the default group is NCCL's beside it, for
+models that use it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from coup_fast.evaluation.state import EvaluationError
+
+LATER = "The finished batches are kept: run the same command again to go on."
 
 
 class World:
@@ -34,15 +38,29 @@ class World:
         """What rank 0 says."""
         return message
 
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, JSON data; None on the others if it raises there."""
+        made, text = None, "null"
+        if self.rank == 0:
+            try:
+                made = make()
+                text = json.dumps(made)
+            except BaseException:
+                self.broadcast("null")
+                raise
+        said = self.broadcast(text)
+        return made if self.rank == 0 else json.loads(said)
+
 
 class Group(World):
     """The ranks of a torch.distributed launch.
 
-    timeout: seconds to wait for a rank that is behind the others. Raises EvaluationError, naming
-    the rank, when one has died or is too late.
+    timeout: seconds to wait for a rank that is behind the others. later: what an error says about
+    how to go on. Raises EvaluationError, naming the rank, when one has died or is too late.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, later: str = LATER) -> None:
+        self.later = later
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout = timedelta(seconds=timeout)
         self.control: Any = dist.new_group(backend="gloo", timeout=self.timeout)
@@ -75,7 +93,7 @@ class Group(World):
             raise EvaluationError(self._who(str(error))) from error
 
     def _who(self, text: str) -> str:
-        later = "The finished batches are kept: run the same command again to go on."
+        later = self.later
         missing = re.search(r"Ranks? (\d+(?:, \d+)*) failed to pass monitoredBarrier", text)
         only = "1" if self.rank == 0 and self.size == 2 else None  # whatever gloo says of it
         if ranks := missing[1] if missing else only:
@@ -91,14 +109,14 @@ class Group(World):
 
 
 @contextmanager
-def world(timeout: float, device: torch.device) -> Iterator[World]:
+def world(timeout: float, device: torch.device, later: str = LATER) -> Iterator[World]:
     """The world that the environment describes: torchrun's (RANK, WORLD_SIZE, …), or one process.
 
     A process group that exists already is used and kept. Raises EvaluationError at once for ranks
     that cannot meet.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Group(timeout)
+        yield Group(timeout, later)
         return
     if _launched() == 1:
         yield World()
@@ -110,7 +128,7 @@ def world(timeout: float, device: torch.device) -> Iterator[World]:
         first = str(error).splitlines()[0]
         raise EvaluationError(f"the processes could not find each other: {first}") from error
     try:
-        yield Group(timeout)
+        yield Group(timeout, later)
     finally:
         dist.destroy_process_group()
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coup_fast.evaluation.arrays import check_shapes
+from coup_fast.data import Look, Source, read_images
 from coup_fast.evaluation.config import Data
-from coup_fast.files import FileError, read_arrays
 from coup_fast.score_model import ClassifierFunction, ScoreModel
 
 # "vp", or "ncsn" for ADP -> the score model and the classifier that is defended.
@@ -29,54 +28,19 @@ def load_images(data: Data) -> tuple[Tensor, Tensor]:
     Raises ValueError or TypeError if there are too few or they are not images and labels,
     FileNotFoundError, ImportError.
     """
-    if data.folder and data.name not in ("mnist", "cifar10"):
+    found = read_images(Source(data.name, data.folder, Look(data.size, data.color)), data.split)
+    images, labels = found.images, found.labels
+    if labels is None:
         raise ValueError(
-            f"folder {data.folder!r} is for data 'mnist' and 'cifar10', "
-            f"and the data is {data.name!r}"
+            f"{data.name} has no labels, and an evaluation needs them; in a folder, the pictures "
+            "of a class stand in a sub-folder of its name"
         )
-    if data.name == "digits":
-        from coup_fast.data import demo_digits
-
-        try:
-            return demo_digits(data.images, data.seed, data.split or "report")
-        except ValueError as error:
-            raise ValueError(f"{data.images} images of data 'digits': {error}") from error
-    if data.name in ("mnist", "cifar10"):
-        from coup_fast.data import load_cifar10, load_mnist
-
-        load = load_mnist if data.name == "mnist" else load_cifar10
-        images, labels = load(data.folder or ".", data.split or "test")
-    elif data.name.endswith(".npz"):
-        images, labels = _load_npz(Path(data.name))
-    else:
-        raise ValueError(f"data {data.name!r} is none of digits, mnist, cifar10 or a .npz file")
     if data.images > len(images):
         raise ValueError(f"{data.name} has {len(images)} images, {data.images} were asked for")
     generator = torch.Generator().manual_seed(data.seed)
     chosen = torch.randperm(len(images), generator=generator)[: data.images]
     images, labels = images[chosen], labels[chosen]
     return images.float() / 255 if images.dtype == torch.uint8 else images.float(), labels.long()
-
-
-def _load_npz(path: Path) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    found = read_arrays(path)
-    if not isinstance(found, Mapping):
-        raise FileError(f"{path} cannot be read as a .npz file: it is a .npy file")
-    if not {"images", "labels"} <= set(found):
-        raise ValueError(f"{path} needs the arrays images and labels; it has {list(found)}")
-    images, labels = found["images"], found["labels"]
-    check_shapes(str(path), images, labels)
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise TypeError(f"{path}: images must be uint8 or floats in [0, 1], got {images.dtype}")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"{path}: labels must be whole numbers, got {labels.dtype}")
-    if images.dtype != np.uint8 and not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"{path}: images have values outside [0, 1] (or NaN); scale them first")
-    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def model_loader(name: str, device: torch.device) -> ModelLoader:

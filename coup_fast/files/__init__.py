@@ -1,6 +1,13 @@
 """Files: written whole or not at all, locked where two runs may meet, read with one error."""
 
-from coup_fast.files.reader import FileError, memory, read_arrays, read_json, reading
+from coup_fast.files.reader import (
+    IMAGE_SUFFIXES,
+    FileError,
+    memory,
+    read_arrays,
+    read_json,
+    reading,
+)
 from coup_fast.files.writer import (
     UNFINISHED,
     append_text,
@@ -12,6 +19,7 @@ from coup_fast.files.writer import (
 )
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "UNFINISHED",
     "FileError",
     "append_text",

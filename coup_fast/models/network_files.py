@@ -6,6 +6,7 @@ The metadata's `coup_fast` entry is JSON: the network's class and arguments, wha
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def build_network(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise ValueError(f"unknown network {name!r}; {known}")
     network: nn.Module = _CLASSES[name](**arguments)
     return network
+
+
+def network_arguments(name: str) -> list[str]:
+    """The names of the arguments of a network class."""
+    return list(inspect.signature(_CLASSES[name]).parameters)
 
 
 def save_network(

@@ -30,14 +30,19 @@ def classifier_loss(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator,
+    rows: slice = slice(None),
     *,
     reach: int = 2,
     flip: bool = False,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy on randomly shifted images [B, C, H, W] in [0, 1], labels [B] int64."""
-    logits = network(shifted(images, generator, reach, flip))
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    """Cross-entropy on randomly shifted images [B, C, H, W] in [0, 1], labels [B] int64.
+
+    rows: the images of the batch that count, for a process that has a share of it. All have the
+    random numbers that they have in the whole batch.
+    """
+    logits = network(shifted(images, generator, reach, flip)[rows])
+    return F.cross_entropy(logits.float(), labels[rows], label_smoothing=smoothing)
 
 
 @torch.no_grad()

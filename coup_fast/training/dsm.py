@@ -128,25 +128,33 @@ def vp_loss(
     generator: torch.Generator,
     noise: VPNoise,
     kind: str = "eps",
+    rows: slice = slice(None),
 ) -> Tensor:
-    """Mean of `vp_error` at random times: the "simple" loss of DDPM in continuous time."""
-    t = noise.sample_times(len(images), generator)
-    z = torch.randn(images.shape, generator=generator)
+    """Mean of `vp_error` at random times: the "simple" loss of DDPM in continuous time.
+
+    rows: the images of the batch that count, as in `classifier_loss`.
+    """
+    t = noise.sample_times(len(images), generator)[rows]
+    z = torch.randn(images.shape, generator=generator)[rows]
     device = images.device
-    return vp_error(network, images, t.to(device), z.to(device), noise, kind).mean()
+    return vp_error(network, images[rows], t.to(device), z.to(device), noise, kind).mean()
 
 
 def ncsn_loss(
-    network: nn.Module, images: Tensor, generator: torch.Generator, noise: NCSNNoise
+    network: nn.Module,
+    images: Tensor,
+    generator: torch.Generator,
+    noise: NCSNNoise,
+    rows: slice = slice(None),
 ) -> Tensor:
     """ADP's objective: half the mean of `ncsn_error` at levels drawn uniformly.
 
     Pixels are dequantised as NCSNv2 does, (255 u + U) / 256 with U uniform in [0, 1); ADP's own
-    pixel map (255/256) u + 1/512 is its mean.
+    pixel map (255/256) u + 1/512 is its mean. rows: as in `classifier_loss`.
     """
-    index = torch.randint(noise.num_levels, (len(images),), generator=generator)
-    uniform = torch.rand(images.shape, generator=generator)
-    z = torch.randn(images.shape, generator=generator)
+    index = torch.randint(noise.num_levels, (len(images),), generator=generator)[rows]
+    uniform = torch.rand(images.shape, generator=generator)[rows]
+    z = torch.randn(images.shape, generator=generator)[rows]
     device = images.device
-    pixels = images * (255.0 / 256.0) + uniform.to(device) / 256.0
+    pixels = images[rows] * (255.0 / 256.0) + uniform.to(device) / 256.0
     return 0.5 * ncsn_error(network, pixels, noise.levels()[index].to(device), z.to(device)).mean()

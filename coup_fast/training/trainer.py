@@ -4,11 +4,16 @@ Knows nothing of scores or classes; an objective maps (network, images, labels, 
 loss. The order of the data is a function of (seed, epoch) and the noise of (seed, step), so a run
 that was killed and resumed ends with the same bits as one that was not, on the same machine and
 with the same number of threads.
+
+Several processes share each batch. Every one draws the random numbers of the whole batch and uses
+those of its rows (a fifth argument of the objective), so a step is the same step on any number of
+processes, but for rounding, dropout and the statistics of batch normalisation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import sys
 import time
@@ -20,14 +25,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from coup_fast.evaluation.distributed import World
 from coup_fast.files import lock
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
-Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+Objective = Callable[..., Tensor]  # see the module's docstring
+Watch = Callable[[int, float, float, nn.Module], str]  # step, seconds, loss, averaged network
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def as_pixels(images: Tensor) -> Tensor:
+    """Images, uint8 or float, as float32 in [0, 1]."""
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+
+
 def batches(
     images: Tensor, labels: Tensor, config: TrainConfig, start: int
 ) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
     """Steps `start` to `steps` - 1: (step, images [B, C, H, W] float32 in [0, 1], labels, rng).
 
-    images: [N, C, H, W] uint8. An epoch is a permutation of the N images, its remainder dropped.
+    images: [N, C, H, W] uint8 or float. An epoch is a permutation of the N images, its remainder
+    dropped.
     """
     per_epoch = len(images) // config.batch_size
     if per_epoch == 0:
@@ -141,7 +156,7 @@ def batches(
         rows = order[first : first + config.batch_size]
         yield (
             step,
-            images[rows].float() / 255.0,
+            as_pixels(images[rows]),
             labels[rows],
             generator_for(config.seed, "noise", step),
         )
@@ -153,7 +168,7 @@ class Trainer:
     Args:
         network: initialised module; trained in place.
         objective: see the module's docstring; images and labels arrive on `device`.
-        images: [N, C, H, W] uint8.
+        images: [N, C, H, W], uint8 or floats in [0, 1].
         labels: [N] int64.
         config: the numbers of the run.
         checkpoint: file to resume from if it exists; written after the first step that ends more
@@ -165,10 +180,15 @@ class Trainer:
         save_every: seconds between two writings of the checkpoint.
         log_every: steps between two entries of the history.
         progress: show a bar.
+        watch: called on the first process, with the averaged network in eval mode; what it returns
+            is shown with the progress.
+        watch_every: steps between two of its calls.
+        ranks: the processes that share each batch, of which the first writes the checkpoint. All
+            need the same images and the same checkpoint file.
 
     Raises:
         ValueError: the checkpoint is damaged, without a checksum, or belongs to another run, or an
-            argument is out of range.
+            argument is out of range, or the processes do not begin alike.
         FloatingPointError: the loss is not finite.
         BlockingIOError: in `run`, while another process trains with this checkpoint.
     """
@@ -187,7 +207,20 @@ class Trainer:
         save_every: float = 60.0,
         log_every: int = 100,
         progress: bool = True,
+        watch: Watch | None = None,
+        watch_every: int = 0,
+        ranks: World | None = None,
     ) -> None:
+        self.ranks = ranks or World()
+        if config.batch_size % self.ranks.size:
+            raise ValueError(
+                f"batch_size must be divisible by the number of processes, {self.ranks.size}, "
+                f"which share each batch; got {config.batch_size}"
+            )
+        share = config.batch_size // self.ranks.size
+        self.rows = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        first = self.ranks.rank == 0
+        self.watch, self.watch_every = (watch if first else None), watch_every
         self.device = torch.device(device)
         self.network = network.to(self.device)
         self.objective = objective
@@ -195,7 +228,7 @@ class Trainer:
         self.config = config
         self.checkpoint = checkpoint
         self.save_every, self.log_every = save_every, log_every
-        self.progress = progress
+        self.progress = progress and first
         self.bfloat16 = config.precision == "bfloat16" or (
             config.precision == "auto" and has_bfloat16(self.device)
         )
@@ -207,10 +240,28 @@ class Trainer:
         self.state = TrainState()
         if checkpoint is not None and checkpoint.exists():
             self._load(checkpoint)
+        self.parallel = self.network
+        if self.ranks.size > 1:
+            self._agree()
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.network, device_ids=devices)
+
+    def _agree(self) -> None:
+        """All processes begin the same run at the same step."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode())
+        own = f"{self.state.step} {digest.hexdigest()}"
+        said = self.ranks.gather(own)
+        others = [str(rank) for rank, other in enumerate(said) if other != own]
+        if others := self.ranks.broadcast(", ".join(others)):  # type: ignore[assignment]
+            raise ValueError(
+                f"process {others} has another configuration, data or checkpoint than process 0; "
+                "all need the same files"
+            )
 
     def run(self) -> nn.Module:
         """Train up to the last step, write the last checkpoint, return the averaged network."""
-        alone = nullcontext() if self.checkpoint is None else lock(self.checkpoint)
+        writes = self.checkpoint is not None and self.ranks.rank == 0
+        alone = lock(self.checkpoint) if writes and self.checkpoint else nullcontext()
         with alone, torch.random.fork_rng():
             self._run()
         averaged: nn.Module = self.average.module
@@ -244,6 +295,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 state.loss_sum, state.loss_count = 0.0, 0
             now = time.monotonic()
+            if self._is_watched(finished):
+                self._tell(state.seconds + now - saved, bar)
             if now - saved > self.save_every or finished:
                 state.seconds += now - saved
                 self.save()
@@ -254,9 +307,23 @@ class Trainer:
                     print(line, file=sys.stderr, flush=True)
         bar.close()
 
+    def _is_watched(self, finished: bool) -> bool:
+        if self.watch is None:
+            return False
+        return finished or (self.watch_every > 0 and self.state.step % self.watch_every == 0)
+
+    def _tell(self, seconds: float, bar: Any) -> None:
+        """Show the averaged network to whoever watches."""
+        state = self.state
+        loss = state.loss_sum / state.loss_count if state.loss_count else state.history[-1][1]
+        assert self.watch is not None
+        said = self.watch(state.step, seconds, loss, self.average.module.eval())
+        if self.progress and said:
+            bar.write(f"step {state.step}: {said}", file=sys.stderr)
+
     def save(self) -> None:
         """Write the checkpoint, replacing the old one only when the new one is on the disk."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or self.ranks.rank != 0:
             return
         content = {
             "identity": self.identity,
@@ -270,15 +337,20 @@ class Trainer:
     def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(step)
-        torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+        # Dropout draws from the global generator.
+        torch.manual_seed(generator.initial_seed() + self.ranks.rank)
+        own = () if self.ranks.size == 1 else (self.rows,)
         with self._autocast():
-            loss = self.objective(self.network, images, labels, generator)
+            loss = self.objective(self.parallel, images, labels, generator, *own)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.average.update_parameters(self.network)
-        value = loss.item()
+        mean = loss.detach() / self.ranks.size
+        if self.ranks.size > 1:
+            dist.all_reduce(mean)
+        value = mean.item()
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}; lower the learning rate."

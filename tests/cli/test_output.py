@@ -16,13 +16,14 @@ import torch
 from helpers.commands import digits, fails
 from helpers.scripts import ROOT, environment
 from PIL import Image
-from torch import Tensor
 
 import coup_fast
 import coup_fast.data
 from coup_fast.cli import COMMANDS as ALL
 from coup_fast.cli import build_parser, demo_run, main
+from coup_fast.data import Labelled, Source
 from coup_fast.training import runs
+from coup_fast.training.data import TrainingData
 
 Prepared = list[str]
 COMMANDS = tuple(name for name in ALL if name != "app")  # which serves a page and has no results
@@ -63,13 +64,25 @@ def prepare_bench(folder: Path, patch: pytest.MonkeyPatch) -> Prepared:
 
 
 def prepare_train(folder: Path, patch: pytest.MonkeyPatch) -> Prepared:
-    def load_data(dataset: str, place: Path, split: str) -> tuple[Tensor, Tensor]:
+    def load_data(source: Source, task: str) -> TrainingData:
         rng = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (12, 1, 28, 28), generator=rng).to(torch.uint8)
-        return images, torch.arange(12) % 10
+        found = Labelled(images, torch.arange(12) % 10)
+        return TrainingData(found, found, "test")
 
     patch.setattr(runs, "load_data", load_data)
-    words = ["train", "classifier", "--data", "unused", "--steps", "3", "--batch-size", "4"]
+    words = [
+        "train",
+        "classifier",
+        "--dataset",
+        "mnist",
+        "--data",
+        "unused",
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+    ]
     return [*words, "--out", f"{folder}/net.safetensors", "--force"]
 
 

@@ -6,29 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-import coup_fast.data
 from coup_fast.cli import main
+from coup_fast.data import Labelled, Source
 from coup_fast.models import load_network
 from coup_fast.training import runs
+from coup_fast.training.data import TrainingData
 
 
 @pytest.fixture
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_data(dataset: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    def load_data(source: Source, task: str) -> TrainingData:
         rng = torch.Generator().manual_seed(0)
-        side = (1, 28, 28) if dataset == "mnist" else (3, 32, 32)
+        side = (1, 28, 28) if source.name == "mnist" else (3, 32, 32)
         images = torch.randint(0, 256, (12, *side), generator=rng).to(torch.uint8)
-        return images, torch.arange(12) % 10
+        found = Labelled(images, torch.arange(12) % 10)
+        return TrainingData(found, found, "test")
 
     monkeypatch.setattr(runs, "load_data", load_data)
-    monkeypatch.setattr(
-        coup_fast.data, "demo_digits", lambda n, split: (torch.zeros(4, 1, 28, 28), None)
-    )
 
 
-SMALL = ["--data", "unused", "--steps", "3", "--batch-size", "4", "--no-progress"]
+SMALL = [
+    "--dataset",
+    "mnist",
+    "--data",
+    "unused",
+    "--steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--no-progress",
+]
 
 
 @pytest.mark.usefixtures("small_data")
@@ -53,7 +61,7 @@ def test_each_task_writes_a_network_that_can_be_loaded(
     arguments: list[str], kind: str, network: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out.safetensors"
-    assert main(["train", *arguments, *SMALL, "--out", str(out)]) == 0
+    assert main(["train", *SMALL, *arguments, "--out", str(out)]) == 0
     loaded, facts = load_network(out)
     assert type(loaded).__name__ == network
     assert facts["kind"] == kind
@@ -62,7 +70,7 @@ def test_each_task_writes_a_network_that_can_be_loaded(
     assert "12 images" in printed
     assert (" accuracy " in printed) == (kind == "classifier")
     before = out.read_bytes()
-    assert main(["train", *arguments, *SMALL, "--out", str(out)]) == 0  # from its checkpoint
+    assert main(["train", *SMALL, *arguments, "--out", str(out)]) == 0  # from its checkpoint
     assert out.read_bytes() == before
 
 
@@ -76,7 +84,7 @@ def test_wrong_requests_are_one_sentence(
     assert main(["train", "score", "--network", "NAFNet", *SMALL, *out]) == 2
     assert "NAFNet in mnist score" in capsys.readouterr().err
     words = ["--dataset", "cifar10", "--network", "NAFNet", "--energy"]
-    assert main(["train", "score", *words, *SMALL, *out]) == 2
+    assert main(["train", "score", *SMALL, *words, *out]) == 2
     assert "energy" in capsys.readouterr().err
     assert main(["train", "classifier", *SMALL, *out]) == 0
     assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
@@ -96,4 +104,6 @@ def test_wrong_requests_are_one_sentence(
     out.append("--force")
     nowhere = ["--data", str(tmp_path / "nowhere"), "--no-progress"]
     assert main(["train", "classifier", *nowhere, *out]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert main(["train", "classifier", "--dataset", "mnist", *nowhere, *out]) == 2
     assert "train-images-idx3-ubyte" in capsys.readouterr().err

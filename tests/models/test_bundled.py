@@ -15,7 +15,7 @@ from coup_fast.models import bundled
 from coup_fast.models.bundled import bundled_settings, describe_bundled, load_bundled
 from coup_fast.purifier import Purifier
 from coup_fast.training.classifier import count_correct
-from coup_fast.training.runs import error_per_level
+from coup_fast.training.measures import error_per_level
 
 
 def test_load_bundled_gives_modules_ready_for_use() -> None:

@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "models.md",
     "examples.md",
     "index.md",
+    "your_data.md",
     "your_network.md",
 }
 TUTORIALS = {path.name for path in (DOCS / "tutorials").glob("*.md")} - {"index.md"}

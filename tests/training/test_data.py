@@ -16,6 +16,7 @@ import torch
 from helpers.scripts import ROOT
 
 from coup_fast.data import (
+    Source,
     cifar10,
     demo_digits,
     digits,
@@ -107,7 +108,7 @@ def test_mnist_itself() -> None:
 
 @needs_mnist
 def test_all_held_out_digits_are_mnist_training_images_and_are_excluded() -> None:
-    from coup_fast.training.runs import load_data
+    from coup_fast.training.data import load_data
 
     images, labels = load_mnist(SHARED / "mnist", "train")
     mask = held_out_mask(images)
@@ -115,7 +116,7 @@ def test_all_held_out_digits_are_mnist_training_images_and_are_excluded() -> Non
     assert len(set(digits._keys(images[mask]))) == 5000
     assert torch.bincount(labels[mask]).tolist() == [500] * 10
     assert not held_out_mask(load_mnist(SHARED / "mnist", "test")[0]).any()
-    kept, _ = load_data("mnist", SHARED / "mnist", "train")
+    kept = load_data(Source("mnist", str(SHARED / "mnist")), "classifier").train.images
     assert len(kept) == 55_000
     assert not held_out_mask(kept).any()
 

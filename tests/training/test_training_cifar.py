@@ -52,14 +52,30 @@ def test_ncsn_from_vp_needs_a_network_that_knows_the_time() -> None:
 def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "vp.safetensors"
     save_network(file, random_unet(), {"kind": "eps"})
-    arguments = {"in_channels": 3, "channels": [8, 16], "time_conditioned": False}
-    with pytest.raises(ValueError, match=r"another shape.*channels"):
-        runs._initialised(file, "ncsn", False, arguments)
-    with pytest.raises(ValueError, match=r"init .*ncsn"):
-        runs._initialised(file, "score", False, arguments)
-    save_network(file, random_unet(), {"kind": "ncsn"})
-    with pytest.raises(ValueError, match=r"'ncsn'.*'eps'"):
-        runs._initialised(file, "ncsn", False, arguments)
+    with pytest.raises(ValueError, match=r"channels \[8, 8\], here \[8, 16\]"):
+        runs.initialised(file, "ncsn", "ncsn", None, {"channels": [8, 16]})
+    with pytest.raises(ValueError, match="in_channels 3, here 1"):
+        runs.initialised(file, "score", "eps", None, {"in_channels": 1})
+    with pytest.raises(ValueError, match="holds a UNet, and NAFNet was asked for"):
+        runs.initialised(file, "score", "eps", "NAFNet", {})
+    with pytest.raises(ValueError, match=r"'eps'.*'classifier' is needed"):
+        runs.initialised(file, "classifier", "classifier", None, {})
+    save_network(file, random_unet(), {"kind": "score"})
+    with pytest.raises(ValueError, match=r"'score'.*'ncsn', or 'eps', is needed"):
+        runs.initialised(file, "ncsn", "ncsn", None, {})
+
+
+def test_a_run_goes_on_from_a_file_of_its_own_kind(tmp_path: Path) -> None:
+    file, network = tmp_path / "vp.safetensors", random_unet()
+    save_network(file, network, {"kind": "eps"})
+    same = runs.initialised(file, "score", "eps", None, {"in_channels": 3})
+    assert isinstance(same, UNet)
+    assert same.config == network.config
+    for name, tensor in same.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+    moved = runs.initialised(file, "ncsn", "ncsn", None, {"in_channels": 3})
+    assert isinstance(moved, UNet)
+    assert moved.config["time_conditioned"] is False
 
 
 def test_patches_come_out_white() -> None:
