@@ -108,6 +108,10 @@ def fast_setting(
     if not isinstance(images, Tensor) or images.dtype != torch.float32:
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a float32 tensor, got {got}")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"images must be [B, C, H, W] with at least one image, got {tuple(images.shape)}"
+        )
     if num_images is not None:
         num_images = checks.integer("num_images", num_images, 1)
     images = images.detach()
@@ -233,7 +237,8 @@ def _try_compiled(search: _Search, best: Trial, num_images: int) -> str:
 
 @torch.no_grad()
 def _run(purifier: Purifier, images: Tensor) -> Tensor:
-    return purifier(images, range(len(images)))
+    purified: Tensor = purifier(images, range(len(images)))
+    return purified
 
 
 def _wait(images: Tensor) -> None:
