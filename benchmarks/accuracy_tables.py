@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from scipy.stats import binomtest
 from table_cells import FOLDER, file_of, percent, table
 
 from coup_fast.cli.demo_run import NAMES
+from coup_fast.evaluation.intervals import Proportion
 
 IMAGES = {"mnist": "digits", "cifar10": "CIFAR-10 images"}
 EULER, PUBLISHED_STEPS = "euler", 100
@@ -49,6 +52,67 @@ def _by_steps(known: dict[tuple[str, str], dict[int, dict[str, float]]]) -> str:
             cells.append(f"**{percent(number)}**" if inside else percent(number))
         body.append([f"`{method}`, {solver}", *cells])
     return table(["method, solver", *map(str, counts)], body)
+
+
+LOOPS = {  # of benchmarks/fast_setting.py
+    "released": "released loop",
+    "published": "published setting",
+    "fast": "fast setting",
+}
+
+
+def fast() -> str:
+    """Seconds and accuracy of the released loop, the published setting and the fast one."""
+    tables, sources, device = [], [], ""
+    for path in sorted(FOLDER.glob("fast_*.json"), reverse=True):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        count = sum(len(batch["labels"]) for batch in state["batches"])
+        seconds = {
+            name: median(100 * b[name]["seconds"] / len(b["labels"]) for b in state["batches"])
+            for name in LOOPS
+        }
+        right = {
+            (name, what): [
+                guess == label
+                for batch in state["batches"]
+                for guess, label in zip(batch[name][what], batch["labels"], strict=True)
+            ]
+            for name in LOOPS
+            for what in ("clean", "attacked")
+        }
+        body = []
+        for name, label in LOOPS.items():
+            cells = [f"{seconds[name]:.2f} s", f"{seconds['released'] / seconds[name]:.1f}×"]
+            for what in ("clean", "attacked"):
+                cells.append(Proportion(sum(right[name, what]), count).percent())
+                cells.append(_paired(right[name, what], right["published", what]))
+            body.append([label, *cells])
+        headers = ["COUP", "100 images", "as fast", "clean", "won : lost, p"]
+        tables.append(
+            f"**{count} {IMAGES[state['models']]}**: {_options(state['options'])}
+
+"
+            + table([*headers, "attacked", "won : lost, p"], body)
+        )
+        sources.append(file_of(path))
+        device = state["environment"]["device_name"]
+    return "
+
+".join([*tables, f"One thread of {device}. Every answer: {', '.join(sources)}."])
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in options.items())
+
+
+def _paired(right: list[bool], reference: list[bool]) -> str:
+    """Images that only one of the two gets right, and McNemar's exact p."""
+    if right is reference:
+        return ""
+    pairs = list(zip(right, reference, strict=True))
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return f"{won} : {lost}, {p:.2f}"
 
 
 ADAPTIVE = {  # README's rows: names of the same defence in mnist.json and cifar10_adaptive.json

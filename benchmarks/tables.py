@@ -38,6 +38,7 @@ SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
 }
 ACCURACY: dict[str, Callable[[], str]] = {
     "adaptive": accuracy_tables.adaptive,
+    "fast": accuracy_tables.fast,
     "demo": accuracy_tables.demo,
     "steps": accuracy_tables.steps,
     "toy": accuracy_tables.toy,
