@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,39 +67,34 @@ def fast() -> str:
     tables, sources, device = [], [], ""
     for path in sorted(FOLDER.glob("fast_*.json"), reverse=True):
         state = json.loads(path.read_text(encoding="utf-8"))
-        count = sum(len(batch["labels"]) for batch in state["batches"])
-        seconds = {
-            name: median(100 * b[name]["seconds"] / len(b["labels"]) for b in state["batches"])
-            for name in LOOPS
-        }
-        right = {
-            (name, what): [
-                guess == label
-                for batch in state["batches"]
-                for guess, label in zip(batch[name][what], batch["labels"], strict=True)
-            ]
-            for name in LOOPS
-            for what in ("clean", "attacked")
-        }
-        body = []
+        body, released = [], math.nan
         for name, label in LOOPS.items():
-            cells = [f"{seconds[name]:.2f} s", f"{seconds['released'] / seconds[name]:.1f}×"]
+            batches = [batch for batch in state["batches"] if name in batch]
+            seconds = median(100 * b[name]["seconds"] / len(b["labels"]) for b in batches)
+            released = seconds if name == "released" else released
+            cells = [f"{seconds:.2f} s", f"{released / seconds:.1f}×"]
             for what in ("clean", "attacked"):
-                cells.append(Proportion(sum(right[name, what]), count).percent())
-                cells.append(_paired(right[name, what], right["published", what]))
-            body.append([label, *cells])
-        headers = ["COUP", "100 images", "as fast", "clean", "won : lost, p"]
+                right, published = _right(batches, name, what), _right(batches, "published", what)
+                cells.append(Proportion(sum(right), len(right)).percent())
+                cells.append("" if name == "published" else _paired(right, published))
+            body.append([label, str(len(right)), *cells])
+        headers = ["COUP", "images", "100 images take", "as fast", "clean", "won : lost, p"]
         tables.append(
-            f"**{count} {IMAGES[state['models']]}**: {_options(state['options'])}
-
-"
+            f"**{IMAGES[state['models']]}**, fast: {_options(state['options'])}\n\n"
             + table([*headers, "attacked", "won : lost, p"], body)
         )
         sources.append(file_of(path))
         device = state["environment"]["device_name"]
-    return "
+    return "\n\n".join([*tables, f"One thread of {device}. Every answer: {', '.join(sources)}."])
 
-".join([*tables, f"One thread of {device}. Every answer: {', '.join(sources)}."])
+
+def _right(batches: list[dict[str, Any]], name: str, what: str) -> list[bool]:
+    """Whether each image of the batches was classified rightly."""
+    return [
+        guess == label
+        for batch in batches
+        for guess, label in zip(batch[name][what], batch["labels"], strict=True)
+    ]
 
 
 def _options(options: dict[str, Any]) -> str:
@@ -107,8 +103,6 @@ def _options(options: dict[str, Any]) -> str:
 
 def _paired(right: list[bool], reference: list[bool]) -> str:
     """Images that only one of the two gets right, and McNemar's exact p."""
-    if right is reference:
-        return ""
     pairs = list(zip(right, reference, strict=True))
     won, lost = pairs.count((True, False)), pairs.count((False, True))
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
