@@ -135,7 +135,8 @@ def main() -> None:
             entry[name] = answers | {"seconds": (time.process_time() - began) / 2}
         state["batches"].append(entry)
         write_text(args.out, json.dumps(state) + "\n")
-        times = "  ".join(f"{name} {entry[name]['seconds']:.2f} s" for name in rows if name in entry)
+        done = [name for name in rows if name in entry]
+        times = "  ".join(f"{name} {entry[name]['seconds']:.2f} s" for name in done)
         print(f"{part.stop} images: {times}", flush=True)
 
 

@@ -39,6 +39,7 @@ SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
 ACCURACY: dict[str, Callable[[], str]] = {
     "adaptive": accuracy_tables.adaptive,
     "fast": accuracy_tables.fast,
+    "instruction_sets": speed_tables.instruction_sets,
     "demo": accuracy_tables.demo,
     "steps": accuracy_tables.steps,
     "toy": accuracy_tables.toy,
