@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from scipy.stats import binomtest
 from table_cells import FOLDER, file_of, percent, table
 
 from coup_fast.cli.demo_run import NAMES
+from coup_fast.evaluation.intervals import Proportion
 
 IMAGES = {"mnist": "digits", "cifar10": "CIFAR-10 images"}
 EULER, PUBLISHED_STEPS = "euler", 100
@@ -49,6 +53,60 @@ def _by_steps(known: dict[tuple[str, str], dict[int, dict[str, float]]]) -> str:
             cells.append(f"**{percent(number)}**" if inside else percent(number))
         body.append([f"`{method}`, {solver}", *cells])
     return table(["method, solver", *map(str, counts)], body)
+
+
+LOOPS = {  # of benchmarks/fast_setting.py
+    "released": "released loop",
+    "published": "published setting",
+    "fast": "fast setting",
+}
+
+
+def fast() -> str:
+    """Seconds and accuracy of the released loop, the published setting and the fast one."""
+    tables, sources, device = [], [], ""
+    for path in sorted(FOLDER.glob("fast_*.json"), reverse=True):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        body, released = [], math.nan
+        for name, label in LOOPS.items():
+            batches = [batch for batch in state["batches"] if name in batch]
+            seconds = median(100 * b[name]["seconds"] / len(b["labels"]) for b in batches)
+            released = seconds if name == "released" else released
+            cells = [f"{seconds:.2f} s", f"{released / seconds:.1f}×"]
+            for what in ("clean", "attacked"):
+                right, published = _right(batches, name, what), _right(batches, "published", what)
+                cells.append(Proportion(sum(right), len(right)).percent())
+                cells.append("" if name == "published" else _paired(right, published))
+            body.append([label, str(len(right)), *cells])
+        headers = ["COUP", "images", "100 images take", "as fast", "clean", "won : lost, p"]
+        tables.append(
+            f"**{IMAGES[state['models']]}**, fast: {_options(state['options'])}\n\n"
+            + table([*headers, "attacked", "won : lost, p"], body)
+        )
+        sources.append(file_of(path))
+        device = state["environment"]["device_name"]
+    return "\n\n".join([*tables, f"One thread of {device}. Every answer: {', '.join(sources)}."])
+
+
+def _right(batches: list[dict[str, Any]], name: str, what: str) -> list[bool]:
+    """Whether each image of the batches was classified rightly."""
+    return [
+        guess == label
+        for batch in batches
+        for guess, label in zip(batch[name][what], batch["labels"], strict=True)
+    ]
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in options.items())
+
+
+def _paired(right: list[bool], reference: list[bool]) -> str:
+    """Images that only one of the two gets right, and McNemar's exact p."""
+    pairs = list(zip(right, reference, strict=True))
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return f"{won} : {lost}, {p:.2f}"
 
 
 ADAPTIVE = {  # README's rows: names of the same defence in mnist.json and cifar10_adaptive.json

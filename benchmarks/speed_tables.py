@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from table_cells import file_of, table
+from table_cells import FOLDER, file_of, table
 
-from coup_fast.benchmarking import loops
+from coup_fast.benchmarking import loops, results
 from coup_fast.benchmarking.components import COMPONENTS
 from coup_fast.benchmarking.rows import Row
 from coup_fast.benchmarking.tables import duration, grouped
@@ -98,6 +98,32 @@ def step(rows: Rows, _: Path) -> str:
     headers += ["functional against eager", "functional against torch.compile"]
     headers += ["only noise against eager", "only arithmetic against eager", "two threads"]
     return table(headers, body)
+
+
+def instruction_sets() -> str:
+    """The guided step under each instruction set of one processor, measured one after the other."""
+    body, source = [], ""
+    paths = sorted((FOLDER / "instruction_sets").glob("*.json"))
+    for path in paths:
+        rows = results.load(path)
+        stamp = rows[0].stamp or {}
+        for group in _cases(rows, "guided COUP step", threads=1):
+            eager, in_place = _find(group, "eager"), _find(group, "fused in place")
+            assert in_place is not None
+            body.append(
+                [
+                    str(stamp["instruction_set"]),
+                    str(group[0].images),
+                    f"{_mark(in_place)}{in_place.ns_per_element:.2f}",
+                    _times(eager, in_place),
+                    _times(_find(group, "torch.compile"), in_place),
+                ]
+            )
+        source = f"Measured {stamp['date']} on {stamp['device_name']}"
+    headers = ["instruction set", "images 3×32×32", "in place, ns/element"]
+    headers += ["against eager", "against torch.compile"]
+    files = ", ".join(file_of(path) for path in paths)
+    return f"{table(headers, body)}\n\n{source}, one thread: {files}."
 
 
 def operators(rows: Rows, _: Path) -> str:

@@ -42,6 +42,8 @@ SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
 }
 STORED: dict[str, Callable[[], str]] = {
     "adaptive": accuracy_tables.adaptive,
+    "fast": accuracy_tables.fast,
+    "instruction_sets": speed_tables.instruction_sets,
     "demo": accuracy_tables.demo,
     "instructions": ptx_instructions.table,
     "steps": accuracy_tables.steps,

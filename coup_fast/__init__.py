@@ -21,6 +21,7 @@ from coup_fast._version import __version__
 if TYPE_CHECKING:  # for type checkers and editors; at run time a name is imported when it is used
     from coup_fast import methods, noise, ops, reference
     from coup_fast.attacks.eot import eot_gradient
+    from coup_fast.benchmarking.fast_setting import fast_setting
     from coup_fast.gradient_check import check_gradient
     from coup_fast.models.bundled import load_bundled
     from coup_fast.purified_classifier import PurifiedClassifier
@@ -40,6 +41,7 @@ _EXPORTS: dict[str, str] = {
     "VPSchedule": "coup_fast.schedules",
     "check_gradient": "coup_fast.gradient_check",
     "eot_gradient": "coup_fast.attacks.eot",
+    "fast_setting": "coup_fast.benchmarking.fast_setting",
     "load_bundled": "coup_fast.models.bundled",
     "purify": "coup_fast.purifier",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "build_info",
     "check_gradient",
     "eot_gradient",
+    "fast_setting",
     "load_bundled",
     "methods",
     "noise",

@@ -3,7 +3,7 @@
 `catalogue` lists what is measured; `operators` and `loops` make the cases, from the code of others
 in `rivals` and `loop_rivals` and the models in `networks`; `timing` measures the variants of a case
 in turns and `components` where a loop's time goes; `report` makes rows of it, `tables` and `plots`
-show them, `results` keeps them in dated files.
+show them, `results` keeps them in dated files. `fast_setting` measures how a purifier is fastest.
 """
 
 from coup_fast.benchmarking.case import Case, Variant, VariantUnavailable

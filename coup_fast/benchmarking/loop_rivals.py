@@ -146,7 +146,7 @@ class ReleasedSDE(ReverseSDE):
         log_mean = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1
         torch.exp(log_mean[:, None, None, None]) * torch.zeros_like(x)
         sigma = torch.sqrt(1.0 - torch.exp(2.0 * log_mean))
-        return (-eps / sigma[:, None, None, None]).view(len(x), -1)
+        return (-eps / sigma[:, None, None, None]).flatten(1)
 
     def _forward_sde(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         beta = 0.1 + t * 19.9
@@ -160,7 +160,7 @@ class ReleasedSDE(ReverseSDE):
         guidance = None if self.guide is None else self.guide(x)
         score = self._score(x, t)
         if guidance is not None:
-            score = score + 1.0 * guidance.view(len(y), -1)
+            score = score + 1.0 * guidance.flatten(1)
         return -(drift - diffusion[:, None] ** 2 * score)
 
     def g(self, s: Tensor, y: Tensor) -> Tensor:

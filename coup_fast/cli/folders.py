@@ -98,16 +98,26 @@ class Record:
         lines += [{"picture": name, "sha256": digest} for name, digest in self.results.items()]
         write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
-    def resume(self) -> None:
-        """Read the record, if there is one. Raises CommandError if it is of other settings."""
-        if not self.path.exists():
-            return
+    def begun_with(self) -> dict[str, Any] | None:
+        """The settings that the record was begun with; None if there is no record."""
+        return self._read()[0] if self.path.exists() else None
+
+    def _read(self) -> tuple[dict[str, Any], list[str]]:
+        """The settings, and the lines of the results."""
         with reading(self.path, "a record of coup-fast purify"):
             first, *rest = self.path.read_text(encoding="utf-8").splitlines()
             begun = json.loads(first)
             if begun["format"] != FORMAT:
                 raise FileError(f"{self.path} has format {begun['format']}, not {FORMAT}")
-            self._check(begun["settings"])
+            settings: dict[str, Any] = dict(begun["settings"])
+            return settings, rest
+
+    def resume(self) -> None:
+        """Read the record, if there is one. Raises CommandError if it is of other settings."""
+        if not self.path.exists():
+            return
+        settings, rest = self._read()
+        self._check(settings)
         for line in rest:
             try:
                 entry = json.loads(line)

@@ -294,3 +294,39 @@ def test_a_picture_that_changes_meanwhile_is_an_error(
     sentence = fails(capsys, "purify", source, tmp_path / "out", "--batch-size", "1", *QUICK)
     assert "b.png was changed while" in sentence
     assert list(results(tmp_path / "out")) == ["a.png"]
+
+
+# --- the fast setting
+
+
+def test_a_folder_goes_on_with_the_setting_that_was_chosen_when_it_began(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from coup_fast.benchmarking import fast_setting as module
+
+    out = tmp_path / "out"
+    words = ["purify", str(source), str(out), "--set", "t_star=0.02", "--fast"]
+    assert main([*words, "--json", str(tmp_path / "facts.json")]) == 0
+    assert "fast: num_steps=10" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    chosen = facts["settings"]["fast"]
+    assert facts["steps"] == chosen["num_steps"] == 10
+    before = results(out)
+    (out / "a.png").unlink()
+
+    def measured_again(*_args: object, **_more: object) -> None:
+        raise AssertionError("a run that is resumed must not choose again")
+
+    monkeypatch.setattr(module, "fast_setting", measured_again)
+    assert main([*words, "--resume"]) == 0
+    assert results(out) == before
+    sentence = fails(capsys, *words[:-1], "--resume")  # without --fast these are other settings
+    assert "fast" in sentence
+
+    by_hand = tmp_path / "by_hand"
+    options = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+    assert main(["purify", str(source), str(by_hand), "--set", "t_star=0.02", *options]) == 0
+    assert results(by_hand) == before
