@@ -30,7 +30,7 @@ from coup_fast.cli import common, networks
 from coup_fast.cli.batches import Job
 from coup_fast.cli.common import CommandError
 from coup_fast.cli.fitting import Fit
-from coup_fast.cli.folders import Record, check_target, find_images, same_file
+from coup_fast.cli.folders import RECORD, Record, check_target, find_images, same_file
 from coup_fast.cli.image_files import (
     ARRAY_SUFFIXES,
     ImageFile,
@@ -278,6 +278,8 @@ def _run_folder(
         work = ranks.from_first(lambda: _begin(args, job, broken, stack))
         if work is None:
             return 0, 0  # process 0 says why
+        if args.fast and ranks.rank:
+            _be_as_fast(job, work["settings"])
         record = Record(args.target, job.settings | _made_with(job))
         changed = differences(work["settings"], record.settings)
         if changed:
@@ -300,6 +302,9 @@ def _begin(
     source, target = args.source, args.target
     names = find_images(source, target, args.recursive)
     _make_folder(target)
+    if not args.resume:
+        files = [target / name for name in names]
+        common.refuse_to_overwrite([*files, target / RECORD], args.force)
     if args.fast:
         begun = Record(target, {}).begun_with() if args.resume else None
         if begun is None:
@@ -314,8 +319,6 @@ def _begin(
         common.say(f"{len(names) - len(todo)} of {len(names)} results are there")
     else:
         todo = names
-        files = [target / name for name in names]
-        common.refuse_to_overwrite([*files, record.path], args.force)
     names, shapes = _looked_through(args, job, todo, broken)
     for name in names:
         _make_folder((target / name).parent)
