@@ -16,7 +16,8 @@ def table(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def file_of(path: Path) -> str:
     """A file of results as text names it."""
-    return f"`benchmarks/results/{path.relative_to(FOLDER).as_posix()}`"
+    inside = path.relative_to(FOLDER) if path.is_relative_to(FOLDER) else Path(path.name)
+    return f"`benchmarks/results/{inside.as_posix()}`"
 
 
 def percent(number: dict[str, float] | None) -> str:
