@@ -1,9 +1,9 @@
-"""The fastest way to purify on this machine at unchanged accuracy, found by measuring.
+"""The fastest way to purify on this machine at little cost of accuracy, found by measuring.
 
 Two things make a purification fast: fewer steps, and faster networks. The steps are those of
-`coup-short` and `diffpure-short`, ten of the exponential solver (docs/results.md compares their
-accuracy with the published hundred). How the networks are called fastest depends on the machine,
-the networks and the batch, so it is measured and not ruled.
+`coup-short` and `diffpure-short`, ten of the exponential solver (docs/performance.md compares their
+accuracy with that of the published hundred). How the networks are called fastest depends on the
+machine, the networks and the batch, so it is measured and not ruled.
 """
 
 from __future__ import annotations
@@ -75,15 +75,20 @@ class FastSetting:
 
 
 def fast_setting(
-    purifier: Purifier, images: Tensor, *, num_images: int | None = None
+    purifier: Purifier,
+    images: Tensor,
+    *,
+    num_images: int | None = None,
+    shorten: bool = True,
 ) -> FastSetting:
     """Find the options under which this machine purifies such images fastest.
 
     SDE methods (COUP, DiffPure and the others with an option `solver`) take ten steps of the
-    exponential solver if they took more. Then the networks are called in float32 and bfloat16 (on a
-    GPU in TF32 too), in the layout of the images and in channels_last, and the fastest way is
-    chosen. A way whose result is not finite, or differs from float32's by more than 0.01 (root mean
-    square, pixels in [0, 1]), is refused. The search purifies the images about twice for each way.
+    exponential solver if they took more. That may cost accuracy: 0 to 3 points in the comparison of
+    docs/performance.md. Then the networks are called in float32 and bfloat16 (on a GPU in TF32
+    too), in the layout of the images and in channels_last, and the fastest way is chosen. A way
+    whose result is not finite, or differs from float32's by more than 0.01 (root mean square,
+    pixels in [0, 1]), is refused. The search purifies the images about twice for each way.
 
     Options that a run of the same numbers needs are in the result, because another machine may
     choose otherwise. The process keeps freed memory from then on (`coup_fast.malloc`).
@@ -91,15 +96,17 @@ def fast_setting(
     Args:
         purifier: whose models, method, seed and options to start from.
         images: [B, C, H, W] pixels in [0, 1], float32: a batch as it will be purified, on the
-            device where it will be. More images than are worth measuring may be cut off before.
+            device where it will be.
         num_images: how many images will be purified. If they take longer than ten minutes, networks
             compiled by `torch.compile` are tried too, which takes a minute or more.
+        shorten: whether to take fewer steps. False leaves the method as it is.
 
     Returns:
         The setting, with all that was measured.
 
     Raises:
-        TypeError: purifier is no `Purifier`, images are not float32, or num_images is no int.
+        TypeError: purifier is no `Purifier`, images are not float32, num_images is no int, or
+            shorten is no bool.
         ValueError: images are no batch of such pixels, or num_images is below 1.
         RuntimeError: no setting gives finite results.
     """
@@ -115,7 +122,7 @@ def fast_setting(
     if num_images is not None:
         num_images = checks.integer("num_images", num_images, 1)
     images = images.detach()
-    steps, notes = _short(purifier)
+    steps, notes = _short(purifier) if checks.flag("shorten", shorten) else ({}, [])
     if not malloc.keep_freed_memory() and images.device.type == "cpu":
         notes.append(
             "Freed memory is not kept: the C library is not glibc, or its settings are given."
@@ -156,7 +163,7 @@ def _short(purifier: Purifier) -> tuple[dict[str, Any], list[str]]:
         options["step_size"] = None
     return options, [
         f"{purifier.method} takes {SHORT_STEPS} steps of the exponential solver in place of "
-        f"{steps}; accuracy was compared for COUP and DiffPure."
+        f"{steps}, which may cost some accuracy; shorten=False keeps its steps."
     ]
 
 

@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fast",
         action="store_true",
-        help="measure on the first pictures how this machine purifies fastest at the same accuracy "
-        "(ten steps, bfloat16 where it pays), say what was chosen, and purify so",
+        help="measure on the first pictures how this machine purifies fastest (ten steps, which "
+        "may cost some accuracy, and bfloat16 where it pays), say what was chosen, and purify so",
     )
     add("--seed", type=common.non_negative_int, default=0, help="seed of the noise (default: 0)")
     add("--draw", type=common.non_negative_int, default=0, help="which noise draw (default: 0)")

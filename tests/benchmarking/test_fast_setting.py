@@ -100,6 +100,9 @@ def test_the_steps(times) -> None:
     assert "num_steps" not in short.options
     stepped = fast_setting(purifier(step_size=2e-3), images(2))
     assert stepped.purifier.plan.num_steps == SHORT_STEPS
+    same = fast_setting(purifier(num_steps=20), images(2), shorten=False)
+    assert same.purifier.plan.num_steps == 20
+    assert set(same.options) == {"precision", "channels_last"}
     chain = purifier("ddpm", t_star=0.03)
     kept = fast_setting(chain, images(2))
     assert kept.purifier.plan.num_steps == chain.plan.num_steps
