@@ -44,6 +44,7 @@ PUBLIC = (
     "coup_fast.plan",
     "coup_fast.reference",
     "coup_fast.schedules",
+    "coup_fast.stiffness",
     "coup_fast.training",
 )
 # What pages are made of. Markdown takes `<h, x>` in a docstring for a tag, and shows nothing.

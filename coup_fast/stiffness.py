@@ -120,10 +120,10 @@ def stiffness(
         raise ValueError(f"stiffness needs at least one image, got images {list(images.shape)}")
     with frozen_parameters(*run.models), run.calls.flags(), torch.no_grad():
         found = steepness_along(run, images.detach())
-    return Stiffness(torch.as_tensor(coefficients(plan)), found.cpu())
+    return Stiffness(torch.from_numpy(coefficients(plan)), found.cpu())
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    levels = torch.tensor(QUANTILES, dtype=values.dtype)
+    levels = torch.tensor(QUANTILES, dtype=values.dtype, device="cpu")
     found = torch.quantile(values.flatten().cpu(), levels).tolist()
     return {f"{level:g}": value for level, value in zip(QUANTILES, found, strict=True)}

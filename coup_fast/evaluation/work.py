@@ -221,7 +221,7 @@ class Worker:
             )
         result["predictions"] = scores.argmax(2).T.cpu().tolist()
         if row.attack is not None:
-            in_bytes = self._scores(model, rounded(images), sample_ids)
+            in_bytes = self._scores(model, rounded(images), sample_ids, "8 bits, ")
             result["rounded"] = in_bytes.argmax(2).T.cpu().tolist()
         if isinstance(model, PurifiedClassifier):
             clean = self.images[rows].to(self.device)
@@ -295,8 +295,9 @@ class Worker:
         model: PurifiedClassifier | Foreign | ClassifierFunction,
         images: Tensor,
         ids: Tensor,
+        what: str = "",
     ) -> Tensor:
-        """Scores under every draw, [draws, B, K]; [1, B, K] without a defence."""
+        """Scores under every draw, [draws, B, K]; [1, B, K] without a defence. what: to say."""
         scores = []
         if isinstance(model, PurifiedClassifier | Foreign):
             for k in range(self.config.draws):
@@ -305,7 +306,7 @@ class Worker:
                 else:
                     with model.frozen():
                         scores.append(model.scores(images, k * model.stride))
-                self._step(f"draw {k + 1} of {self.config.draws}")
+                self._step(f"{what}draw {k + 1} of {self.config.draws}")
         else:
             with frozen_parameters(model):
                 scores.append(logits_of(model(in_dtype_of(model, images))))

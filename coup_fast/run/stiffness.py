@@ -38,7 +38,8 @@ def norms(gradient: Tensor) -> Tensor:
 
 def is_stiff(coefficient: Array | Tensor, steepness: Tensor) -> Tensor:
     """c a²/4 > 2."""
-    return torch.as_tensor(coefficient).to(steepness) * steepness.square() / 4 > BOUND
+    c = torch.as_tensor(coefficient, dtype=steepness.dtype, device=steepness.device)
+    return c * steepness.square() / 4 > BOUND
 
 
 def steepness_along(run: Run, images: Tensor) -> Tensor:

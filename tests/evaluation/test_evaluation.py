@@ -355,7 +355,9 @@ def test_clean_images_are_purified_once_for_all_rows_of_a_defence(tmp_path: Path
         radii = [0.1, 0.2, 0.3][:attacks]
         weak = [{"preset": "classifier", "steps": 1, "eps": eps} for eps in radii]
         _, images = evaluations({**few, "attack": weak}, tmp_path / str(attacks))
-        assert images == (1 + attacks) * 4 * 3 * 2  # images, draws, steps
+        # 4 images in 2 steps: under 3 draws and, for the fidelity, once. Attacked ones under 3
+        # draws as they are and as bytes and, for the fidelity, once beside the clean ones.
+        assert images == 4 * 2 * ((3 + 1) + attacks * (3 + 3 + 2))
 
 
 def test_defences_that_differ_by_name_are_computed_once(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_the_command_says_what_is_wrong_in_one_sentence(
         (["eval.toml", "--images", "7"], "6 images, 7 "),
         (["eval.toml", "--out", str(copy)], "holds another evaluation"),
         (["eval.toml", "--report-only"], "nothing to report"),
-        (["--data", "."], "'digits'"),
+        (["--data", "."], "copy holds no pictures"),
     ):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err

@@ -58,6 +58,7 @@ def test_progress_within_a_batch(tmp_path: Path) -> None:
     row = "  COUP, PGD-2 ce, EOT 2, exact gradient"
     inside = [line.rpartition(" (")[0] for line in heard if row in line]
     parts = [f"iterate {k} of 2" for k in (1, 2)] + [f"draw {k} of 3" for k in (1, 2, 3)]
+    parts += [f"8 bits, draw {k} of 3" for k in (1, 2, 3)]
     assert inside[:-1] == [f"5/7{row}: {part}" for part in parts]
 
 
