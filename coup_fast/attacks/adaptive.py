@@ -6,7 +6,7 @@ lead to a weaker attack than the gradient of a simpler run. No single gradient i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from coup_fast import checks
-from coup_fast.attacks import units
-from coup_fast.attacks.attack import MAX_COUNT, Attack, Rule, check_init, check_inputs
+from coup_fast.attacks.attack import MAX_COUNT, Attack, Rule, Task
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.foreign import Foreign
 from coup_fast.attacks.losses import LOSSES
@@ -64,6 +63,8 @@ class AdaptiveGuided(Attack):
     normalise_draws: bool = True
     gradients: Sequence[AttackGradient] = ("unguided", "stopped", "exact")
     finish_steps: int = 10
+
+    _refused = ("targets", "surrogate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,34 +130,16 @@ class AdaptiveGuided(Attack):
         """It has none: its parts are attacks of their own rules."""
         raise TypeError("AdaptiveGuided runs several attacks; call it, or its `run`")
 
-    def run(
-        self,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        sample_ids: Any = None,
-        targets: Tensor | None = None,
-        surrogate: Defended | None = None,
-        init: Tensor | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        memory_budget: int | None = None,
-    ) -> AttackResult:
-        """Attack images; takes and raises what `Attack.run` does, but for targets and a surrogate.
+    def _search(self, task: Task) -> AttackResult:
+        """`run`, of checked arguments.
 
         init is where the first restart of every part begins. `loss` and `fooled` of the result are
         those under the draws that the parts were compared by.
         """
-        for name, given in (("targets", targets), ("surrogate", surrogate)):
-            if given is not None:
-                raise ValueError(f"AdaptiveGuided takes no {name}; PGD does")
-        ids = check_inputs(images, labels, sample_ids)
-        check_init(init, images)
-        units.check_radius(self.eps, self.norm, images[:1].numel())
-        attack = self if _is_guided(defended) else self.unguided()
-        run = _Run(attack, defended, images, labels, ids, progress, memory_budget)
+        attack = self if _is_guided(task.defended) else self.unguided()
+        run = _Run(attack, task)
         for gradient in attack.gradients:
-            run.add(attack.part(gradient), init)
+            run.add(attack.part(gradient), task.init)
         if attack.finish_steps:
             run.add(attack.finish(), run.images, skip=_FIRST_OF_FINISH)
         return run.result()
@@ -165,24 +148,14 @@ class AdaptiveGuided(Attack):
 class _Run:
     """The parts of one run, and for each image the worst of their results so far."""
 
-    def __init__(
-        self,
-        attack: AdaptiveGuided,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        progress: Callable[[Progress], None] | None,
-        memory_budget: int | None,
-    ) -> None:
-        self.attack, self.defended, self.clean, self.labels = attack, defended, images, labels
-        self.ids, self.progress, self.memory_budget = ids, progress, memory_budget
+    def __init__(self, attack: AdaptiveGuided, task: Task) -> None:
+        self.attack, self.task = attack, task
+        images, labels = task.images, task.labels
         fixed = attack.noise == "fixed"
         draws = attack.eot if fixed else _JUDGED * attack.eot
         loss = LOSSES[attack.loss]
-        self.judge = Objective(
-            defended, labels, ids, loss, "exact", draws, attack.through_vote, memory_budget
-        )
+        options = (draws, attack.through_vote, task.memory_budget)
+        self.judge = Objective(task.defended, labels, task.ids, loss, "exact", *options)
         self.first = 0 if fixed else FIRST_ATTACK_DRAW * (1 + attack.seed) + _FIRST_OF_JUDGE
         if len(images):
             self.judge.settle(images, self.first, fixed=fixed)
@@ -204,20 +177,10 @@ class _Run:
 
         def tell(progress: Progress) -> None:
             self.done = before + progress.done
-            if self.progress is not None:
-                self.progress(replace(progress, done=self.done, total=self.total))
+            if self.task.progress is not None:
+                self.task.progress(replace(progress, done=self.done, total=self.total))
 
-        start = None if init is None else init[rows]
-        found = part._search(
-            self.defended,
-            self.clean[rows],
-            self.labels[rows],
-            self.ids[rows],
-            init=start,
-            progress=tell,
-            memory_budget=self.memory_budget,
-            skip=skip,
-        )
+        found = part._search(replace(self.task.of(rows, init), progress=tell, skip=skip))
         self.results.append(found)
         with self.judge.only(rows):
             judged = self.judge.value(found.images, self.first)

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,35 @@ P = ParamSpec("P")
 
 
 Rule = Callable[[Tensor, Evaluation], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one run is about: the checked arguments of `Attack.run`.
+
+    ids: the sample ids, int64 [B]. skip: as for `Search`.
+    """
+
+    defended: Defended
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    targets: Tensor | None = None
+    surrogate: Defended | None = None
+    init: Tensor | None = None
+    progress: Callable[[Progress], None] | None = None
+    memory_budget: int | None = None
+    skip: int = 0
+
+    def of(self, rows: Tensor, init: Tensor | None) -> Task:
+        """The same about these rows of the batch, int64 [b], beginning at the rows of init."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            ids=self.ids[rows],
+            init=None if init is None else init[rows],
+        )
 
 
 def _images_of(
@@ -135,6 +164,9 @@ class Attack(ABC):
     normalise_draws: bool = False
     stop_when_fooled: bool = False
 
+    _decided: ClassVar[tuple[str, ...]] = ()  # options that a subclass decides
+    _refused: ClassVar[tuple[str, ...]] = ()  # arguments of `run` that it does not take
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", units.norm(self.norm))
         checks.choice("loss", self.loss, LOSSES)
@@ -152,6 +184,11 @@ class Attack(ABC):
         ):
             value = checks.integer(name, getattr(self, name), low, high)
             object.__setattr__(self, name, value)  # for JSON, which knows no NumPy
+        own = {f.name: f.default for f in fields(self)}
+        for name in self._decided:
+            if getattr(self, name) != own[name]:
+                kind = type(self).__name__
+                raise ValueError(f"{name} is decided by {kind}; leave it as {own[name]!r}")
 
     def __repr__(self) -> str:
         """As it could be written: what is not said has its default."""
@@ -246,51 +283,35 @@ class Attack(ABC):
             ValueError: an argument is out of range or does not fit the others.
             FloatingPointError: a loss or gradient is not finite; the message names the image.
         """
-        ids = check_inputs(images, labels, sample_ids)
+        for name, given in (("targets", targets), ("surrogate", surrogate), ("init", init)):
+            if given is not None and name in self._refused:
+                raise ValueError(f"{type(self).__name__} takes no {name}; PGD does")
+        ids = _checked_ids(images, labels, sample_ids)
         if targets is not None:
             _check_targets(self, targets, labels)
-        check_init(init, images)
+        _check_init(init, images)
         units.check_radius(self.eps, self.norm, images[:1].numel())
-        return self._search(
-            defended,
-            images,
-            labels,
-            ids,
-            targets=targets,
-            surrogate=surrogate,
-            init=init,
-            progress=progress,
-            memory_budget=memory_budget,
-        )
+        rest = (targets, surrogate, init, progress, memory_budget)
+        return self._search(Task(defended, images, labels, ids, *rest))
 
-    def _search(
-        self,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        *,
-        targets: Tensor | None = None,
-        surrogate: Defended | None = None,
-        init: Tensor | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        memory_budget: int | None = None,
-        skip: int = 0,
-    ) -> AttackResult:
-        """`run`, of checked arguments; skip: as for `Search`."""
+    def _search(self, task: Task) -> AttackResult:
+        """`run`, of checked arguments."""
 
         def objective(model: Defended, gradient: AttackGradient) -> Objective:
             loss = (TARGETED if self.targeted else LOSSES)[self.loss]
-            options = (self.eot, self.through_vote, memory_budget, self.normalise_draws)
-            return Objective(model, labels, ids, loss, gradient, *options)
+            options = (self.eot, self.through_vote, task.memory_budget, self.normalise_draws)
+            return Objective(model, task.labels, task.ids, loss, gradient, *options)
 
-        differentiated = objective(defended if surrogate is None else surrogate, self.gradient)
+        differentiated = objective(
+            task.defended if task.surrogate is None else task.surrogate, self.gradient
+        )
         judge = differentiated
-        if surrogate is not None or self.gradient == "unguided":
-            judge = objective(defended, "exact")
-        ball = Ball(images, self.norm, self.eps)
-        start = None if init is None else ball.project(init)
-        return Search(self, differentiated, judge, ball, start, progress, skip).run(targets)
+        if task.surrogate is not None or self.gradient == "unguided":
+            judge = objective(task.defended, "exact")
+        ball = Ball(task.images, self.norm, self.eps)
+        start = None if task.init is None else ball.project(task.init)
+        search = Search(self, differentiated, judge, ball, start, task.progress, task.skip)
+        return search.run(task.targets)
 
     __call__ = _images_of(run)
 
@@ -301,7 +322,7 @@ def _length(value: float) -> str:
     return f"{levels}/255" if levels / 255 == value != 1 else repr(value)
 
 
-def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
+def _checked_ids(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     """Raises for what `Attack.run` does not take; the sample ids."""
     validation.check_images(images)
     if images.dtype not in (torch.float32, torch.float64):
@@ -314,7 +335,7 @@ def check_inputs(images: Tensor, labels: Tensor, sample_ids: Any) -> Tensor:
     return ids
 
 
-def check_init(init: Any, images: Tensor) -> None:
+def _check_init(init: Any, images: Tensor) -> None:
     """Raises TypeError or ValueError for starts that do not fit the images."""
     if init is None:
         return

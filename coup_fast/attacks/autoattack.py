@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from coup_fast import checks
-from coup_fast.attacks.attack import Attack, Rule, check_inputs
+from coup_fast.attacks.attack import Attack, Rule, Task
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.losses import LOSSES
 from coup_fast.attacks.objective import Defended, Objective
@@ -57,14 +57,13 @@ class AutoAttack(Attack):
     version: Version = "rand"
     queries: int = 5000
 
+    _decided = _DECIDED
+    _refused = ("targets", "surrogate", "init")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.choice("version", self.version, VERSIONS)
         checks.integer("queries", self.queries, 1)
-        own = {f.name: f.default for f in fields(self)}
-        for name in _DECIDED:
-            if getattr(self, name) != own[name]:
-                raise ValueError(f"{name} is decided by AutoAttack; leave it as {own[name]!r}")
         noise = "fresh" if self.version == "rand" else "fixed"
         if self.noise != noise or (self.version == "standard" and self.eot != 1):
             raise ValueError(
@@ -82,34 +81,14 @@ class AutoAttack(Attack):
         """It has none: its steps are those of the package."""
         raise TypeError("AutoAttack runs by itself; call it, or its `run`")
 
-    def run(
-        self,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        sample_ids: Any = None,
-        targets: Tensor | None = None,
-        surrogate: Defended | None = None,
-        init: Tensor | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        memory_budget: int | None = None,
-    ) -> AttackResult:
-        """Attack images; takes and raises what `Attack.run` does, but for three arguments.
+    def _search(self, task: Task) -> AttackResult:
+        """`run`, of checked arguments; progress is called after each image.
 
-        AutoAttack chooses its targets and starts, and differentiates the defence itself.
-
-        progress is called after each image; zero gradients are not counted.
-
-        Raises:
-            ImportError: pyautoattack is not installed.
-            ValueError: there are fewer classes than its losses need.
+        Zero gradients are not counted. Raises ImportError without pyautoattack, and ValueError if
+        there are fewer classes than its losses need.
         """
-        for name, given in (("targets", targets), ("surrogate", surrogate), ("init", init)):
-            if given is not None:
-                raise ValueError(f"AutoAttack takes no {name}: it chooses these things itself")
         require_package()
-        ids = check_inputs(images, labels, sample_ids)
+        images, labels, progress = task.images, task.labels, task.progress
         ball = Ball(images, self.norm, self.eps)
         found = images.clone()
         loss = torch.zeros(len(images), dtype=torch.float64, device=images.device)
@@ -117,7 +96,7 @@ class AutoAttack(Attack):
         runs = scored = classified = 0
         for i in range(len(images)):
             row = slice(i, i + 1)
-            calls = _Calls(self, defended, labels[row], ids[row], memory_budget)
+            calls = _Calls(self, task.defended, labels[row], task.ids[row], task.memory_budget)
             with _quiet() as said, calls.objective.counted():
                 attacked = calls.attack(images[row], labels[row])
             for message in said:

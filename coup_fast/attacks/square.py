@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from coup_fast import checks
-from coup_fast.attacks import units
-from coup_fast.attacks.attack import Attack, Rule, check_init, check_inputs
+from coup_fast.attacks.attack import Attack, Rule, Task
 from coup_fast.attacks.ball import Ball, l2_norms, ordered_sum
 from coup_fast.attacks.losses import LOSSES
-from coup_fast.attacks.objective import Defended, Evaluation, Objective
+from coup_fast.attacks.objective import Evaluation, Objective
 from coup_fast.attacks.options import Keep, LossName
 from coup_fast.attacks.result import FIRST_ATTACK_DRAW, FIRST_START_DRAW, AttackResult, Progress
 from coup_fast.noise import sample_keys, uniform, words
@@ -61,14 +59,13 @@ class Square(Attack):
     keep: Keep = "best"
     p_init: float = 0.8
 
+    _decided = _DECIDED
+    _refused = ("targets", "surrogate")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         p_init = checks.number("p_init", self.p_init, 0, 1, above=True)
         object.__setattr__(self, "p_init", p_init)
-        own = {f.name: f.default for f in fields(self)}
-        for name in _DECIDED:
-            if getattr(self, name) != own[name]:
-                raise ValueError(f"{name} is decided by Square; leave it as {own[name]!r}")
 
     @property
     def _how(self) -> str:
@@ -83,39 +80,17 @@ class Square(Attack):
         at = int(query / self.steps * 10_000)
         return self.p_init * 0.5 ** sum(at > border for border in _HALVINGS)
 
-    def run(
-        self,
-        defended: Defended,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        sample_ids: Any = None,
-        targets: Tensor | None = None,
-        surrogate: Defended | None = None,
-        init: Tensor | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        memory_budget: int | None = None,
-    ) -> AttackResult:
-        """Attack images; takes and raises what `Attack.run` does, but for targets and a surrogate.
-
-        memory_budget does nothing, because no graph is kept.
-        """
-        for name, given in (("targets", targets), ("surrogate", surrogate)):
-            if given is not None:
-                raise ValueError(f"Square takes no {name}; PGD does")
-        ids = check_inputs(images, labels, sample_ids)
-        check_init(init, images)
-        units.check_radius(self.eps, self.norm, images[:1].numel())
+    def _search(self, task: Task) -> AttackResult:
+        """`run`, of checked arguments; no graph is kept, so memory_budget does nothing."""
         loss = LOSSES[self.loss]
-        objective = Objective(
-            defended, labels, ids, loss, "exact", self.eot, self.through_vote, memory_budget
-        )
-        ball = Ball(images, self.norm, self.eps)
-        squares = _Squares(self, ball, ids)
-        if len(images):
-            found, at_best = self._climb(objective, squares, init, progress)
+        options = (self.eot, self.through_vote, task.memory_budget)
+        objective = Objective(task.defended, task.labels, task.ids, loss, "exact", *options)
+        ball = Ball(task.images, self.norm, self.eps)
+        squares = _Squares(self, ball, task.ids)
+        if len(task.images):
+            found, at_best = self._climb(objective, squares, task.init, task.progress)
         else:
-            found, at_best = images.clone(), Evaluation(*[images.new_zeros(0)] * 3)
+            found, at_best = task.images.clone(), Evaluation(*[task.images.new_zeros(0)] * 3)
         ball.check(found)
         return AttackResult(
             found,
