@@ -21,6 +21,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import getattr_static
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class Foreign:
         found = list(reachable(model, _is_purifier))
         # A PurifiedClassifier and its purifier too: a model may call the two parts by themselves.
         self.defences = [t for t in found if isinstance(t, PurifiedClassifier | Purifier)]
-        self.hooks = [t for t in found if callable(getattr(t, "set_draw", None))]
+        # Statically: an attribute that is made when it is asked for may import, or raise, anything.
+        self.hooks = [t for t in found if callable(getattr_static(t, "set_draw", None))]
         self.modules = [thing for thing in found if isinstance(thing, nn.Module)]
         self.variants: dict[Defence, Any] = {d: _like(d) for d in self.defences}
         self.stride = 1

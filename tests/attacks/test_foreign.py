@@ -309,3 +309,18 @@ def test_a_defence_left_alone_is_not_driven_after_an_error(images: Tensor) -> No
         ATTACK(broken, images, LABELS)
     assert defended.driver is None
     assert isinstance(defended, PurifiedClassifier)
+
+
+def test_attributes_that_are_made_when_they_are_asked_for_are_not_asked_for() -> None:
+    class Lazy:  # as `six.moves` has: an attribute imports a module that is not there
+        def __getattr__(self, name: str) -> object:
+            raise ImportError(f"{name} was asked for")
+
+    lazy, images = Lazy(), torch.rand(2, 3, 4, 4)
+
+    def model(u: Tensor) -> Tensor:
+        assert lazy is not None
+        return u.flatten(1)[:, :3]
+
+    found = PGD(eps=0.1, steps=1, eot=1).run(model, images, torch.zeros(2, dtype=torch.int64))
+    assert found.images.shape == images.shape
