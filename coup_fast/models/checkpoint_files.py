@@ -11,7 +11,7 @@ import argparse
 import re
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from coup_fast.files import FileError, reading
+from coup_fast.models.state import State, as_state, describe, unwrapped
 
 _CHECKPOINT = "a checkpoint of tensors and plain containers (torch.load with weights_only=True)"
 _HEAD = 512  # bytes looked at; a tar archive names itself at byte 257
@@ -82,6 +83,43 @@ def read_state(path: str | Path) -> Any:
             ) from error
         _check_plain(found, path)
     return found
+
+
+def read_trained(
+    path: str | Path, ema: bool | None, expected: Collection[str], buffers: Collection[str] = ()
+) -> State:
+    """The weights in a list [state dict, optimizer, epoch, step, EMA parameters], or a bare dict.
+
+    Song's and ermongroup's code write such lists. ema: None takes the EMA where there is one.
+    expected: as for `unwrapped`. buffers: names that the EMA lacks, taken from the state dict.
+
+    Raises FileNotFoundError, and ValueError for anything else or for an EMA that is not there.
+    """
+    found = read_state(path)
+    if isinstance(found, Mapping):
+        if ema:
+            raise ValueError(
+                f"{path} holds no EMA parameters: it is {describe(found)}, not a list with them as "
+                "its fifth entry. A bare state dict may be the EMA itself: leave ema out"
+            )
+        return unwrapped(as_state(found, str(path)), expected)
+    if not isinstance(found, list) or len(found) not in (4, 5):
+        raise ValueError(
+            f"{path} should be a state dict, or a list of a state dict, an optimizer, an epoch, a "
+            f"step and EMA parameters; it is {describe(found)}"
+        )
+    state = unwrapped(as_state(found[0], f"{path}, entry 0"), expected)
+    if ema is False or (ema is None and len(found) == 4):
+        return state
+    if len(found) == 4:
+        raise ValueError(f"{path} holds no EMA parameters: it is {describe(found)}")
+    average = unwrapped(as_state(found[4], f"{path}, entry 4"), expected)
+    unmatched = sorted(set(state) ^ set(average) ^ set(buffers))
+    if unmatched:
+        raise ValueError(
+            f"{path}: EMA parameters and state dict do not match in {', '.join(unmatched[:5])}"
+        )
+    return {**state, **average}
 
 
 def _check_kind(path: Path, expected: str) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coup_fast.models.checkpoint_files import read_state
+from coup_fast.models.checkpoint_files import read_trained
 from coup_fast.models.ddpm_net import DDPMConfig, DDPMUNet
-from coup_fast.models.state import State, as_state, build_with, describe, unwrapped
+from coup_fast.models.state import build_with
 from coup_fast.schedules import DiscreteSchedule
 from coup_fast.score_model import ScoreModel
 
@@ -54,40 +54,11 @@ def load_ddpm(
     schedule = DiscreteSchedule() if schedule is None else schedule
     if not isinstance(schedule, DiscreteSchedule):
         raise TypeError(f"schedule must be a DiscreteSchedule, got {type(schedule).__name__}")
-    state = _state(path, ema)
+    state = read_trained(path, ema, _NAMED)
     config = _config(state, str(path))
     network = build_with(lambda: DDPMUNet(config), state, str(path), torch.float32)
     model = ScoreModel(network, "eps", schedule, time_scale=float(schedule.num_steps))
     return model.eval().to(device)
-
-
-def _state(path: str | Path, ema: bool | None) -> State:
-    """The state dict of a file, or its EMA."""
-    found = read_state(path)
-    if isinstance(found, Mapping):
-        if ema:
-            raise ValueError(
-                f"{path} is a bare state dict, whose parameters may be the EMA; it holds no other: "
-                "leave ema out"
-            )
-        return unwrapped(as_state(found, str(path)), _NAMED)
-    if not isinstance(found, list) or len(found) not in (4, 5):
-        raise ValueError(
-            f"{path} should be a state dict, or a list of a state dict, an optimizer, an epoch, a "
-            f"step and EMA parameters; it is {describe(found)}"
-        )
-    state = unwrapped(as_state(found[0], f"{path}, entry 0"), _NAMED)
-    if ema is False or (ema is None and len(found) == 4):
-        return state
-    if len(found) == 4:
-        raise ValueError(f"{path} holds no EMA parameters: it is {describe(found)}")
-    shadow = unwrapped(as_state(found[4], f"{path}, entry 4"), _NAMED)
-    unmatched = sorted(set(state) ^ set(shadow))
-    if unmatched:
-        raise ValueError(
-            f"{path}: EMA parameters and state dict do not match in {', '.join(unmatched[:5])}"
-        )
-    return shadow
 
 
 def _config(state: Mapping[str, Tensor], what: str) -> DDPMConfig:

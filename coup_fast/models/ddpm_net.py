@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coup_fast.models.guided_diffusion_net import Upsample
+
 
 @dataclass(frozen=True)
 class DDPMConfig:
@@ -109,18 +111,6 @@ class Downsample(nn.Module):
         if self.conv is None:
             return F.avg_pool2d(x, 2)
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return out
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, followed by a 3x3 convolution if `learned`."""
-
-    def __init__(self, channels: int, learned: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if learned else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 
 

@@ -5,7 +5,6 @@ Song & Ermon 2020 (ermongroup/ncsnv2), as used by Yoon, Hwang, Lee 2021 (ADP).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from coup_fast import checks
 from coup_fast.models.at_vp_times import AtVPTimes
-from coup_fast.models.checkpoint_files import read_state
+from coup_fast.models.checkpoint_files import read_trained
 from coup_fast.models.ncsnv2_net import ACTIVATIONS, NCSNv2
-from coup_fast.models.state import State, as_state, build_with, describe, unwrapped
+from coup_fast.models.state import State, build_with
 from coup_fast.schedules import VPSchedule
 from coup_fast.score_model import ScoreModel
 
@@ -72,7 +71,7 @@ def load_ncsnv2(
     """
     checks.choice("kind", kind, ("ncsn", "eps"))
     checks.choice("activation", activation, ACTIVATIONS)
-    state = _state(path, ema)
+    state = read_trained(path, ema, _NEEDED, buffers=["sigmas"])
     layout = _layout(state, str(path))
     network = build_with(
         lambda: NCSNv2(
@@ -92,35 +91,6 @@ def load_ncsnv2(
     schedule = VPSchedule()
     model = ScoreModel(AtVPTimes(NoiseOfPixels(network), schedule), "eps", schedule, time_scale=1.0)
     return model.eval().to(device)
-
-
-def _state(path: str | Path, ema: bool) -> State:
-    """The state dict of a file, its parameters replaced by the EMA's if asked."""
-    found = read_state(path)
-    if isinstance(found, Mapping):
-        if ema:
-            raise ValueError(
-                f"{path} holds no EMA parameters: it is {describe(found)}, not a list with them as "
-                "its fifth entry"
-            )
-        return unwrapped(as_state(found, str(path)), _NEEDED)
-    if not isinstance(found, list) or len(found) not in (4, 5):
-        raise ValueError(
-            f"{path} should be a state dict, or a list of a state dict, an optimizer, an epoch, a "
-            f"step and EMA parameters; it is {describe(found)}"
-        )
-    state = unwrapped(as_state(found[0], f"{path}, entry 0"), _NEEDED)
-    if not ema:
-        return state
-    if len(found) == 4:
-        raise ValueError(f"{path} holds no EMA parameters: it is {describe(found)}")
-    shadow = unwrapped(as_state(found[4], f"{path}, entry 4"), _NEEDED)
-    unmatched = set(state) ^ set(shadow) ^ {"sigmas"}
-    if unmatched:
-        raise ValueError(
-            f"{path}: EMA parameters and state dict do not match in {', '.join(sorted(unmatched))}"
-        )
-    return state | shadow
 
 
 def _layout(state: State, what: str) -> str:
