@@ -69,6 +69,25 @@ class Job:
                 for i, result in zip(rows, clean.cpu(), strict=True):
                     yield self.fit.from_network(result[None], shapes[i])[0]
 
+    def choose_fast(self, pixels: Tensor, count: int) -> None:
+        """Take the fastest setting for `count` pictures, measured on [n, c, h, w] in [0, 1]."""
+        from coup_fast.benchmarking.fast_setting import fast_setting
+
+        batch = self.fit.to_network(pixels).to(self.device)
+        with common.plain_errors():
+            found = fast_setting(self.purifier, batch, num_images=count)
+        common.say(str(found))
+        self.purifier = found.purifier
+        self.settings["fast"] = found.options
+
+    def be_as_fast(self, begun: dict[str, Any]) -> None:
+        """Take the setting that a run of these settings chose when it began."""
+        options = begun.get("fast")
+        if isinstance(options, dict):
+            with common.plain_errors():
+                self.purifier = self.purifier.with_options(**options)
+            self.settings["fast"] = options
+
     def check_memory(self, count: int, height: int = 1, width: int = 1) -> None:
         """Refuse a batch of pictures that does not fit into memory even before the network."""
         height, width = self.fit.height or height, self.fit.width or width

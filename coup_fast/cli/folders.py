@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from coup_fast.cli.common import CommandError, say
+from coup_fast.cli.common import CommandError, check_folder, say
 from coup_fast.files import IMAGE_SUFFIXES, FileError, append_text, reading, whole_file, write_text
 
 RECORD = "coup-fast-purify.jsonl"
@@ -157,3 +157,12 @@ class Record:
         with whole_file(path) as file:
             file.write(content)
             append_text(self.path, json.dumps({"picture": name, "sha256": digest}) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that results go to. Raises CommandError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{folder} cannot be made: {error.strerror}") from None
+    check_folder(folder)

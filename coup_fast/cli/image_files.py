@@ -6,7 +6,7 @@ An `ImageFile` is one picture, an `ArrayFile` one batch of them.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -200,3 +200,9 @@ def read_array(path: Path, fit: Fit, layout: Layout, key: str | None) -> ArrayFi
         pixels = pixels.permute(0, 3, 1, 2)
     say(f"{name}: {array.dtype} {list(array.shape)}, read as {chosen.upper()}")
     return ArrayFile(pixels.contiguous(), chosen, array.dtype, key, others)
+
+
+def warn_of_loss(targets: Sequence[Path]) -> None:
+    """Say that JPEG files differ from the pixels, if there are some among the targets."""
+    if any(target.suffix.lower() in (".jpg", ".jpeg") for target in targets):
+        say("JPEG is lossy: the files differ a little from the purified pixels")

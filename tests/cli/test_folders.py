@@ -11,8 +11,7 @@ from helpers.commands import digits, fails
 from PIL import Image
 from torch import Tensor
 
-from coup_fast.cli import main
-from coup_fast.cli import purify as purify_module
+from coup_fast.cli import folder_run, main
 from coup_fast.cli.folders import RECORD
 from coup_fast.cli.image_files import ImageFile
 from coup_fast.files import lock
@@ -251,7 +250,7 @@ def test_a_folder_is_read_batch_by_batch(
     for name in ("c.png", "d.png", "e.png"):
         picture(source / name)
     events: list[str] = []
-    read, write = purify_module.read_image, ImageFile.write
+    read, write = folder_run.read_image, ImageFile.write
 
     def reading(path: Path, target: Path, alpha: str | None, *, quiet: bool = False) -> ImageFile:
         events.append(f"{'read' if quiet else 'look'} {path.stem}")
@@ -261,7 +260,7 @@ def test_a_folder_is_read_batch_by_batch(
         events.append(f"write {image.source.stem}")
         return write(image, purified)
 
-    monkeypatch.setattr(purify_module, "read_image", reading)
+    monkeypatch.setattr(folder_run, "read_image", reading)
     monkeypatch.setattr(ImageFile, "write", writing)
     assert purify(source, tmp_path / "out", "--batch-size", "2") == 0
     assert events[:5] == [f"look {stem}" for stem in "abcde"]

@@ -86,7 +86,9 @@ def test_two_processes_share_a_folder_and_a_killed_launch_resumes(
     script.write_text(DYING)
     died = launch("purify", source, killed, *QUICK, "--recursive", script=script)
     assert died.returncode != 0
-    there = results(killed)
+    # Hidden are the lock of the killed process and files that it had not finished.
+    found = results(killed)
+    there = {name: found[name] for name in found if not Path(name).name.startswith(".")}
     assert 0 < len(there) < 7
     resumed = launch("purify", source, killed, *QUICK, "--recursive", "--resume")
     assert resumed.returncode == 0, resumed.stderr
