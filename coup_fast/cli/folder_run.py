@@ -156,7 +156,7 @@ def _purify(
     shapes: Sequence[tuple[int, ...]],
     parts: Sequence[range],
 ) -> tuple[int, int]:
-    """Purify and write the pictures of these batches; returns the numbers of pictures and of clipped values."""
+    """Purify and write the pictures of these batches; returns as `run_folder`."""
     from coup_fast.integrations.pictures import picture_id
 
     pending: list[ImageFile] = []  # of the present batch
