@@ -87,6 +87,8 @@ def public_objects(pkg: griffe.Module) -> Iterator[tuple[str, griffe.Object | gr
             and (member.is_function or member.is_class)
         ]
         for name in map(str, own if module.exports is None else module.exports):
+            if path == "coup_fast.plan" and name.isupper():
+                continue  # columns, which are numbers: the page of the module says what they are
             found = module[name]
             if found.is_module:  # `methods.gdmp` is the function that the module of its name holds
                 found = found.members.get(name, found)

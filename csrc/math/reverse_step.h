@@ -1,5 +1,5 @@
 // The one step that every purification method is a sequence of, and its gradient (docs of the
-// coefficient table: coup_fast/plan.py).
+// coefficient table: coup_fast/plan/columns.py).
 //
 //   x0  = clamp(p x + q m, x0_lo, x0_hi)
 //   sum = u x0 + v x + w m + c_i G + e r + d z

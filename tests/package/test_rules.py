@@ -78,7 +78,7 @@ def runtime_imports(path: Path) -> Iterator[str]:
             pending.extend(ast.iter_child_nodes(node))
 
 
-CORE_FOLDERS = ("methods", "run", "_torch")
+CORE_FOLDERS = ("plan", "methods", "run", "_torch")
 CORE = [
     path
     for pattern in ("*.py", *(f"{folder}/*.py" for folder in CORE_FOLDERS))
@@ -104,6 +104,7 @@ def test_the_core_imports_only_torch_numpy_and_itself(path: Path) -> None:
     [
         ("files", ("checks", "methods", "noise", "ops", "plan", "purifier", "run", "score_model")),
         ("_torch", ("checks", "methods", "noise", "ops", "plan", "purifier", "run", "score_model")),
+        ("plan", ("methods", "purifier", "run")),
         ("methods", ("purifier", "run")),
         ("run", ("methods", "purified_classifier", "purifier")),
     ],

@@ -1,0 +1,90 @@
+"""Plans: what a method is, as rows of coefficients. All algebra is float64 NumPy.
+
+A method builds a `Plan`; the purifier rounds its rows to float32 once, moves them to the device and
+runs them. Column numbers in `columns` and in csrc/params are the same table. `rows` is how a method
+writes rows, `plans` what they make together, and `text` how a plan is shown.
+"""
+
+from __future__ import annotations
+
+from .columns import (
+    ADAPTIVE_COLUMNS,
+    G_MAX,
+    LOG_VAR_HI,
+    LOG_VAR_LO,
+    NUM_COLUMNS,
+    OUT_BIAS,
+    OUT_HI,
+    OUT_LO,
+    OUT_SCALE,
+    ROW_COLUMNS,
+    START_COLUMNS,
+    X0_HI,
+    X0_LO,
+    X_VAR,
+    Z_VAR,
+    C,
+    D,
+    E,
+    P,
+    Q,
+    U,
+    V,
+    W,
+    blank_row,
+)
+from .plans import AdaptivePlan, AnyPlan, Plan
+from .rows import (
+    DIFFUSION_KINDS,
+    Prediction,
+    Rows,
+    ddim,
+    diffusion_row,
+    joined,
+    make_plan,
+    named,
+    network_row,
+    posterior,
+    start_row,
+)
+
+__all__ = [
+    "ADAPTIVE_COLUMNS",
+    "DIFFUSION_KINDS",
+    "G_MAX",
+    "LOG_VAR_HI",
+    "LOG_VAR_LO",
+    "NUM_COLUMNS",
+    "OUT_BIAS",
+    "OUT_HI",
+    "OUT_LO",
+    "OUT_SCALE",
+    "ROW_COLUMNS",
+    "START_COLUMNS",
+    "X0_HI",
+    "X0_LO",
+    "X_VAR",
+    "Z_VAR",
+    "AdaptivePlan",
+    "AnyPlan",
+    "C",
+    "D",
+    "E",
+    "P",
+    "Plan",
+    "Prediction",
+    "Q",
+    "Rows",
+    "U",
+    "V",
+    "W",
+    "blank_row",
+    "ddim",
+    "diffusion_row",
+    "joined",
+    "make_plan",
+    "named",
+    "network_row",
+    "posterior",
+    "start_row",
+]
