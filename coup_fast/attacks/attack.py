@@ -31,6 +31,7 @@ from torch import Tensor
 from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.ball import Ball
+from coup_fast.attacks.draw_weights import EmWeights
 from coup_fast.attacks.losses import LOSSES, TARGETED
 from coup_fast.attacks.objective import (
     GRADIENTS,
@@ -39,7 +40,14 @@ from coup_fast.attacks.objective import (
     Evaluation,
     Objective,
 )
-from coup_fast.attacks.options import AttackGradient, AttackOptions, Keep, LossName, NoiseName
+from coup_fast.attacks.options import (
+    AttackGradient,
+    AttackOptions,
+    DrawWeighting,
+    Keep,
+    LossName,
+    NoiseName,
+)
 from coup_fast.attacks.result import AttackResult, Progress
 from coup_fast.attacks.search import Search
 from coup_fast.run import validation
@@ -52,6 +60,7 @@ MAX_COUNT = 2**20 - 1
 _FLAGS = ("through_vote", "random_start", "targeted", "normalise_draws", "stop_when_fooled")
 NOISES = get_args(NoiseName)
 KEEPS = get_args(Keep)
+DRAW_WEIGHTS = get_args(DrawWeighting)
 _ALWAYS_SAID = ("norm", "eps", "steps", "eot", "gradient", "step_size", "version")
 _LENGTHS = ("eps", "step_size", "final_step_size")
 
@@ -137,6 +146,11 @@ class Attack(ABC):
         normalise_draws: whether each draw's gradient is divided by its ℓ2 norm before the mean.
             Otherwise the few draws that are near the boundary decide, since the gradients of the
             others are tiny.
+        draw_weights: "uniform", or "em" for DiffHammer's selection of the draws that share a
+            weakness (`coup_fast.attacks.draw_weights`), which needs eot >= 2.
+        gradient_averaging: α in [0, 1]. Iterate number t of a restart follows t^-α of its own
+            gradient and 1 - t^-α of what the iterate before followed (stepwise EM; DiffHammer
+            takes 0.5). 0 leaves each iterate its own.
         stop_when_fooled: whether an image takes no further iterate, and no restart, once all `eot`
             draws of one iterate are misclassified. It saves time and can raise the numbers that
             count draws (average, final iterate, majority). It raises "worst of k" only by an image
@@ -162,6 +176,8 @@ class Attack(ABC):
     seed: int = 0
     targeted: bool = False
     normalise_draws: bool = False
+    draw_weights: DrawWeighting = "uniform"
+    gradient_averaging: float = 0.0
     stop_when_fooled: bool = False
 
     _decided: ClassVar[tuple[str, ...]] = ()  # options that a subclass decides
@@ -173,6 +189,7 @@ class Attack(ABC):
         checks.choice("gradient", self.gradient, GRADIENTS)
         checks.choice("noise", self.noise, NOISES)
         checks.choice("keep", self.keep, KEEPS)
+        checks.choice("draw_weights", self.draw_weights, DRAW_WEIGHTS)
         for name in _FLAGS:
             checks.flag(name, getattr(self, name))
         object.__setattr__(self, "eps", units.length("eps", self.eps, self.norm))
@@ -184,6 +201,10 @@ class Attack(ABC):
         ):
             value = checks.integer(name, getattr(self, name), low, high)
             object.__setattr__(self, name, value)  # for JSON, which knows no NumPy
+        averaging = checks.number("gradient_averaging", self.gradient_averaging, 0, 1)
+        object.__setattr__(self, "gradient_averaging", averaging)
+        if self.draw_weights == "em" and self.eot == 1:
+            raise ValueError("draw_weights='em' selects among the draws of a gradient, got eot=1")
         own = {f.name: f.default for f in fields(self)}
         for name in self._decided:
             if getattr(self, name) != own[name]:
@@ -212,7 +233,9 @@ class Attack(ABC):
     @property
     def _how(self) -> str:
         """The gradient, in words: "unit-norm exact"."""
-        return f"unit-norm {self.gradient}" if self.normalise_draws else self.gradient
+        unit = "unit-norm " if self.normalise_draws else ""
+        selected = "EM-weighted " if self.draw_weights == "em" else ""
+        return f"{selected}{unit}{self.gradient}"
 
     @property
     def _stops(self) -> str:
@@ -300,7 +323,8 @@ class Attack(ABC):
         def objective(model: Defended, gradient: AttackGradient) -> Objective:
             loss = (TARGETED if self.targeted else LOSSES)[self.loss]
             options = (self.eot, self.through_vote, task.memory_budget, self.normalise_draws)
-            return Objective(model, task.labels, task.ids, loss, gradient, *options)
+            weights = EmWeights(self.norm, self.eps) if self.draw_weights == "em" else None
+            return Objective(model, task.labels, task.ids, loss, gradient, *options, weights)
 
         differentiated = objective(
             task.defended if task.surrogate is None else task.surrogate, self.gradient

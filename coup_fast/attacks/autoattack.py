@@ -34,7 +34,8 @@ VERSIONS = get_args(Version)
 # Options of other attacks that AutoAttack decides by itself.
 _DECIDED = (
     *("loss", "through_vote", "random_start", "restarts", "keep", "targeted"),
-    *("normalise_draws", "stop_when_fooled"),
+    *("normalise_draws", "draw_weights", "gradient_averaging"),
+    "stop_when_fooled",
 )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import recordable
-from coup_fast.attacks.ball import unit_norm
+from coup_fast.attacks.draw_weights import DrawWeights, MeanGradient
 from coup_fast.attacks.foreign import Foreign, image_gradient
 from coup_fast.attacks.peak_memory import peak_bytes
 from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
@@ -100,6 +100,7 @@ class EotGradient:
         scores: [draws, B, K].
         micro_batch: how many runs went at a time.
         memory: the model that chose it, or None.
+        weights: float64 [draws, B], what `draw_weights` gave; None for equal weights.
     """
 
     gradient: Tensor
@@ -107,6 +108,7 @@ class EotGradient:
     scores: Tensor
     micro_batch: int
     memory: MemoryModel | None
+    weights: Tensor | None = None
 
 
 def eot_gradient(
@@ -121,6 +123,7 @@ def eot_gradient(
     memory_budget: int | None = None,
     micro_batch: int | None = None,
     normalise_draws: bool = False,
+    draw_weights: DrawWeights | None = None,
 ) -> EotGradient:
     """The gradient of mean over draws of loss(scores, labels) with respect to each image.
 
@@ -146,6 +149,10 @@ def eot_gradient(
             draw.
         normalise_draws: divide each draw's gradient by its ℓ2 norm before the mean, so that draws
             of which the defence is sure, whose gradients are tiny, count as much as the others.
+        draw_weights: what each draw's gradient counts in the mean, from the losses and gradients
+            of all draws: a function (losses [draws, B], gradients [draws, B, C, H, W]) ->
+            [draws, B] whose result has the sum 1 over draws. It keeps the gradients of all draws,
+            beside memory_budget. The default is equal weights.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
     of the draws in float32 (float64 for float64 images), whatever the micro-batch is.
@@ -162,13 +169,14 @@ def eot_gradient(
     validation.check_labels(labels, images)
     with torch.inference_mode(False):
         images, labels, ids = map(recordable, (images, labels, ids))
+        mean = MeanGradient(images, draws, draw_weights, normalise_draws)
         if isinstance(defended, PurifiedClassifier):
             return _gradient(
                 *(defended, images, ids, labels, loss, draws, draw),
-                *(memory_budget, micro_batch, normalise_draws),
+                *(memory_budget, micro_batch, mean),
             )
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
-        return _foreign_gradient(foreign, images, labels, loss, draws, draw, normalise_draws)
+        return _foreign_gradient(foreign, images, labels, loss, draws, draw, mean)
 
 
 def _gradient(
@@ -181,7 +189,7 @@ def _gradient(
     draw: int,
     memory_budget: int | None,
     micro_batch: int | None,
-    normalise_draws: bool,
+    mean: MeanGradient,
 ) -> EotGradient:
     """The same of a defence of ours, in micro-batches."""
     if model.purifier.gradient == "none":
@@ -198,7 +206,6 @@ def _gradient(
             worker = model.with_purifier(model.purifier.with_options(graph_memory=left))
     micro_batch = micro_batch or 1
 
-    total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
     losses, scores = [], []
     first = model.take_draws(draw, draws * model.num_draws)
     for start in range(0, runs, micro_batch):
@@ -208,27 +215,17 @@ def _gradient(
         gradient, values, rows = _micro_batch(
             worker, images[which], ids[which], labels[which], first_draw, loss
         )
-        gradient = unit_norm(gradient) if normalise_draws else gradient
+        mean.add(start, gradient)
         losses.append(values)
         scores.append(rows)
-        del values, rows  # so that the next micro-batch has their memory
-        position = 0
-        while position < len(run):  # one draw of consecutive images after the other
-            image = (start + position) % len(images)
-            count = min(len(images) - image, len(run) - position)
-            total[image : image + count] += gradient[position : position + count]
-            position += count
-        del gradient
+        del gradient, values, rows  # so that the next micro-batch has their memory
     if not losses:
-        empty = total.new_zeros(draws, 0)
+        empty = mean.total.new_zeros(draws, 0)
         return EotGradient(images.clone(), empty, empty[..., None], micro_batch, memory)
-    return EotGradient(
-        (total / draws).to(images.dtype),
-        torch.cat(losses).reshape(draws, len(images)),
-        torch.cat(scores).reshape(draws, len(images), -1),
-        micro_batch,
-        memory,
-    )
+    all_losses = torch.cat(losses).reshape(draws, len(images))
+    all_scores = torch.cat(scores).reshape(draws, len(images), -1)
+    gradient, weights = mean.result(all_losses)
+    return EotGradient(gradient, all_losses, all_scores, micro_batch, memory, weights)
 
 
 def _foreign_gradient(
@@ -238,20 +235,20 @@ def _foreign_gradient(
     loss: Loss,
     draws: int,
     draw: int,
-    normalise_draws: bool,
+    mean: MeanGradient,
 ) -> EotGradient:
     """The same of a model that is not ours, one draw after the other."""
     checks.integer("draw", draw, 0)
-    total = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
     losses, scores = [], []
     for repetition in range(draws):
         first = draw + repetition * model.stride
         gradient, values, rows = model.gradient(images, labels, loss, first)
-        total += unit_norm(gradient) if normalise_draws else gradient
+        mean.add(repetition * len(images), gradient)
         losses.append(values)
         scores.append(rows)
-    mean = (total / draws).to(images.dtype)
-    return EotGradient(mean, torch.stack(losses), torch.stack(scores), len(images), None)
+    all_losses = torch.stack(losses)
+    gradient, weights = mean.result(all_losses)
+    return EotGradient(gradient, all_losses, torch.stack(scores), len(images), None, weights)
 
 
 def _micro_batch(

@@ -17,6 +17,7 @@ from coup_fast._torch.calls import logits_of
 from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
+from coup_fast.attacks.draw_weights import DrawWeights
 from coup_fast.attacks.eot import default_budget, eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign
 from coup_fast.attacks.losses import Loss
@@ -69,7 +70,7 @@ class Objective:
         labels, sample_ids: int64 [B].
         through_vote: the loss is taken of the combined vote over `num_draws`; False: of each draw.
         draws: repetitions over which the loss is averaged, after `settle` those that it takes.
-        normalise_draws: as for `eot_gradient`.
+        normalise_draws, draw_weights: as for `eot_gradient`.
 
     Raises ValueError for a gradient that this model cannot be asked for.
     """
@@ -85,8 +86,9 @@ class Objective:
         through_vote: bool,
         memory_budget: int | None,
         normalise_draws: bool = False,
+        draw_weights: DrawWeights | None = None,
     ) -> None:
-        self.normalise_draws = normalise_draws
+        self.normalise_draws, self.draw_weights = normalise_draws, draw_weights
         self.labels, self.sample_ids, self.loss = labels, sample_ids, loss
         self.targeted = False
         self.memory_budget = memory_budget
@@ -186,6 +188,7 @@ class Objective:
                 draw=draw,
                 memory_budget=self.memory_budget,
                 normalise_draws=self.normalise_draws,
+                draw_weights=self.draw_weights,
             )
         gradient = found.gradient
         evaluation = self._evaluation(found.losses.detach(), found.scores.detach(), gradient)

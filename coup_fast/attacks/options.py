@@ -9,6 +9,7 @@ LossName = Literal["ce", "dlr", "margin"]
 AttackGradient = Literal["exact", "autograd", "stopped", "unguided", "bpda", "classifier"]
 NoiseName = Literal["fresh", "fixed"]
 Keep = Literal["last", "best"]
+DrawWeighting = Literal["uniform", "em"]
 StepSchedule = Literal["constant", "cosine"]
 Version = Literal["rand", "standard"]
 
@@ -36,6 +37,8 @@ class AttackOptions(TypedDict, total=False):
     seed: int
     targeted: bool
     normalise_draws: bool
+    draw_weights: DrawWeighting
+    gradient_averaging: float
     stop_when_fooled: bool
     step_size: float | str
     step_schedule: StepSchedule

@@ -14,6 +14,7 @@
 | bpda | BPDA + EOT, 50 steps of 2/255, 15 draws; weak | Hill et al., ICLR 2021 (c) |
 | classifier | PGD-40 on the bare classifier; weak | |
 | adaptive-guided | the worst of three gradients on each image, EOT 4 | ours |
+| diffhammer | APGD-50 on the draws that share a weakness, EOT 10 | Wang et al., NeurIPS 2024 (f) |
 | square | Square by mean margins, 1000 queries, EOT 4 | Andriushchenko et al., ECCV 2020 (e) |
 
 Where released code differs: (a) It starts at the image, `random_start=False`; its ℓ2 attack takes
@@ -22,6 +23,10 @@ calls an image broken by its last draw alone. (c) Its loss is that of the mean l
 draws: `eot=1` on a `PurifiedClassifier(num_draws=15)`; it stops at the first success. (d) It aims
 at the nine best wrong classes of its first forward, here at all nine of ten classes.
 (e) It is for deterministic classifiers, stops at the first success, and takes 5000 queries.
+(f) It takes the margin, CE and DLR in three restarts, here the margin. It restarts only images that
+under half of the draws misclassify. It has one backward pass, of the weighted gradients at the
+purified images through one of the draws; here each draw has its own, which its ablation found
+stronger.
 """
 
 from __future__ import annotations
@@ -55,6 +60,9 @@ PRESETS: dict[str, Attack] = {
     "bpda": PGD(gradient="bpda", steps=50, step_size=2 / 255, eot=15),
     "classifier": PGD(gradient="classifier", steps=40, step_size=2 / 255, eot=1),
     "adaptive-guided": AdaptiveGuided(),
+    "diffhammer": APGD(
+        steps=50, restarts=3, eot=10, loss="margin", draw_weights="em", gradient_averaging=0.5
+    ),
     "square": Square(),
 }
 """The attack of each name; the module's table says what they are and where they come from."""

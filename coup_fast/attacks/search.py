@@ -9,6 +9,7 @@ judge's draws are always fresh ones to it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,7 +122,8 @@ class Search:
             self._aim(other_classes(self.labels, ids, number, self.classes))
         x = self.start(number)
         rule = attack.rule(ball)
-        for _ in range(attack.steps):
+        followed = torch.zeros_like(x)  # by the iterate before
+        for step in range(1, attack.steps + 1):
             at_x = self._gradient(x)
             judged = at_x
             if self.judge is not self.objective and (
@@ -135,7 +137,10 @@ class Search:
                 self._stop(x, judged)
                 if not bool(self.live.any()):
                     return
-            x = torch.where(_rows(self.live), ball.project(rule(x, at_x)), x)
+            own = step**-attack.gradient_averaging
+            followed = at_x.gradient if own == 1 else own * at_x.gradient + (1 - own) * followed
+            ahead = ball.project(rule(x, replace(at_x, gradient=followed)))
+            x = torch.where(_rows(self.live), ahead, x)
         if not self.compares:
             self._keep(self.live, x, at_x)
             return

@@ -35,7 +35,10 @@ from coup_fast.noise import sample_keys, uniform, words
 
 # After these shares of the queries the area of a square is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000
-_DECIDED = ("gradient", "random_start", "restarts", "keep", "targeted", "normalise_draws")
+_DECIDED = (
+    *("gradient", "random_start", "restarts", "keep", "targeted", "normalise_draws"),
+    *("draw_weights", "gradient_averaging"),
+)
 
 
 @dataclass(frozen=True, repr=False)

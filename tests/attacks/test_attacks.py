@@ -124,8 +124,16 @@ ATTACKS = [
 ]
 
 
+SELECTIVE = PGD(eps=0.1, steps=3, step_size=0.04, eot=3, draw_weights="em", loss="margin")
+
+
 @pytest.mark.parametrize(
-    "attack", [*ATTACKS[:3], ATTACKS[-1]], ids=lambda a: f"{a.name} {a.norm} {a.keep}"
+    "attack",
+    [
+        *(*ATTACKS[:3], ATTACKS[-1]),
+        SELECTIVE.replace(gradient_averaging=0.5),
+    ],
+    ids=lambda a: f"{a.name} {a.norm} {a.keep}",
 )
 def test_results_do_not_depend_on_batch_or_order(attack: PGD | APGD, images: Tensor) -> None:
     model = tiny.defended("diffpure" if attack.norm == "l2" else "coup", per_sample=True)
