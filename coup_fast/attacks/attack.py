@@ -33,6 +33,7 @@ from coup_fast.attacks import units
 from coup_fast.attacks.ball import Ball
 from coup_fast.attacks.draw_weights import EmWeights
 from coup_fast.attacks.losses import LOSSES, TARGETED
+from coup_fast.attacks.low_frequency import LowFrequencyBall
 from coup_fast.attacks.objective import (
     GRADIENTS,
     WEAK_GRADIENTS,
@@ -151,6 +152,9 @@ class Attack(ABC):
         gradient_averaging: α in [0, 1]. Iterate number t of a restart follows t^-α of its own
             gradient and 1 - t^-α of what the iterate before followed (stepwise EM; DiffHammer
             takes 0.5). 0 leaves each iterate its own.
+        low_frequency: the share of the lowest frequencies along height and width that the
+            perturbation consists of, in (0, 1]; see `coup_fast.attacks.low_frequency`. 1 leaves it
+            as it is.
         stop_when_fooled: whether an image takes no further iterate, and no restart, once all `eot`
             draws of one iterate are misclassified. It saves time and can raise the numbers that
             count draws (average, final iterate, majority). It raises "worst of k" only by an image
@@ -178,6 +182,7 @@ class Attack(ABC):
     normalise_draws: bool = False
     draw_weights: DrawWeighting = "uniform"
     gradient_averaging: float = 0.0
+    low_frequency: float = 1.0
     stop_when_fooled: bool = False
 
     _decided: ClassVar[tuple[str, ...]] = ()  # options that a subclass decides
@@ -201,8 +206,9 @@ class Attack(ABC):
         ):
             value = checks.integer(name, getattr(self, name), low, high)
             object.__setattr__(self, name, value)  # for JSON, which knows no NumPy
-        averaging = checks.number("gradient_averaging", self.gradient_averaging, 0, 1)
-        object.__setattr__(self, "gradient_averaging", averaging)
+        for name, above in (("gradient_averaging", False), ("low_frequency", True)):
+            share = checks.number(name, getattr(self, name), 0, 1, above=above)
+            object.__setattr__(self, name, share)
         if self.draw_weights == "em" and self.eot == 1:
             raise ValueError("draw_weights='em' selects among the draws of a gradient, got eot=1")
         own = {f.name: f.default for f in fields(self)}
@@ -245,7 +251,8 @@ class Attack(ABC):
     def kind(self) -> str:
         """The name without what concerns the defence: "PGD-200 ce"."""
         aim = " targeted" if self.targeted else ""
-        return f"{type(self).__name__}-{self.steps} {self.loss}{aim}"
+        smooth = " low-frequency" if self.low_frequency < 1 else ""
+        return f"{type(self).__name__}-{self.steps} {self.loss}{aim}{smooth}"
 
     @property
     def weakness(self) -> str | None:
@@ -332,7 +339,7 @@ class Attack(ABC):
         judge = differentiated
         if task.surrogate is not None or self.gradient == "unguided":
             judge = objective(task.defended, "exact")
-        ball = Ball(task.images, self.norm, self.eps)
+        ball = LowFrequencyBall(task.images, self.norm, self.eps, self.low_frequency)
         start = None if task.init is None else ball.project(task.init)
         search = Search(self, differentiated, judge, ball, start, task.progress, task.skip)
         return search.run(task.targets)

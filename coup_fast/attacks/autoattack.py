@@ -34,7 +34,7 @@ VERSIONS = get_args(Version)
 # Options of other attacks that AutoAttack decides by itself.
 _DECIDED = (
     *("loss", "through_vote", "random_start", "restarts", "keep", "targeted"),
-    *("normalise_draws", "draw_weights", "gradient_averaging"),
+    *("normalise_draws", "draw_weights", "gradient_averaging", "low_frequency"),
     "stop_when_fooled",
 )
 

@@ -39,6 +39,7 @@ class AttackOptions(TypedDict, total=False):
     normalise_draws: bool
     draw_weights: DrawWeighting
     gradient_averaging: float
+    low_frequency: float
     stop_when_fooled: bool
     step_size: float | str
     step_schedule: StepSchedule

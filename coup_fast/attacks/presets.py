@@ -15,6 +15,7 @@
 | classifier | PGD-40 on the bare classifier; weak | |
 | adaptive-guided | the worst of three gradients on each image, EOT 4 | ours |
 | diffhammer | APGD-50 on the draws that share a weakness, EOT 10 | Wang et al., NeurIPS 2024 (f) |
+| pgd-low-frequency | pgd-linf in a quarter of the frequencies along each axis | ours |
 | square | Square by mean margins, 1000 queries, EOT 4 | Andriushchenko et al., ECCV 2020 (e) |
 
 Where released code differs: (a) It starts at the image, `random_start=False`; its ℓ2 attack takes
@@ -63,6 +64,7 @@ PRESETS: dict[str, Attack] = {
     "diffhammer": APGD(
         steps=50, restarts=3, eot=10, loss="margin", draw_weights="em", gradient_averaging=0.5
     ),
+    "pgd-low-frequency": PGD(low_frequency=0.25),
     "square": Square(),
 }
 """The attack of each name; the module's table says what they are and where they come from."""

@@ -132,6 +132,7 @@ SELECTIVE = PGD(eps=0.1, steps=3, step_size=0.04, eot=3, draw_weights="em", loss
     [
         *(*ATTACKS[:3], ATTACKS[-1]),
         SELECTIVE.replace(gradient_averaging=0.5),
+        SELECTIVE.replace(norm="l2", eps=0.5, low_frequency=0.5),
     ],
     ids=lambda a: f"{a.name} {a.norm} {a.keep}",
 )

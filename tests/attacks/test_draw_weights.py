@@ -232,6 +232,6 @@ def test_wrong_values_are_refused(options: dict, error: type, message: str) -> N
 
 @pytest.mark.parametrize("kind", [Square, AutoAttack])
 def test_attacks_that_take_no_gradient_of_ours_decide(kind: type) -> None:
-    for option in ({"draw_weights": "em"}, {"gradient_averaging": 0.5}):
+    for option in ({"draw_weights": "em"}, {"gradient_averaging": 0.5}, {"low_frequency": 0.5}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} is decided by {kind.__name__}"):
             kind(**option)
