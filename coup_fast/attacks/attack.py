@@ -19,6 +19,7 @@ run on a `PurifiedClassifier` as on any model (docs/attacks.md).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -155,6 +156,9 @@ class Attack(ABC):
         low_frequency: the share of the lowest frequencies along height and width that the
             perturbation consists of, in (0, 1]; see `coup_fast.attacks.low_frequency`. 1 leaves it
             as it is.
+        deviation: λ >= 0, what DiffAttack's deviated-reconstruction loss of the purifier's states
+            counts beside `loss` (`coup_fast.attacks.deviation`). It needs a `PurifiedClassifier`
+            and a gradient that goes through its chain. What is reported and compared is `loss`.
         stop_when_fooled: whether an image takes no further iterate, and no restart, once all `eot`
             draws of one iterate are misclassified. It saves time and can raise the numbers that
             count draws (average, final iterate, majority). It raises "worst of k" only by an image
@@ -183,6 +187,7 @@ class Attack(ABC):
     draw_weights: DrawWeighting = "uniform"
     gradient_averaging: float = 0.0
     low_frequency: float = 1.0
+    deviation: float = 0.0
     stop_when_fooled: bool = False
 
     _decided: ClassVar[tuple[str, ...]] = ()  # options that a subclass decides
@@ -209,6 +214,14 @@ class Attack(ABC):
         for name, above in (("gradient_averaging", False), ("low_frequency", True)):
             share = checks.number(name, getattr(self, name), 0, 1, above=above)
             object.__setattr__(self, name, share)
+        object.__setattr__(
+            self, "deviation", checks.number("deviation", self.deviation, 0, math.inf)
+        )
+        if self.deviation and self.gradient in ("bpda", "classifier"):
+            raise ValueError(
+                "deviation is a loss of the chain's states, through which "
+                f"gradient={self.gradient!r} does not go"
+            )
         if self.draw_weights == "em" and self.eot == 1:
             raise ValueError("draw_weights='em' selects among the draws of a gradient, got eot=1")
         own = {f.name: f.default for f in fields(self)}
@@ -252,7 +265,8 @@ class Attack(ABC):
         """The name without what concerns the defence: "PGD-200 ce"."""
         aim = " targeted" if self.targeted else ""
         smooth = " low-frequency" if self.low_frequency < 1 else ""
-        return f"{type(self).__name__}-{self.steps} {self.loss}{aim}{smooth}"
+        deviated = " + deviation" if self.deviation else ""
+        return f"{type(self).__name__}-{self.steps} {self.loss}{deviated}{aim}{smooth}"
 
     @property
     def weakness(self) -> str | None:
@@ -327,18 +341,21 @@ class Attack(ABC):
     def _search(self, task: Task) -> AttackResult:
         """`run`, of checked arguments."""
 
-        def objective(model: Defended, gradient: AttackGradient) -> Objective:
+        def objective(model: Defended, gradient: AttackGradient, deviation: float) -> Objective:
             loss = (TARGETED if self.targeted else LOSSES)[self.loss]
             options = (self.eot, self.through_vote, task.memory_budget, self.normalise_draws)
             weights = EmWeights(self.norm, self.eps) if self.draw_weights == "em" else None
-            return Objective(model, task.labels, task.ids, loss, gradient, *options, weights)
+            options = (*options, weights, deviation)
+            return Objective(model, task.labels, task.ids, loss, gradient, *options)
 
         differentiated = objective(
-            task.defended if task.surrogate is None else task.surrogate, self.gradient
+            task.defended if task.surrogate is None else task.surrogate,
+            self.gradient,
+            self.deviation,
         )
         judge = differentiated
         if task.surrogate is not None or self.gradient == "unguided":
-            judge = objective(task.defended, "exact")
+            judge = objective(task.defended, "exact", 0.0)
         ball = LowFrequencyBall(task.images, self.norm, self.eps, self.low_frequency)
         start = None if task.init is None else ball.project(task.init)
         search = Search(self, differentiated, judge, ball, start, task.progress, task.skip)

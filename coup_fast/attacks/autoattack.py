@@ -35,7 +35,7 @@ VERSIONS = get_args(Version)
 _DECIDED = (
     *("loss", "through_vote", "random_start", "restarts", "keep", "targeted"),
     *("normalise_draws", "draw_weights", "gradient_averaging", "low_frequency"),
-    "stop_when_fooled",
+    *("deviation", "stop_when_fooled"),
 )
 
 

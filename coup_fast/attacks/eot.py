@@ -22,6 +22,7 @@ from torch.nn import functional
 from coup_fast import checks
 from coup_fast._torch.differentiated import differentiated
 from coup_fast._torch.modules import recordable
+from coup_fast.attacks.deviation import DeviatedPurifier
 from coup_fast.attacks.draw_weights import DrawWeights, MeanGradient
 from coup_fast.attacks.foreign import Foreign, image_gradient
 from coup_fast.attacks.peak_memory import peak_bytes
@@ -269,7 +270,10 @@ def _micro_batch(
                 f"loss must return one number per image, [{len(labels)}], got "
                 f'{list(values.shape)} (reduction="none")'
             )
-        gradient = image_gradient(values, leaf, f"the {type(model).__name__}")
+        maximised = values
+        if isinstance(model.purifier, DeviatedPurifier):
+            maximised = values + model.purifier.taken(model.num_draws)
+        gradient = image_gradient(maximised, leaf, f"the {type(model).__name__}")
     return gradient, values.detach(), scores.detach()
 
 

@@ -17,6 +17,7 @@ from coup_fast._torch.calls import logits_of
 from coup_fast._torch.modules import in_dtype_of, name_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks.ball import ordered_sum
+from coup_fast.attacks.deviation import DeviatedPurifier
 from coup_fast.attacks.draw_weights import DrawWeights
 from coup_fast.attacks.eot import default_budget, eot_gradient
 from coup_fast.attacks.foreign import Defence, Foreign
@@ -71,6 +72,7 @@ class Objective:
         through_vote: the loss is taken of the combined vote over `num_draws`; False: of each draw.
         draws: repetitions over which the loss is averaged, after `settle` those that it takes.
         normalise_draws, draw_weights: as for `eot_gradient`.
+        deviation: what the deviation of the purifier's states counts in the gradient.
 
     Raises ValueError for a gradient that this model cannot be asked for.
     """
@@ -87,6 +89,7 @@ class Objective:
         memory_budget: int | None,
         normalise_draws: bool = False,
         draw_weights: DrawWeights | None = None,
+        deviation: float = 0.0,
     ) -> None:
         self.normalise_draws, self.draw_weights = normalise_draws, draw_weights
         self.labels, self.sample_ids, self.loss = labels, sample_ids, loss
@@ -101,9 +104,14 @@ class Objective:
             self.model = (
                 Foreign(defended.classifier, sample_ids)
                 if bare
-                else _variant(defended, gradient, through_vote)
+                else _variant(defended, gradient, through_vote, deviation)
             )
             return
+        if deviation:
+            raise ValueError(
+                "deviation is of the states of a purifier, so it needs a PurifiedClassifier, got "
+                f"{name_of(defended)}"
+            )
         self.model = foreign = Foreign(defended, sample_ids)
         if gradient not in ("exact", "autograd") and not foreign.defences:
             raise ValueError(
@@ -273,13 +281,19 @@ class Objective:
 
 
 def _variant(
-    defended: PurifiedClassifier, gradient: AttackGradient, through_vote: bool
+    defended: PurifiedClassifier,
+    gradient: AttackGradient,
+    through_vote: bool,
+    deviation: float = 0.0,
 ) -> PurifiedClassifier:
     """The defence, differentiated in this way."""
+    purifier = _differentiated(defended.purifier, gradient)
+    if deviation:
+        purifier = DeviatedPurifier.of(purifier, deviation)
     # Votes that are counted have no slope; the mean of their softmax stands in for them.
     vote = "softmax" if defended.vote == "majority" else defended.vote
     return PurifiedClassifier(
-        _differentiated(defended.purifier, gradient),
+        purifier,
         defended.classifier,
         defended.num_draws if through_vote else 1,
         vote,

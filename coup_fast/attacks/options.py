@@ -40,6 +40,7 @@ class AttackOptions(TypedDict, total=False):
     draw_weights: DrawWeighting
     gradient_averaging: float
     low_frequency: float
+    deviation: float
     stop_when_fooled: bool
     step_size: float | str
     step_schedule: StepSchedule

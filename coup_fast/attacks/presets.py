@@ -15,6 +15,7 @@
 | classifier | PGD-40 on the bare classifier; weak | |
 | adaptive-guided | the worst of three gradients on each image, EOT 4 | ours |
 | diffhammer | APGD-50 on the draws that share a weakness, EOT 10 | Wang et al., NeurIPS 2024 (f) |
+| diffattack | apgd-ce and the deviation of the states, λ = 1 | Kang et al., NeurIPS 2023 (g) |
 | pgd-low-frequency | pgd-linf in a quarter of the frequencies along each axis | ours |
 | square | Square by mean margins, 1000 queries, EOT 4 | Andriushchenko et al., ECCV 2020 (e) |
 
@@ -27,7 +28,7 @@ at the nine best wrong classes of its first forward, here at all nine of ten cla
 (f) It takes the margin, CE and DLR in three restarts, here the margin. It restarts only images that
 under half of the draws misclassify. It has one backward pass, of the weighted gradients at the
 purified images through one of the draws; here each draw has its own, which its ablation found
-stronger.
+stronger. (g) It takes CE in a first round and DLR in a second, here CE.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ PRESETS: dict[str, Attack] = {
     "diffhammer": APGD(
         steps=50, restarts=3, eot=10, loss="margin", draw_weights="em", gradient_averaging=0.5
     ),
+    "diffattack": APGD(deviation=1.0),
     "pgd-low-frequency": PGD(low_frequency=0.25),
     "square": Square(),
 }

@@ -37,7 +37,7 @@ from coup_fast.noise import sample_keys, uniform, words
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000
 _DECIDED = (
     *("gradient", "random_start", "restarts", "keep", "targeted", "normalise_draws"),
-    *("draw_weights", "gradient_averaging", "low_frequency"),
+    *("draw_weights", "gradient_averaging", "low_frequency", "deviation"),
 )
 
 
