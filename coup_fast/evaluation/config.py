@@ -258,7 +258,12 @@ def _applies(attack: Attack, defence: Defence) -> bool:
     if attack.gradient in ("stopped", "unguided"):
         return defence.guided
     ours = defence.method != UNDEFENDED and not defence.foreign
-    return ours or attack.gradient not in WEAK_GRADIENTS
+    return ours or not _needs_purifier(attack)
+
+
+def _needs_purifier(attack: Attack) -> bool:
+    """Whether an attack can be asked for only where a purifier of ours is."""
+    return attack.gradient in WEAK_GRADIENTS or attack.deviation > 0
 
 
 def _for(attack: Attack, defence: Defence) -> Attack:
@@ -269,9 +274,9 @@ def _for(attack: Attack, defence: Defence) -> Attack:
 
 
 def _on_classifier(attack: Attack) -> Attack:
-    """The attack on a classifier without a purifier, where all gradients are the same one."""
+    """The attack on a classifier without a purifier, which has one gradient, draw and state."""
     gradient = "exact" if attack.gradient in WEAK_GRADIENTS else attack.gradient
-    return attack.replace(eot=1, gradient=gradient)
+    return attack.replace(eot=1, gradient=gradient, draw_weights="uniform", deviation=0.0)
 
 
 def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
@@ -297,10 +302,11 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
             for defence in defences:
                 wanted = targets is None or {defence.name, defence.base} & set(targets)
                 if wanted and (targets is not None or _applies(attack, defence)):
-                    if attack.gradient in WEAK_GRADIENTS and defence.foreign:
+                    if _needs_purifier(attack) and defence.foreign:
+                        what = "deviation" if attack.deviation else f"{attack.gradient} gradient"
                         raise ValueError(
-                            f"attack {name!r} ({attack.gradient} gradient) needs a purifier of "
-                            f"coup_fast, and {defence.name!r} is {defence.method}"
+                            f"attack {name!r} ({what}) needs a purifier of coup_fast, and "
+                            f"{defence.name!r} is {defence.method}"
                         )
                     row = Row(defence, _for(attack, defence))
                     if row not in rows:

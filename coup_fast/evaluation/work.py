@@ -21,6 +21,7 @@ from coup_fast._torch.modules import in_dtype_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks import Attack, AttackResult, AutoAttack, Progress
 from coup_fast.attacks.autoattack import require_package
+from coup_fast.attacks.deviation import check_known
 from coup_fast.attacks.foreign import Foreign
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.fidelity import fidelity, rounded
@@ -101,6 +102,10 @@ class Worker:
                 require_package()
             if row.defence.name not in self.defences:
                 self.defences[row.defence.name] = self._build(row.defence, load)
+            model = self.defences[row.defence.name]
+            deviating = row.attack is not None and row.attack.deviation > 0
+            if deviating and isinstance(model, PurifiedClassifier):
+                check_known(model.purifier)
 
     def _build(
         self, defence: Defence, load: ModelLoader
