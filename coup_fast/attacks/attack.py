@@ -343,10 +343,10 @@ class Attack(ABC):
 
         def objective(model: Defended, gradient: AttackGradient, deviation: float) -> Objective:
             loss = (TARGETED if self.targeted else LOSSES)[self.loss]
-            options = (self.eot, self.through_vote, task.memory_budget, self.normalise_draws)
             weights = EmWeights(self.norm, self.eps) if self.draw_weights == "em" else None
-            options = (*options, weights, deviation)
-            return Objective(model, task.labels, task.ids, loss, gradient, *options)
+            options = (self.eot, self.through_vote, task.memory_budget)
+            how = (self.normalise_draws, weights, deviation)
+            return Objective(model, task.labels, task.ids, loss, gradient, *options, *how)
 
         differentiated = objective(
             task.defended if task.surrogate is None else task.surrogate,

@@ -24,7 +24,7 @@ from coup_fast.run.exact_gradient import StateLoss, exact_final_state_and_loss
 from coup_fast.run.loop import states
 from coup_fast.run.progress import Tell
 from coup_fast.run.steps import Run, State
-from coup_fast.schedules import DiscreteSchedule, VPSchedule
+from coup_fast.schedules import Array, DiscreteSchedule, VPSchedule
 
 
 class DeviatedPurifier(Purifier):
@@ -39,7 +39,7 @@ class DeviatedPurifier(Purifier):
     @classmethod
     def of(cls, purifier: Purifier, weight: float) -> DeviatedPurifier:
         """The same purifier. Raises ValueError for one whose forward states are not known."""
-        check_known(purifier)
+        forward_levels(purifier)
         other = cls.__new__(cls)
         vars(other).update(vars(purifier.with_options()))  # what an nn.Module is
         other.weight, other._left = weight, []
@@ -74,8 +74,7 @@ class DeviatedPurifier(Purifier):
 
     def _loss(self, run: Run) -> StateLoss:
         """A state's share in the mean over the steps."""
-        plan, steps = self.plan, run.num_steps
-        levels = np.append(self.score_model.schedule.alpha_bar_told(plan.times[1:]), 1.0)
+        plan, steps, levels = self.plan, run.num_steps, forward_levels(self)
         signal, noise = plan.start[0] / 2, plan.start[2]  # of the start, √ᾱ x + √(1-ᾱ) ε
 
         def loss(k: int, state: Tensor, start: Tensor, images: Tensor) -> Tensor:
@@ -91,13 +90,18 @@ class DeviatedPurifier(Purifier):
         return loss
 
 
-def check_known(purifier: Purifier) -> None:
-    """Raises ValueError for a purifier whose forward states this file does not know."""
+def forward_levels(purifier: Purifier) -> Array:
+    """ᾱ of the states after each step, [N]; 1 after the last.
+
+    Raises ValueError for a purifier whose forward states this file does not know.
+    """
     plan, schedule = purifier.plan, purifier.score_model.schedule
     known = isinstance(schedule, VPSchedule | DiscreteSchedule) and isinstance(plan, Plan)
     if not known or not np.isfinite(plan.times).all():
-        noise = "no schedule" if schedule is None else f"a {type(schedule).__name__}"
         raise ValueError(
             "deviation needs one round of a chain with variance-preserving noise, whose forward "
-            f"states are known; got the method {plan.method!r} of a network with {noise}"
+            f"states are known; got the method {plan.method!r} of a network with a "
+            f"{type(schedule).__name__}"
         )
+    assert isinstance(schedule, VPSchedule | DiscreteSchedule)
+    return np.append(schedule.alpha_bar_told(plan.times[1:]), 1.0)

@@ -21,7 +21,7 @@ from coup_fast._torch.modules import in_dtype_of
 from coup_fast._torch.reachable import modules_behind
 from coup_fast.attacks import Attack, AttackResult, AutoAttack, Progress
 from coup_fast.attacks.autoattack import require_package
-from coup_fast.attacks.deviation import check_known
+from coup_fast.attacks.deviation import forward_levels
 from coup_fast.attacks.foreign import Foreign
 from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
 from coup_fast.evaluation.fidelity import fidelity, rounded
@@ -105,7 +105,7 @@ class Worker:
             model = self.defences[row.defence.name]
             deviating = row.attack is not None and row.attack.deviation > 0
             if deviating and isinstance(model, PurifiedClassifier):
-                check_known(model.purifier)
+                forward_levels(model.purifier)
 
     def _build(
         self, defence: Defence, load: ModelLoader
