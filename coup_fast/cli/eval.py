@@ -145,7 +145,8 @@ def _working_folder_searched(config: EvalConfig) -> Iterator[None]:
 
     Otherwise no code of that folder runs: a file there may be called as any package is.
     """
-    named = [config.models, *(row.defence.method for row in config.rows)]
+    defences = [row.defence for row in config.rows]
+    named = [config.models, *(name for one in defences for name in (one.method, one.models))]
     folder = str(Path.cwd())
     searched = any(":" in name for name in named)
     if searched:
@@ -226,7 +227,7 @@ def _from_options(args: argparse.Namespace) -> dict[str, Any]:
     eps = args.eps or ([settings["epsilon"]] if "epsilon" in settings else None)
     chosen = {"eps": eps, "steps": args.steps, "eot": args.eot}
     changes = {key: value for key, value in chosen.items() if value is not None}
-    from coup_fast.evaluation.config import Defence
+    from coup_fast.evaluation.defences import Defence
 
     methods = args.methods or _METHODS
     guided = any(Defence("", one, {**known.get(one, {}), **options}).guided for one in methods)

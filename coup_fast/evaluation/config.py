@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coup_fast import checks, files, methods
+from coup_fast import checks, files
 from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, AdaptiveGuided, Attack, preset, units
 from coup_fast.evaluation import reading
-from coup_fast.purified_classifier import VOTES
+from coup_fast.evaluation.defences import UNDEFENDED, Defence, read_defences
 
-UNDEFENDED = "none"
 SWEPT_BY_ATTACKS = ("eps", "eot", "steps")
-SWEPT_BY_DEFENCES = ("t_star", "num_steps", "guidance_scale")
-# Arguments of a `Purifier` that are no options of a defence, and what decides them.
-DECIDED_ELSEWHERE = {
-    "method": "method of [[defence]]",
-    "seed": "seed of the configuration",
-    "score_model": "models of the configuration",
-    "classifier": "models of the configuration",
-}
 
 
 @dataclass(frozen=True)
@@ -58,49 +49,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Defence:
-    """A purifier in front of the classifier.
-
-    Args:
-        name: in the table.
-        method: a name in `coup_fast.methods`; "none" for the bare classifier; "module:function" for
-            a defence that is not ours, from pixels to scores.
-        options: of the `Purifier` and its method, or of that function.
-        num_draws: purified copies for each prediction, as in `PurifiedClassifier`.
-        vote: how they are combined, as in `PurifiedClassifier`.
-        base: the name without the values that a sweep added to it.
-    """
-
-    name: str
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    num_draws: int = 1
-    vote: str = "logits"
-    base: str = ""
-
-    @property
-    def foreign(self) -> bool:
-        """Whether somebody else built it, as a function from pixels to scores."""
-        return ":" in self.method
-
-    def computes_as(self, other: Defence) -> bool:
-        """Whether it differs from another one in nothing but its name; never if it is foreign."""
-        own = self.method, self.num_draws, self.vote
-        if self.foreign or own != (other.method, other.num_draws, other.vote):
-            return False
-        usual = {} if self.method == UNDEFENDED else methods.options(self.method)
-        return {**usual, **self.options} == {**usual, **other.options}
-
-    @property
-    def guided(self) -> bool:
-        """Whether the classifier's confidence steers the purification."""
-        if self.method == UNDEFENDED or self.foreign:
-            return False
-        scale = methods.options(self.method).get("guidance_scale", 0)
-        return bool(self.options.get("guidance_scale", scale) != 0)
-
-
-@dataclass(frozen=True)
 class Row:
     """A line of the report: a defence under an attack, or on clean images."""
 
@@ -125,7 +73,7 @@ class EvalConfig:
         data: which images.
         models: "mnist" or "cifar10" (bundled), or "module:function" or "./file.py:function", a
             function that is called with "vp" or (for ADP) "ncsn" and returns (ScoreModel,
-            classifier).
+            classifier). Defences that name their own have those.
         rows: the work, in order: each a defence on clean images or under an attack.
         draws: how many fresh draws each image is classified under.
         batch_size: images at once.
@@ -149,7 +97,7 @@ class EvalConfig:
         """Everything, for JSON and for the identity of a state."""
         rows = [
             {
-                "defence": asdict(row.defence),
+                "defence": row.defence.as_dict(),
                 "attack": None if row.attack is None else row.attack.as_dict(),
             }
             for row in self.rows
@@ -189,70 +137,6 @@ def _size(given: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _defences(given: Mapping[str, Any]) -> list[Defence]:
-    """The defences of one [[defence]] table; several where an option is a list."""
-    keys = [f.name for f in fields(Defence) if f.name != "base"]
-    table = reading.known("[[defence]]", given, keys)
-    if "method" not in table:
-        raise ValueError('a [[defence]] needs a method, as in method = "coup"')
-    method = reading.text("method of [[defence]]", table["method"])
-    if method == UNDEFENDED:
-        more = sorted({*table} - {"name", "method"})
-        if more:
-            raise ValueError(f"method 'none' is the bare classifier and takes no {', '.join(more)}")
-        name = reading.text("name of [[defence]]", table.get("name", "undefended"))
-        return [Defence(name, UNDEFENDED, base=name)]
-    if ":" in method:
-        return [_foreign(method, table)]
-    known = methods.options(method)  # raises for an unknown method
-    options = reading.table("options of [[defence]]", table.get("options", {}))
-    for key, place in DECIDED_ELSEWHERE.items():
-        if key in options:
-            raise ValueError(f"{key} is no option of a defence: it is the {place}")
-    name = reading.text("name of [[defence]]", table.get("name", method))
-    num_draws = checks.integer("num_draws", table.get("num_draws", 1), 1)
-    vote = checks.choice("vote", table.get("vote", "logits"), VOTES)
-    swept = [key for key in SWEPT_BY_DEFENCES if key in known]
-    return [
-        Defence(name + suffix, method, one, num_draws, vote, name)
-        for one, suffix in reading.expand(options, swept)
-    ]
-
-
-def _foreign(method: str, table: Mapping[str, Any]) -> Defence:
-    """The defence of a function's name."""
-    module, _, function = method.partition(":")
-    if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-        raise ValueError(f'method of [[defence]] must be "module:function", got {method!r}')
-    more = sorted({*table} - {"name", "method", "options"})
-    if more:
-        raise ValueError(f"method {method!r} votes by itself and takes no {', '.join(more)}")
-    options = reading.table("options of [[defence]]", table.get("options", {}))
-    name = reading.text("name of [[defence]]", table.get("name", function))
-    return Defence(name, method, options, base=name)
-
-
-def _controls(defences: list[Defence]) -> list[Defence]:
-    """The undefended classifier first, and every guided defence's twin without guidance."""
-    result = list(defences)
-    if not any(d.method == UNDEFENDED for d in defences):
-        result.insert(0, Defence("undefended", UNDEFENDED, base="undefended"))
-    for defence in [d for d in defences if d.guided]:
-        options = {**defence.options, "guidance_scale": 0.0}
-        if any(d.method == defence.method and dict(d.options) == options for d in result):
-            continue
-        twin = Defence(
-            f"{defence.name} without guidance (λ=0)",
-            defence.method,
-            options,
-            defence.num_draws,
-            defence.vote,
-            f"{defence.base} without guidance (λ=0)",
-        )
-        result.insert(result.index(defence) + 1, twin)
-    return result
-
-
 def _applies(attack: Attack, defence: Defence) -> bool:
     """Whether an attack says something about a defence that another one does not."""
     if attack.gradient in ("stopped", "unguided"):
@@ -277,6 +161,15 @@ def _on_classifier(attack: Attack) -> Attack:
     """The attack on a classifier without a purifier, which has one gradient, draw and state."""
     gradient = "exact" if attack.gradient in WEAK_GRADIENTS else attack.gradient
     return attack.replace(eot=1, gradient=gradient, draw_weights="uniform", deviation=0.0)
+
+
+def met(row: Row, other: Row) -> bool:
+    """Whether two rows are about one attack, as it runs on the defence of each."""
+    one, another = row.attack, other.attack
+    if one is None or another is None or one == another:
+        return one == another
+    ways = ((one, other.defence, another), (another, row.defence, one))
+    return any(_applies(a, defence) and _for(a, defence) == b for a, defence, b in ways)
 
 
 def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
@@ -345,17 +238,12 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
     known = [*plain, "data", "defence", "attack", "controls", "compare"]
     table = reading.known("the configuration", given, known)
     data = _data(table.get("data", {}))
-    defences = [
-        d for one in reading.tables("defence", table.get("defence", [])) for d in _defences(one)
-    ]
-    if not defences:
-        raise ValueError("there is no [[defence]]; method = 'none' is the bare classifier")
-    if checks.flag("controls", table.get("controls", True)):
-        defences = _controls(defences)
-    names = [d.name for d in defences]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two defences are called {', '.join(twice)}; give each a name")
+    models = reading.text("models", table.get("models", "mnist"))
+    defences = read_defences(
+        reading.tables("defence", table.get("defence", [])),
+        models if "models" in table else None,
+        checks.flag("controls", table.get("controls", True)),
+    )
     numbers = {
         name: checks.integer(name, table[name], low, high)
         for name, low, high in (
@@ -367,7 +255,7 @@ def from_dict(given: Mapping[str, Any]) -> EvalConfig:
         )
         if name in table
     }
-    models = reading.text("models", table.get("models", "mnist"))
+    names = [defence.name for defence in defences]
     rows = _rows(defences, reading.tables("attack", table.get("attack", [])))
     compare = _compared(reading.tables("compare", table.get("compare", [])), names)
     return EvalConfig(data, models, rows, compare=compare, **numbers)

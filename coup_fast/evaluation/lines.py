@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coup_fast.attacks import Attack
-from coup_fast.evaluation.config import UNDEFENDED, Row
+from coup_fast.evaluation.config import Row
+from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.intervals import Proportion
 from coup_fast.evaluation.metrics import Numbers
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
+from coup_fast.evaluation.config import EvalConfig, Row, met
+from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.intervals import Proportion
 from coup_fast.evaluation.lines import radius
 from coup_fast.evaluation.tables import Style, render_table
@@ -219,20 +220,20 @@ def comparisons(config: EvalConfig, right: Callable[[int], Sequence[bool]]) -> l
             if row.defence.name != a:
                 continue
             for i, other in enumerate(config.rows):
-                if other.defence.name == b and other.attack == row.attack:
+                if other.defence.name == b and met(row, other):
                     counts = count_pairs(right(config.rows.index(row)), right(i))
-                    found.append((a, b, _attack(row), counts))
+                    found.append((a, b, _attack(row, other), counts))
     adjusted = holm([counts.p for *_, counts in found])
     return [Comparison(*one, p) for one, p in zip(found, adjusted, strict=True)]
 
 
-def _attack(row: Row) -> str:
-    """The attack of a row in words."""
-    if row.attack is None:
-        return "none"
+def _attack(row: Row, other: Row) -> str:
+    """The attack of two rows in words; what it does on one of them only is left out."""
     attack = row.attack
-    name = attack.kind if row.defence.method == UNDEFENDED else attack.name
-    return f"{name}, {radius(attack)}"
+    if attack is None:
+        return "none"
+    alike = attack == other.attack and row.defence.method != UNDEFENDED
+    return f"{attack.name if alike else attack.kind}, {radius(attack)}"
 
 
 def comparison_table(rows: Sequence[Comparison], style: Style = "terminal") -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coup_fast import methods
-from coup_fast.evaluation.config import UNDEFENDED
+from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.state import canonical
 from coup_fast.files import write_figure

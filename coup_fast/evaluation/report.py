@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from coup_fast.evaluation.config import UNDEFENDED, EvalConfig, Row
+from coup_fast.evaluation.config import EvalConfig, Row
+from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.fidelity import MEASURES, means
 from coup_fast.evaluation.lines import Line, radius
 from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_curve, worst_of
@@ -228,6 +229,8 @@ class Report:
             "The defences are randomised: an attack needs fresh draws at each iterate (EOT), and "
             "of AutoAttack the version `rand` is the right one.",
         ]
+        for models, names in self._named_models().items():
+            notes.append(f"Networks of {models}: {', '.join(f'“{name}”' for name in names)}.")
         if self.comparisons:
             notes.append(
                 "difference: accuracy of a less that of b under draw 0, in points, with Newcombe's "
@@ -270,6 +273,14 @@ class Report:
         if self.images < 512:
             notes.append(f"{self.images} images are few: mind the intervals.")
         return notes
+
+    def _named_models(self) -> dict[str, list[str]]:
+        """The defences that name their own models, by that name."""
+        found: dict[str, list[str]] = {}
+        for row in self.config.rows:
+            if row.attack is None and row.defence.models:
+                found.setdefault(row.defence.models, []).append(row.defence.name)
+        return found
 
     def _foreign(self) -> dict[str, str]:
         """What could be verified of each defence that is not ours, and what could not."""

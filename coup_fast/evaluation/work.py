@@ -6,7 +6,6 @@ their order, or the process that computes it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,16 +22,17 @@ from coup_fast.attacks import Attack, AttackResult, AutoAttack, Progress
 from coup_fast.attacks.autoattack import require_package
 from coup_fast.attacks.deviation import forward_levels
 from coup_fast.attacks.foreign import Foreign
-from coup_fast.evaluation.config import UNDEFENDED, Defence, EvalConfig, Row
+from coup_fast.evaluation.config import EvalConfig, Row
+from coup_fast.evaluation.defences import UNDEFENDED, Defence
 from coup_fast.evaluation.fidelity import fidelity, rounded
 from coup_fast.evaluation.fingerprints import fingerprint
+from coup_fast.evaluation.networks import Networks
 from coup_fast.evaluation.sources import ModelLoader, foreign_defence, tensor_digest
 from coup_fast.evaluation.state import EvaluationError, Unit
 from coup_fast.gradient_check import ForeignGradientCheck, check_gradient
 from coup_fast.models.bundled import score_for
 from coup_fast.purified_classifier import PurifiedClassifier
 from coup_fast.purifier import Purifier
-from coup_fast.run import validation
 from coup_fast.run.aside import aside
 from coup_fast.score_model import ClassifierFunction
 from coup_fast.stiffness import stiffness
@@ -93,30 +93,23 @@ class Worker:
         self.config, self.images, self.labels, self.device = config, images, labels, device
         self._step = step or (lambda _: None)
         self.batches = config.batches()
-        self._load = load
-        self._networks: dict[str, tuple[coup_fast.ScoreModel, ClassifierFunction]] = {}
+        self._networks = Networks(load, config.models, images, device)
         self._shared = _Shared()
         self.defences: dict[str, PurifiedClassifier | ClassifierFunction] = {}
         for row in config.rows:
             if isinstance(row.attack, AutoAttack):
                 require_package()
             if row.defence.name not in self.defences:
-                self.defences[row.defence.name] = self._build(row.defence, load)
+                self.defences[row.defence.name] = self._build(row.defence)
             model = self.defences[row.defence.name]
             deviating = row.attack is not None and row.attack.deviation > 0
             if deviating and isinstance(model, PurifiedClassifier):
                 forward_levels(model.purifier)
 
-    def _build(
-        self, defence: Defence, load: ModelLoader
-    ) -> PurifiedClassifier | ClassifierFunction:
+    def _build(self, defence: Defence) -> PurifiedClassifier | ClassifierFunction:
         if defence.foreign:
             return foreign_defence(defence.method, defence.options, self.device)
-        score = score_for(defence.method)
-        if score not in self._networks:
-            self._networks[score] = load(score)
-            self._check_channels(*self._networks[score])
-        score_model, classifier = self._networks[score]
+        score_model, classifier = self._networks.of(defence.models, score_for(defence.method))
         if defence.method == UNDEFENDED:
             return classifier
         purifier = Purifier(
@@ -128,24 +121,9 @@ class Worker:
         )
         return PurifiedClassifier(purifier, classifier, defence.num_draws, defence.vote)
 
-    def _check_channels(
-        self, score_model: coup_fast.ScoreModel, classifier: ClassifierFunction
-    ) -> None:
-        for name, network in (("classifier", classifier), ("score model", score_model.network)):
-            try:
-                validation.check_channels(name, network, self.images)
-            except ValueError as error:
-                config = self.config
-                raise ValueError(
-                    f"models {config.models!r}, data {config.data.name!r}: {error}"
-                ) from error
-
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number, as JSON data."""
-        networks = {
-            score: {"score_model": fingerprint(model), "classifier": fingerprint(classifier)}
-            for score, (model, classifier) in self._networks.items()
-        }
+        networks = self._networks.identity()
         plans = {
             name: _plan_facts(model)
             for name, model in self.defences.items()
@@ -160,7 +138,7 @@ class Worker:
         return {
             "config": self.config.as_dict(),
             "images": tensor_digest(self.images, self.labels),
-            "loader": fingerprint(inspect.unwrap(self._load))["code"],
+            "loader": self._networks.loader_code(),
             "networks": networks,
             "plans": plans,
             "versions": {"coup_fast": coup_fast.__version__, "torch": torch.__version__},

@@ -136,14 +136,20 @@ def test_stated_comparisons_are_in_every_form_of_the_report(tmp_path: Path) -> N
             result["sample_ids"], result["predictions"], result["labels"], strict=True
         ):
             right[row.defence.name, row.attack, sample] = draws[0] == label
-    # Clean images of both pairs, and the attack by the exact gradient that the first pair met.
+    # Clean images, and the attack by the exact gradient, which a classifier meets without draws.
     attack = next(r.attack for r in rows if r.attack is not None and r.defence.name == "COUP")
-    want = [("COUP", LAMBDA_0, None), ("COUP", LAMBDA_0, attack), ("COUP", "undefended", None)]
-    assert [(c.a, c.b, c.attack == "none") for c in report.comparisons] == [
-        (a, b, met is None) for a, b, met in want
+    want = [
+        ("COUP", LAMBDA_0, None, "none"),
+        ("COUP", LAMBDA_0, attack, "PGD-2 ce, EOT 2, exact gradient, ℓ∞ 0.1"),
+        ("COUP", "undefended", None, "none"),
+        ("COUP", "undefended", attack, "PGD-2 ce, ℓ∞ 0.1"),
     ]
-    for found, (a, b, met) in zip(report.comparisons, want, strict=True):
-        pairs = [(right[a, met, i], right[b, met, i]) for i in range(6)]
+    assert [(c.a, c.b, c.attack) for c in report.comparisons] == [
+        (a, b, label) for a, b, _, label in want
+    ]
+    for found, (a, b, met, _) in zip(report.comparisons, want, strict=True):
+        other = met.replace(eot=1) if met is not None and b == "undefended" else met
+        pairs = [(right[a, met, i], right[b, other, i]) for i in range(6)]
         assert found.counts.won == pairs.count((True, False))
         assert found.counts.lost == pairs.count((False, True))
         assert found.counts.both == pairs.count((True, True))
@@ -156,6 +162,21 @@ def test_stated_comparisons_are_in_every_form_of_the_report(tmp_path: Path) -> N
     assert json.loads(json.dumps(as_json))[0]["b"] == LAMBDA_0
     assert LAMBDA_0 in report._repr_html_()
     assert report.comparison_table() in report.tables()
+
+
+def test_an_attack_is_compared_as_it_runs_on_each_defence(tmp_path: Path) -> None:
+    """adaptive-guided takes fewer gradients without guidance, and fewer draws without noise."""
+    attacks = [
+        {"preset": "adaptive-guided", "steps": 1, "restarts": 1, "finish_steps": 0, "eps": 0.1},
+        {"preset": "stopped", "steps": 1, "eot": 1, "eps": 0.1},
+        {"preset": "classifier", "steps": 1, "eps": 0.1, "defences": ["COUP"]},
+    ]
+    text = COMPARE + f'[[compare]]\na = "{LAMBDA_0}"\nb = "undefended"\n'
+    report = run({**stated(tmp_path, text), "attack": attacks}, tmp_path)
+    found = [(c.a, c.b, c.attack) for c in report.comparisons]
+    adaptive = "AdaptiveGuided-1 ce, ℓ∞ 0.1"
+    pairs = [("COUP", LAMBDA_0), ("COUP", "undefended"), (LAMBDA_0, "undefended")]
+    assert found == [(*pair, attack) for pair in pairs for attack in ("none", adaptive)]
 
 
 def test_a_report_without_comparisons_says_nothing_about_them(tmp_path: Path) -> None:
