@@ -198,6 +198,16 @@ class PurifiedClassifier(Drivable, nn.Module):
         sample_ids: int64 [B]. first: an int, or int64 [B] of each image's first draw. progress: as
         for `Purifier`.
         """
+        return self.purified_at(images, sample_ids, first, progress)[1]
+
+    def purified_at(
+        self,
+        images: Tensor,
+        sample_ids: Tensor,
+        first: int | Tensor,
+        progress: ProgressOption = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The purified copies [num_draws, B, C, H, W] and their logits, as `logits_at`."""
         refuse_training_mode(self.classifier)
         self._notice_training()
         count, batch = self.num_draws, images.shape[0]
@@ -213,7 +223,8 @@ class PurifiedClassifier(Drivable, nn.Module):
             first_with_graph = looks and self._look_at(logits, parts[0])
         if first_with_graph:
             _walk_back(logits[0], parts[0])
-        return torch.cat(logits).reshape(count, batch, logits[0].shape[1])
+        copies = purified.reshape(count, *images.shape)
+        return copies, torch.cat(logits).reshape(count, batch, logits[0].shape[1])
 
     def _notice_training(self) -> None:
         """Warn, once, of what looks like training: no parameter gets a gradient here."""

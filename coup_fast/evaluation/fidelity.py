@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from coup_fast.attacks.ball import l2_norms
-from coup_fast.purified_classifier import PurifiedClassifier
 
 LEAST_ERROR = 1e-12  # mean squared, so that PSNR ends at 120 dB
 MEASURES = ("l2_to_clean", "l2_to_input", "psnr", "compression")
@@ -20,7 +19,7 @@ MEASURES = ("l2_to_clean", "l2_to_input", "psnr", "compression")
 
 @torch.no_grad()
 def fidelity(
-    model: PurifiedClassifier, clean: Tensor, given: Tensor, sample_ids: Tensor
+    clean: Tensor, given: Tensor, purified: Tensor, purified_clean: Tensor
 ) -> dict[str, list[float | None]]:
     """Measures of each image, by name.
 
@@ -31,17 +30,14 @@ def fidelity(
     the same image.
 
     Args:
-        model: the defence.
         clean: [B, C, H, W] in [0, 1].
         given: attacked images like them, or the clean ones.
-        sample_ids: int64 [B].
+        purified: of the given ones.
+        purified_clean: of the clean ones, under the same noise.
     """
-    purified = model.purifier(given, sample_ids, 0)
     error = (purified.double() - clean.double()).flatten(1).square().mean(1)
     before = l2_norms(given.double() - clean.double())
-    after = torch.zeros_like(before)
-    if bool((before > 0).any()):
-        after = l2_norms(purified.double() - model.purifier(clean, sample_ids, 0).double())
+    after = l2_norms(purified.double() - purified_clean.double())
     pairs = zip(after.tolist(), before.tolist(), strict=True)
     return {
         "l2_to_clean": l2_norms(purified.double() - clean.double()).tolist(),

@@ -31,7 +31,7 @@ from coup_fast.evaluation.sources import ModelLoader, foreign_defence, tensor_di
 from coup_fast.evaluation.state import EvaluationError, Unit
 from coup_fast.gradient_check import ForeignGradientCheck, check_gradient
 from coup_fast.models.bundled import score_for
-from coup_fast.purified_classifier import PurifiedClassifier
+from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
 from coup_fast.run.aside import aside
 from coup_fast.score_model import ClassifierFunction
@@ -50,18 +50,20 @@ class _Shared:
 
     bare: what attacks that ignore the purifier found, the same for every defence of a classifier.
     results: of rows, for defences that differ in nothing but their names. A defence's clean images
-    are a row, and its attacked rows do not purify them again.
+    are a row, and its attacked rows do not classify them again. purified: the clean images as each
+    defence purifies them under draw 0, by its name.
     """
 
     def __init__(self) -> None:
         self.batch = -1
         self.bare: dict[tuple[int, Attack], AttackResult] = {}
         self.results: list[tuple[Row, dict[str, Any]]] = []
+        self.purified: dict[str, Tensor] = {}
 
     def of(self, batch: int) -> _Shared:
         """That of this batch; what is known of another one is forgotten."""
         if self.batch != batch:
-            self.batch, self.bare, self.results = batch, {}, []
+            self.batch, self.bare, self.results, self.purified = batch, {}, [], {}
         return self
 
     def result(self, row: Row) -> dict[str, Any] | None:
@@ -195,7 +197,7 @@ class Worker:
             result["guidance"] = self._stiffness(model.purifier, images, sample_ids)
         if row.defence.foreign:
             model = Foreign(model, sample_ids, self.config.seed)
-        scores = self._scores(model, images, sample_ids)
+        scores, purified = self._scores(model, images, sample_ids)
         low, high = int(self.labels.min()), int(self.labels.max())  # all: the first unit tells
         if high >= scores.shape[2] or low < 0:
             raise ValueError(
@@ -204,11 +206,17 @@ class Worker:
             )
         result["predictions"] = scores.argmax(2).T.cpu().tolist()
         if row.attack is not None:
-            in_bytes = self._scores(model, rounded(images), sample_ids, "8 bits, ")
+            in_bytes, _ = self._scores(model, rounded(images), sample_ids, "8 bits, ")
             result["rounded"] = in_bytes.argmax(2).T.cpu().tolist()
-        if isinstance(model, PurifiedClassifier):
+        if purified is not None:
             clean = self.images[rows].to(self.device)
-            result["fidelity"] = fidelity(model, clean, images, sample_ids)
+            known, name = self._shared.of(unit[0]).purified, row.defence.name
+            if row.attack is None:
+                known[name] = purified
+            elif name not in known:  # the clean row was finished before a stop
+                with torch.no_grad():
+                    known[name] = model.purified_at(clean, sample_ids, 0)[0][0]
+            result["fidelity"] = fidelity(clean, images, purified, known[name])
         return result
 
     def _attack(
@@ -279,13 +287,18 @@ class Worker:
         images: Tensor,
         ids: Tensor,
         what: str = "",
-    ) -> Tensor:
-        """Scores under every draw, [draws, B, K]; [1, B, K] without a defence. what: to say."""
-        scores = []
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores under every draw, and the images as a purifier of ours leaves them under draw 0.
+
+        The scores are [draws, B, K], or [1, B, K] without a defence. what: to say.
+        """
+        scores, first = [], None
         if isinstance(model, PurifiedClassifier | Foreign):
             for k in range(self.config.draws):
                 if isinstance(model, PurifiedClassifier):
-                    scores.append(model(images, ids, k * model.num_draws))
+                    purified, logits = model.purified_at(images, ids, k * model.num_draws)
+                    first = purified[0] if first is None else first
+                    scores.append(combine_votes(logits, model.vote))
                 else:
                     with model.frozen():
                         scores.append(model.scores(images, k * model.stride))
@@ -296,7 +309,7 @@ class Worker:
         stacked = torch.stack(scores)
         if not bool(stacked.isfinite().all()):
             raise FloatingPointError("the classifier's scores are not finite")
-        return stacked
+        return stacked, first
 
     def _where(self, unit: Unit, row: Row) -> str:
         ids = self.batches[unit[0]]

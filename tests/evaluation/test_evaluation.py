@@ -355,9 +355,8 @@ def test_clean_images_are_purified_once_for_all_rows_of_a_defence(tmp_path: Path
         radii = [0.1, 0.2, 0.3][:attacks]
         weak = [{"preset": "classifier", "steps": 1, "eps": eps} for eps in radii]
         _, images = evaluations({**few, "attack": weak}, tmp_path / str(attacks))
-        # 4 images in 2 steps: under 3 draws and, for the fidelity, once. Attacked ones under 3
-        # draws as they are and as bytes and, for the fidelity, once beside the clean ones.
-        assert images == 4 * 2 * ((3 + 1) + attacks * (3 + 3 + 2))
+        # 4 images in 2 steps under 3 draws; attacked ones as they are and as bytes.
+        assert images == 4 * 2 * (3 + attacks * (3 + 3))
 
 
 def test_defences_that_differ_by_name_are_computed_once(tmp_path: Path) -> None:

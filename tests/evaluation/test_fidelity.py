@@ -19,9 +19,9 @@ def test_distances_are_those_of_the_purified_images() -> None:
     model, clean, ids = tiny.defended("coup"), tiny.images(3), torch.tensor([4, 0, 9])
     given = (clean + 0.1 * torch.randn_like(clean)).clamp(0, 1)
     given[2] = clean[2]
-    found = fidelity(model, clean, given, ids)
     with torch.no_grad():
         pure, twin = model.purifier(given, ids, 0), model.purifier(clean, ids, 0)
+    found = fidelity(clean, given, pure, twin)
     for i in range(3):
         error = float((pure[i] - clean[i]).norm())
         assert found["l2_to_clean"][i] == pytest.approx(error, rel=1e-5)
