@@ -169,7 +169,13 @@ def met(row: Row, other: Row) -> bool:
     if one is None or another is None or one == another:
         return one == another
     ways = ((one, other.defence, another), (another, row.defence, one))
-    return any(_applies(a, defence) and _for(a, defence) == b for a, defence, b in ways)
+    return any(_known_to(a, defence) and _for(a, defence) == b for a, defence, b in ways)
+
+
+def _known_to(attack: Attack, defence: Defence) -> bool:
+    """Whether the attack means something for a defence; that on its classifier does for that."""
+    bare = attack.gradient == "classifier" and defence.method == UNDEFENDED
+    return bare or _applies(attack, defence)
 
 
 def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:

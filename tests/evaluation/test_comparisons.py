@@ -12,7 +12,7 @@ from helpers import eval_models
 from scipy.stats import binomtest, multinomial
 
 from coup_fast.cli import main
-from coup_fast.evaluation.config import from_dict, read_toml
+from coup_fast.evaluation.config import from_dict, met, read_toml
 from coup_fast.evaluation.evaluate import evaluate
 from coup_fast.evaluation.paired import Paired, count_pairs, holm
 from coup_fast.evaluation.report import Report
@@ -147,9 +147,9 @@ def test_stated_comparisons_are_in_every_form_of_the_report(tmp_path: Path) -> N
     assert [(c.a, c.b, c.attack) for c in report.comparisons] == [
         (a, b, label) for a, b, _, label in want
     ]
-    for found, (a, b, met, _) in zip(report.comparisons, want, strict=True):
-        other = met.replace(eot=1) if met is not None and b == "undefended" else met
-        pairs = [(right[a, met, i], right[b, other, i]) for i in range(6)]
+    for found, (a, b, under, _) in zip(report.comparisons, want, strict=True):
+        other = under.replace(eot=1) if under is not None and b == "undefended" else under
+        pairs = [(right[a, under, i], right[b, other, i]) for i in range(6)]
         assert found.counts.won == pairs.count((True, False))
         assert found.counts.lost == pairs.count((False, True))
         assert found.counts.both == pairs.count((True, True))
@@ -177,6 +177,15 @@ def test_an_attack_is_compared_as_it_runs_on_each_defence(tmp_path: Path) -> Non
     adaptive = "AdaptiveGuided-1 ce, ℓ∞ 0.1"
     pairs = [("COUP", LAMBDA_0), ("COUP", "undefended"), (LAMBDA_0, "undefended")]
     assert found == [(*pair, attack) for pair in pairs for attack in ("none", adaptive)]
+
+
+def test_the_attack_on_a_classifier_is_what_the_bare_classifier_meets() -> None:
+    same = {"steps": 2, "eps": 0.1, "step_size": 0.02}
+    attacks = [{"preset": name, **same} for name in ("pgd40", "stopped", "classifier")]
+    rows = from_dict({**eval_models.tables(), "attack": attacks}).rows
+    (bare,) = (row for row in rows if row.defence.name == "undefended" and row.attack is not None)
+    met_too = [row.attack.gradient for row in rows if row.defence.name == "COUP" and met(bare, row)]
+    assert met_too == ["exact", "classifier"]
 
 
 def test_a_report_without_comparisons_says_nothing_about_them(tmp_path: Path) -> None:
