@@ -16,6 +16,7 @@ from coup_fast.evaluation.config import EvalConfig, Row, met
 from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.intervals import Proportion
 from coup_fast.evaluation.lines import radius
+from coup_fast.evaluation.metrics import worst_of
 from coup_fast.evaluation.tables import Style, render_table
 
 COLUMNS = ("difference", "won : lost, p")
@@ -209,10 +210,14 @@ def _p(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
-def comparisons(config: EvalConfig, right: Callable[[int], Sequence[bool]]) -> list[Comparison]:
+Predictions = Callable[[int], tuple[list[list[int]], list[int]]]
+
+
+def comparisons(config: EvalConfig, predictions: Predictions) -> list[Comparison]:
     """Every stated comparison, on clean images and under each attack that both defences met.
 
-    right: whether each image is right under draw 0, by the number of the row.
+    Where both met several attacks of a ball, a further one is under the worst attack on each image.
+    predictions: classes [images, draws] and labels [images], by the number of the row.
     """
     found: list[tuple[str, str, str, Paired]] = []
     for a, b in config.compare:
@@ -221,10 +226,35 @@ def comparisons(config: EvalConfig, right: Callable[[int], Sequence[bool]]) -> l
                 continue
             for i, other in enumerate(config.rows):
                 if other.defence.name == b and met(row, other):
-                    counts = count_pairs(right(config.rows.index(row)), right(i))
+                    one = _right(*predictions(config.rows.index(row)))
+                    counts = count_pairs(one, _right(*predictions(i)))
                     found.append((a, b, _attack(row, other), counts))
+        worst_a, worst_b = (_worst(config, name, predictions) for name in (a, b))
+        for ball in (ball for ball in worst_a if ball in worst_b):
+            counts = count_pairs(worst_a[ball], worst_b[ball])
+            found.append((a, b, f"the worst on each image, {ball}", counts))
     adjusted = holm([counts.p for *_, counts in found])
     return [Comparison(*one, p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _right(predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> list[bool]:
+    """Whether each image is right under draw 0."""
+    return [draws[0] == label for draws, label in zip(predictions, labels, strict=True)]
+
+
+def _worst(config: EvalConfig, name: str, predictions: Predictions) -> dict[str, list[bool]]:
+    """Whether each image is right under the worst of several attacks on a defence, by ball."""
+    balls: dict[str, list[int]] = {}
+    for i, row in enumerate(config.rows):
+        if row.defence.name == name and row.attack is not None:
+            balls.setdefault(radius(row.attack), []).append(i)
+    found = {}
+    for ball, rows in balls.items():
+        if len(rows) > 1:
+            labels = predictions(rows[0])[1]
+            joined = worst_of([predictions(i)[0] for i in rows], labels)
+            found[ball] = _right(joined, labels)
+    return found
 
 
 def _attack(row: Row, other: Row) -> str:

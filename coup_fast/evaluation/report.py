@@ -139,16 +139,10 @@ class Report:
         }
         return {"fooled_own_draws": sum(fooled) / max(len(fooled), 1), **counts}
 
-    def _right(self, row: int) -> list[bool]:
-        """Whether a row's images are right under draw 0."""
-        predictions, labels = self._predictions(row)
-        pairs = zip(predictions, labels, strict=True)
-        return [draws[0] == label for draws, label in pairs]
-
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """What the stated comparisons of two defences came to."""
-        return comparisons(self.config, self._right)
+        return comparisons(self.config, self._predictions)
 
     def comparison_table(self, style: Style = "terminal") -> str:
         """One line per stated comparison and attack; "" if none was stated."""

@@ -174,9 +174,27 @@ def test_an_attack_is_compared_as_it_runs_on_each_defence(tmp_path: Path) -> Non
     text = COMPARE + f'[[compare]]\na = "{LAMBDA_0}"\nb = "undefended"\n'
     report = run({**stated(tmp_path, text), "attack": attacks}, tmp_path)
     found = [(c.a, c.b, c.attack) for c in report.comparisons]
+    # COUP met three attacks, and its twin one: nothing is said of the worst.
     adaptive = "AdaptiveGuided-1 ce, ℓ∞ 0.1"
     pairs = [("COUP", LAMBDA_0), ("COUP", "undefended"), (LAMBDA_0, "undefended")]
     assert found == [(*pair, attack) for pair in pairs for attack in ("none", adaptive)]
+
+
+def test_defences_are_compared_under_the_worst_of_their_attacks(tmp_path: Path) -> None:
+    attacks = [
+        {"preset": "pgd40", "steps": 1, "eot": 1, "eps": 0.3},
+        {"preset": "square", "steps": 3, "eot": 1, "eps": 0.3},
+        {"preset": "pgd40", "steps": 1, "eot": 1, "eps": 0.1},
+    ]
+    text = f'[[compare]]\na = "COUP"\nb = "{LAMBDA_0}"\n'
+    report = run({**stated(tmp_path, text), "attack": attacks}, tmp_path)
+    *rest, last = report.comparisons
+    assert last.attack == "the worst on each image, ℓ∞ 0.3"
+    assert not any("worst" in comparison.attack for comparison in rest)
+    unions = {line.row.defence.name: line for line in report.lines if line.union}
+    for name, found in (("COUP", last.counts.a), (LAMBDA_0, last.counts.b)):
+        assert unions[name].attacked is not None
+        assert found == unions[name].attacked.one_draw
 
 
 def test_the_attack_on_a_classifier_is_what_the_bare_classifier_meets() -> None:
