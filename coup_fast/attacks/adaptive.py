@@ -158,7 +158,8 @@ class _Run:
         self.judge = Objective(task.defended, labels, task.ids, loss, "exact", *options)
         self.first = 0 if fixed else FIRST_ATTACK_DRAW * (1 + attack.seed) + _FIRST_OF_JUDGE
         if len(images):
-            self.judge.settle(images, self.first, fixed=fixed)
+            # Quietly: nobody asked for as many draws, and the parts warn of their own.
+            self.judge.settle(images, self.first, fixed=fixed, quiet=True)
         self.images = images.clone()
         self.loss = torch.full_like(labels, -torch.inf, dtype=torch.float64)
         self.fooled = torch.zeros_like(self.loss)

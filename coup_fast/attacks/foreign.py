@@ -149,12 +149,14 @@ class Foreign:
         seed = int.from_bytes(mixed[:8], "little") & ~(1 << 31)
         return seed | (int(draw >= 2**32) << 31)
 
-    def probe(self, images: Tensor, draw: int, draws: int, *, fixed: bool) -> int:
+    def probe(
+        self, images: Tensor, draw: int, draws: int, *, fixed: bool, quiet: bool = False
+    ) -> int:
         """How many forwards a mean over `draws` draws from `draw` on needs: `draws`, or 1.
 
         One is enough for a model that is seen to use no random number and gives the same scores
-        twice, bit for bit; a warning says so. fixed: the draws will be repeated, so the model has
-        to give the same scores under the same draw; ValueError if not.
+        twice, bit for bit; a warning says so unless quiet. fixed: the draws will be repeated, so the
+        model has to give the same scores under the same draw; ValueError if not.
         """
         with torch.no_grad(), self.frozen():
             first, used = self._call(images, draw, watch=True)
@@ -170,7 +172,7 @@ class Foreign:
             )
         if used or used_again or not same:
             return draws
-        if draws > 1:
+        if draws > 1 and not quiet:
             warn(
                 f"eot={draws} does nothing for {name_of(self.model)}: it gave the same scores "
                 "twice, bit for bit, and was seen to use no random number, so each gradient is "

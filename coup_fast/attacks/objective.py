@@ -122,16 +122,16 @@ class Objective:
         for defence in foreign.defences:
             foreign.variants[defence] = _stand_in(defence, gradient, through_vote)
 
-    def settle(self, images: Tensor, draw: int, *, fixed: bool) -> None:
+    def settle(self, images: Tensor, draw: int, *, fixed: bool, quiet: bool = False) -> None:
         """Find out how many forwards a gradient takes, where that is up to the model.
 
-        fixed: draws will be repeated. Warns if one is enough and more were asked for; raises
-        ValueError for a model whose noise cannot be fixed.
+        fixed: draws will be repeated. Warns if one is enough and more were asked for, unless quiet;
+        raises ValueError for a model whose noise cannot be fixed.
         """
         model = self.model
         if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences):
             with self.counted():
-                self.draws = model.probe(images, draw, self.draws, fixed=fixed)
+                self.draws = model.probe(images, draw, self.draws, fixed=fixed, quiet=quiet)
 
     def classes(self, images: Tensor, draw: int) -> int:
         """How many classes the scores have. Costs one forward."""

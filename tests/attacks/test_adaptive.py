@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers import eval_models, tiny
@@ -141,3 +143,12 @@ def test_it_is_the_commands_attack_on_guided_defences(
     assert [one["preset"] for one in command._tables(args)["attack"]] == [expected]
     args = parser.parse_args(["--methods", *methods, "--set", "guidance_scale=0"])
     assert [one["preset"] for one in command._tables(args)["attack"]] == ["pgd40"]
+
+
+def test_one_draw_on_a_classifier_without_noise_is_no_reason_to_warn() -> None:
+    attack = AdaptiveGuided(eps=0.1, steps=1, restarts=1, finish_steps=1, eot=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack.run(tiny.TinyClassifier(), tiny.images(2), torch.tensor([0, 1]))
+    with pytest.warns(UserWarning, match="eot=2 does nothing for .*; say eot=1"):
+        attack.replace(eot=2).run(tiny.TinyClassifier(), tiny.images(2), torch.tensor([0, 1]))
