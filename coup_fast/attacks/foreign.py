@@ -155,8 +155,8 @@ class Foreign:
         """How many forwards a mean over `draws` draws from `draw` on needs: `draws`, or 1.
 
         One is enough for a model that is seen to use no random number and gives the same scores
-        twice, bit for bit; a warning says so unless quiet. fixed: the draws will be repeated, so the
-        model has to give the same scores under the same draw; ValueError if not.
+        twice, bit for bit; a warning says so unless quiet. fixed: the draws will be repeated, so
+        the model has to give the same scores under the same draw; ValueError if not.
         """
         with torch.no_grad(), self.frozen():
             first, used = self._call(images, draw, watch=True)
