@@ -1,22 +1,24 @@
 """What do explicit steps of guidance converge to, and is it what few stable steps give?
 
-    python benchmarks/guidance_convergence.py --data DIR/cifar10_test1000.npz
+    python benchmarks/guidance_convergence.py --data TEST.npz --ode --out guidance_ode.json
+    PUBLIC_CLASSIFIERS=DIR python benchmarks/guidance_convergence.py --data TEST.npz \
+        --models ./benchmarks/public_classifiers.py:resnet20
 
-COUP with the bundled CIFAR-10 models under λ, in 5, 20, 100 and 650 steps of the exponential solver
-(few Euler steps leave the noise of the last one in the image), guided explicitly and stably. The
-noise of different step counts differs, so single images do not converge; what can be compared are
-shares over images. Printed for each setting: accuracy, the share of right labels that flip, the
-mean margin of the result, the share of stiff states, and how many images have another label than
-under the explicit solver with the most steps. With --ode the probability flow takes the place of
-the SDE, whose only noise is that of the start, the same for all: there images converge one by one,
-and the mean distance to the finest explicit result is printed as well.
+COUP for CIFAR-10 under λ, with the bundled models or others, in 5, 20, 100 and 650 steps of the
+exponential solver (few Euler steps leave the noise of the last one in the image), guided explicitly
+and stably. The noise of different step counts differs, so single images do not converge; what can
+be compared are shares over images. Printed for each setting: accuracy, the share of right labels
+that flip, the mean margin of the result, the share of stiff states, and how many images have
+another label than under the explicit solver with the most steps. With --ode the probability flow
+takes the place of the SDE, whose only noise is that of the start, the same for all: there images
+converge one by one, and the mean distance to the finest explicit result is printed as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,9 @@ import coup_fast
 from coup_fast import reference
 from coup_fast.data.cifar10 import load_cifar10
 from coup_fast.evaluation import Proportion
+from coup_fast.evaluation.provenance import environment, write_json
+from coup_fast.evaluation.sources import model_loader
+from coup_fast.malloc import keep_freed_memory
 from coup_fast.stiffness import stiffness
 
 STIFF_IMAGES = 8
@@ -59,9 +64,10 @@ def logits_of(classifier: torch.nn.Module, images: Tensor, batch: int) -> Tensor
         return torch.cat([classifier(part) for part in images.split(batch)])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help=".npz file, or CIFAR-10's folder")
+    parser.add_argument("--models", default="cifar10", help="bundled ones, or FILE.py:function")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 100, 650])
@@ -70,9 +76,9 @@ def main() -> None:
     parser.add_argument("--solver", choices=["euler", "exponential"], default="exponential")
     parser.add_argument("--ode", action="store_true", help="the probability flow")
     parser.add_argument("--out", type=Path, help="a file for the numbers, JSON")
-    args = parser.parse_args()
-
-    score_model, classifier = coup_fast.load_bundled("cifar10")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    score_model, classifier = model_loader(args.models, torch.device("cpu"))("vp")
     images, labels = load(args.data)
     images, labels = images[: args.images], labels[: args.images]
     right_before = logits_of(classifier, images, args.batch).argmax(1) == labels
@@ -120,8 +126,10 @@ def main() -> None:
             flush=True,
         )
     if args.out is not None:
-        facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
-        args.out.write_text(json.dumps({"arguments": facts, "rows": rows}, indent=1))
+        facts = {key: value for key, value in vars(args).items() if key != "out"}
+        facts["data"] = args.data.name
+        report = {"arguments": facts, "environment": environment(), "rows": rows}
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":
