@@ -9,7 +9,8 @@ gives a family other models, and `--only NAME` runs it alone, in a process besid
 
 The images of a family are attacked in parts, and each part is purified under all settings before
 the next begins. What is finished is in OUT at once, and the same command continues where it
-stopped. OUT/report.json is written after each part, from the parts that every setting has finished.
+stopped. OUT/report.json is written after each part, from the parts that every setting has finished,
+and OUT/figures at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import guidance_counts as counts
+import guidance_figures
 import numpy as np
 import public_classifiers
 import torch
@@ -335,15 +337,18 @@ def images_of(family: Family, data: Path | None, test: Path | None) -> tuple[Ten
     return images, found.labels[rows].long()
 
 
-def write_report(study: Study, families: Sequence[Family], out: Path) -> None:
-    """OUT/report.json, of every family that has a finished part."""
+def write_report(study: Study, families: Sequence[Family], out: Path) -> dict[str, Any]:
+    """OUT/report.json, of every family that has a finished part; and what it says."""
     runs = [FamilyRun(study, f, out / f.name) for f in families if (out / f.name).is_dir()]
     report = {
         "study": study.rules,
         "environment": environment(),
         "families": [run.report() for run in runs if run.finished],
     }
-    write_json(out / "report.json", report)
+    text = json.dumps(report, allow_nan=False)
+    short: dict[str, Any] = json.loads(text, parse_float=lambda x: float(f"{float(x):.6g}"))
+    write_text(out / "report.json", json.dumps(short) + "\n")
+    return short
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study, list[Family]]:
@@ -368,7 +373,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study, list[F
     for option, given in (("--models", list(other)), ("--only", arguments.only or [])):
         if unknown := set(given) - set(names):
             parser.error(f"{option} names {', '.join(sorted(unknown))}; there are {names}")
-    most = arguments.images or max(family.count for family in families)
+    most = max(f.count for f in families) if arguments.images is None else arguments.images
     if most < 1:
         parser.error(f"--images must be at least 1, got {most}")
     families = [
@@ -402,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run.log.add(part, unit, work[unit]())
                 if todo:
                     write_report(study, families, arguments.out)
-    write_report(study, families, arguments.out)
+    guidance_figures.draw(write_report(study, families, arguments.out), arguments.out / "figures")
     return 0
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy_tables
+import guidance_tables
 import ptx_instructions
 import speed_tables
 from table_cells import FOLDER
@@ -28,7 +29,7 @@ from coup_fast.benchmarking.rows import Row
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "kernels")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("guidance", "results", "performance", "kernels")),
 )
 
 SPEED: dict[str, Callable[[Sequence[Row], Path], str]] = {
@@ -48,6 +49,7 @@ STORED: dict[str, Callable[[], str]] = {
     "instructions": ptx_instructions.table,
     "steps": accuracy_tables.steps,
     "toy": accuracy_tables.toy,
+    **guidance_tables.TABLES,
 }
 
 

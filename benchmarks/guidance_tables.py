@@ -1,0 +1,155 @@
+"""Tables of guidance, from reports of guidance_study.py and guidance_convergence.py.
+
+Run benchmarks/tables.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from table_cells import FOLDER, file_of, percent, table
+
+from coup_fast.evaluation.paired import Paired
+
+STUDY = FOLDER / "guidance_study.json"
+CONVERGENCE = {  # files of benchmarks/guidance_convergence.py
+    "guidance_ode": "bundled, probability flow",
+    "guidance_ode_resnet20": "ResNet-20, probability flow",
+    "guidance_sde": "bundled, COUP",
+    "guidance_sde_resnet20": "ResNet-20, COUP",
+}
+CERTAIN = 0.05  # p below which a difference is set in bold
+
+
+def study() -> dict[str, Any]:
+    """The stored report."""
+    report: dict[str, Any] = json.loads(STUDY.read_text(encoding="utf-8"))
+    return report
+
+
+def _start(row: dict[str, Any]) -> str:
+    return "DiffPure" if row["forward_noise"] else "COUP"
+
+
+def shares(outcome: str) -> str:
+    """An outcome under every setting: a line for each chain and solver, a column for each λ."""
+    report = study()
+    scales = [scale for scale in report["study"]["scales"] if scale]
+    body = []
+    for family in report["families"]:
+        lines: dict[tuple[str, str, str], dict[float, str]] = {}
+        unguided: dict[tuple[str, str], str] = {}
+        for row in family["settings"]:
+            chain = f"{row['t_star']:g}", _start(row)
+            cell = percent(row["outcomes"][outcome])
+            if not row["scale"]:
+                unguided[chain] = cell
+                continue
+            if row["against_unguided"][outcome]["p"] < CERTAIN:
+                cell = f"**{cell}**"
+            lines.setdefault((*chain, row["guidance_solver"]), {})[row["scale"]] = cell
+        for (t_star, start, solver), cells in lines.items():
+            guided = [cells[scale] for scale in scales]
+            body.append([family["name"], t_star, start, solver, unguided[t_star, start], *guided])
+    headers = ["classifier", "t*", "start", "solver", "λ = 0", *(f"{s:g}" for s in scales)]
+    return f"{table(headers, body)}\n\n{_counted(report, outcome)}"
+
+
+def _counted(report: dict[str, Any], outcome: str) -> str:
+    counts = [
+        f"{family['name']} {family['settings'][0]['outcomes'][outcome]['total']}"
+        for family in report["families"]
+    ]
+    return (
+        f"Percent of images ({', '.join(counts)}) with 95 % Wilson intervals. **Bold** differs "
+        f"from λ = 0 on the same images (McNemar, p < {CERTAIN:g}, not adjusted). Every number "
+        f"and setting: {file_of(STUDY)}."
+    )
+
+
+def stiff() -> str:
+    """How steep each classifier is, and the share of stiff states by λ."""
+    report = study()
+    scales = [scale for scale in report["study"]["scales"] if scale]
+    body = []
+    for family in report["families"]:
+        chains: dict[tuple[float, bool], dict[float, dict[str, Any]]] = {}
+        for row in family["settings"]:
+            if row["guidance_solver"] == "explicit":
+                chain = row["t_star"], row["forward_noise"]
+                chains.setdefault(chain, {})[row["scale"]] = {**row, **row["stiffness"]}
+        for (t_star, _), by_scale in chains.items():
+            first = by_scale[scales[0]]
+            low, median, high = first["steepness"].values()
+            cells = [f"{100 * by_scale[scale]['stiff_share']:.0f}" for scale in scales]
+            slope = f"{median:.0f} [{low:.0f}, {high:.0f}]"
+            body.append([family["name"], f"{t_star:g}", _start(first), slope, *cells])
+    seen = report["families"][0]["settings"][1]["stiffness"]
+    headers = ["classifier", "t*", "start", "a", *(f"λ = {scale:g}" for scale in scales)]
+    return (
+        f"{table(headers, body)}\n\na: median and 10 and 90 % quantiles at λ = {scales[0]:g}. "
+        f"Share of stiff states under the explicit solver, in percent, {seen['images']} images "
+        f"and {seen['guided_steps']} steps. Every number and setting: {file_of(STUDY)}."
+    )
+
+
+def tests() -> str:
+    """The comparisons that were stated before the run."""
+    report = study()
+    body = []
+    for family in report["families"]:
+        for test in family["tests"]:
+            chain = [f"{test['t_star']:g}", _start(test), test["guidance_solver"]]
+            pairs = Paired(*(test[name] for name in ("both", "won", "lost", "neither")))
+            _, _, difference, counted = pairs.cells()
+            numbers = [f"{test['scale']:g}", difference, counted, f"{test['p_holm']:.3f}"]
+            body.append([family["name"], *chain, *numbers])
+    headers = ["classifier", "t*", "start", "solver", "λ", "difference"]
+    lines = table([*headers, "with : without, p", "p (Holm)"], body)
+    return (
+        f"{lines}\n\nDifference: right labels that flip under λ less those under λ = 0, in points "
+        "with Newcombe's 95 % interval. With : without: images whose label flips only with "
+        "guidance, and only without it, and McNemar's exact p. Holm over the "
+        f"{len(report['families'][0]['tests'])} tests of a classifier. Every number and setting: "
+        f"{file_of(STUDY)}."
+    )
+
+
+def convergence() -> str:
+    """Explicit and stable steps of λ = 10 in different numbers of steps."""
+    tables, sources = [], []
+    for name, title in CONVERGENCE.items():
+        path = FOLDER / f"{name}.json"
+        if not path.is_file():
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        arguments, rows = report["arguments"], report["rows"]
+        finest = rows[0]["steps"]
+        body = []
+        for row in rows:
+            cells = [percent(row[key]) for key in ("right_labels_flipped", "accuracy")]
+            cells += [f"{100 * row['stiff_share']:.0f}", str(row["other_labels_than_finest"])]
+            if arguments["ode"]:
+                cells.append(f"{row['distance_to_finest']:.3f}")
+            body.append([row["solver"], str(row["steps"]), *cells])
+        headers = ["solver", "steps", "right labels that flip", "accuracy", "stiff"]
+        headers += [f"other labels than explicit in {finest}"]
+        headers += ["distance to it"] if arguments["ode"] else []
+        about = f"{arguments['images']} images, λ = {arguments['scale']:g}, t* = "
+        tables.append(f"**{title}, {about}{arguments['t_star']:g}**\n\n{table(headers, body)}")
+        sources.append(file_of(path))
+    return "\n\n".join([*tables, f"Every number and setting: {', '.join(sources)}."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "guidance_flipped": lambda: shares("flipped"),
+    "guidance_unsure": lambda: shares("flipped_unsure"),
+    "guidance_kept": lambda: shares("kept"),
+    "guidance_recovered": lambda: shares("recovered"),
+    "guidance_accuracy": lambda: shares("attacked_accuracy"),
+    "guidance_stiff": stiff,
+    "guidance_tests": tests,
+    "guidance_convergence": convergence,
+}
