@@ -21,8 +21,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ import guidance_figures
 import numpy as np
 import public_classifiers
 import torch
-from guidance_counts import Answers, Setting, grid
+from guidance_config import Family, Study, chosen
+from guidance_counts import Answers, Setting
 from guidance_states import labels_along
 from torch import Tensor
 from tqdm import tqdm
@@ -49,57 +50,6 @@ from coup_fast.stiffness import stiffness
 from coup_fast.training.data import load_data
 
 CONFIG = Path(__file__).with_suffix(".toml")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A pair of models and the images that it is asked about.
-
-    Args:
-        name: in the report, and of the folder.
-        models: "cifar10" for the bundled ones, or "FILE.py:function".
-        images: "validation" or "test".
-        first: the first image.
-        count: how many, at most.
-    """
-
-    name: str
-    models: str
-    images: str
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """The configuration; guidance_study.toml says what each entry means."""
-
-    seed: int
-    steps: int
-    solver: str
-    precision: str
-    t_star: list[float]
-    forward_noise: list[bool]
-    scales: list[float]
-    guidance_solvers: list[str]
-    lowest: float
-    part: int
-    stiff_images: int
-    attack: dict[str, Any]
-    tests: dict[str, Any]
-    states: dict[str, Any]
-    check: dict[str, Any]
-    family: list[dict[str, Any]]
-
-    @property
-    def settings(self) -> list[Setting]:
-        """Every purification."""
-        return grid(self.t_star, self.forward_noise, self.scales, self.guidance_solvers)
-
-    @property
-    def rules(self) -> dict[str, Any]:
-        """Everything that the numbers of a family follow from, the family left out."""
-        return {name: value for name, value in asdict(self).items() if name != "family"}
 
 
 Part = tuple[int, int]  # the first of its images, and the first that is not in it
@@ -201,19 +151,19 @@ class FamilyRun:
     def units(self, part: Part) -> dict[str, Callable[[], Any]]:
         """Everything there is to do for a part, by name; `bare` comes first."""
         study, begin = self.study, part[0]
-        work: dict[str, Callable[[], Any]] = {"bare": lambda: self._bare(part)}
+        work: dict[str, Callable[[], Any]] = {"bare": partial(self._bare, part)}
         for setting in study.settings:
-            work[str(setting)] = lambda s=setting: self._purified(part, s)
+            work[str(setting)] = partial(self._purified, part, setting)
         if begin == 0:
             for setting in study.settings:
                 if setting.scale:
-                    work[f"stiff {setting}"] = lambda s=setting: self._stiff(part, s)
+                    work[f"stiff {setting}"] = partial(self._stiff, part, setting)
         if begin < study.states["images"]:
             for setting in chosen(study.states):
-                work[f"states {setting}"] = lambda s=setting: self._states(part, s)
+                work[f"states {setting}"] = partial(self._states, part, setting)
         if begin < study.check["images"] and study.precision != "fp32":
             for setting in chosen(study.check):
-                work[f"check {setting}"] = lambda s=setting: self._check(part, s)
+                work[f"check {setting}"] = partial(self._check, part, setting)
         return work
 
     def _bare(self, part: Part) -> dict[str, Any]:
@@ -311,12 +261,6 @@ class FamilyRun:
                 fast = self.log.get(part, str(setting))["clean"]
                 same += [a == b for a, b in zip(exact, fast, strict=True)]
         return counts.share(same).as_dict()
-
-
-def chosen(table: dict[str, Any]) -> list[Setting]:
-    """The settings that a table of the configuration is about."""
-    names = ("t_star", "forward_noise", "scales", "guidance_solvers")
-    return grid(*(table[name] for name in names))
 
 
 def images_of(family: Family, data: Path | None, test: Path | None) -> tuple[Tensor, Tensor]:
