@@ -55,8 +55,14 @@ class Study:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Everything that the numbers of a family follow from, the family left out."""
+        """The configuration without its families."""
         return {name: value for name, value in asdict(self).items() if name != "family"}
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the answers to one image under one setting follow from, its models left out."""
+        names = ("seed", "steps", "solver", "precision", "attack", "stiff_images")
+        return {name: self.rules[name] for name in names}
 
 
 def chosen(table: dict[str, Any]) -> list[Setting]:

@@ -196,6 +196,30 @@ def along(answers: Answers, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def agreement(
+    bare: Sequence[dict[str, Any]], fast: Sequence[int], exact: Sequence[int]
+) -> dict[str, Any]:
+    """How labels in a fast precision compare with those in fp32, for JSON.
+
+    Args:
+        bare: `truth` and `bare` of the images, part by part.
+        fast: labels of the purified clean images in the fast precision.
+        exact: the same in fp32.
+
+    Returns:
+        same: the share of equal labels; flipped: of the images that the bare classifier gets right,
+        how many flip in both, in the fast precision only (`won`), in fp32 only (`lost`).
+    """
+    truth = [label for part in bare for label in part["truth"]]
+    right = [a == b for part in bare for a, b in zip(part["truth"], part["bare"], strict=True)]
+    flips = [
+        [label != true for label, true, its in zip(labels, truth, right, strict=True) if its]
+        for labels in (fast, exact)
+    ]
+    same = [a == b for a, b in zip(fast, exact, strict=True)]
+    return {"same": share(same).as_dict(), "flipped": count_pairs(*flips).as_dict()}
+
+
 def _shares(event: Chosen) -> dict[str, Any]:
     return share(event.tolist()).as_dict()
 

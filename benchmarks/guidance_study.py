@@ -96,7 +96,7 @@ class FamilyRun:
         self.classifier = classifier
         weights = [*self.score_model.state_dict().values(), *classifier.state_dict().values()]
         identity = {
-            "rules": self.study.rules,
+            "rules": self.study.numbers,
             "family": {**asdict(self.family), "count": None},  # more images may be asked for later
             "networks": tensor_digest(*weights),
             "first image": tensor_digest(images[:1], labels[:1]),
@@ -254,13 +254,14 @@ class FamilyRun:
         return found
 
     def _agreement(self, setting: Setting) -> dict[str, Any]:
-        """How often the study's precision gives the label that fp32 gives."""
-        same: list[bool] = []
+        """How the labels in the study's precision compare with those in fp32, on clean images."""
+        bare, fast, exact = [], [], []
         for part in self.finished:
-            if (exact := self.log.get(part, f"check {setting}")) is not None:
-                fast = self.log.get(part, str(setting))["clean"]
-                same += [a == b for a, b in zip(exact, fast, strict=True)]
-        return counts.share(same).as_dict()
+            if (labels := self.log.get(part, f"check {setting}")) is not None:
+                bare.append(self.log.get(part, "bare"))
+                fast += self.log.get(part, str(setting))["clean"]
+                exact += labels
+        return counts.agreement(bare, fast, exact)
 
 
 def images_of(family: Family, data: Path | None, test: Path | None) -> tuple[Tensor, Tensor]:
