@@ -14,11 +14,10 @@ from table_cells import FOLDER, file_of, percent, table
 from coup_fast.evaluation.paired import Paired
 
 STUDY = FOLDER / "guidance_study.json"
-CONVERGENCE = {  # files of benchmarks/guidance_convergence.py
-    "guidance_ode": "bundled, probability flow",
-    "guidance_ode_resnet20": "ResNet-20, probability flow",
-    "guidance_sde": "bundled, COUP",
-    "guidance_sde_resnet20": "ResNet-20, COUP",
+CONVERGENCE = {  # files of guidance_convergence.py; the first says what is finest
+    "ResNet-20, probability flow": ("guidance_ode_resnet20", "guidance_ode_resnet20_unguided"),
+    "bundled, probability flow": ("guidance_ode",),
+    "ResNet-20, COUP": ("guidance_sde_resnet20",),
 }
 CERTAIN = 0.05  # p below which a difference is set in bold
 
@@ -117,29 +116,49 @@ def tests() -> str:
     )
 
 
+def precision() -> str:
+    """How the labels of the study's precision compare with those of fp32."""
+    report = study()
+    body = []
+    for family in report["families"]:
+        for row in family["agreement"]:
+            solver, pairs = row["guidance_solver"] or "none", row["flipped"]
+            flips = f"{pairs['won']} : {pairs['lost']}"
+            shown = [family["name"], solver, f"{row['scale']:g}", str(row["same"]["total"])]
+            body.append([*shown, percent(row["same"]), flips])
+    chain = report["study"]["check"]
+    lines = table(["classifier", "solver", "λ", "images", "same label", "flips"], body)
+    return (
+        f"{lines}\n\nCOUP from t* = {chain['t_star'][0]:g}, clean images. Same label: percent of "
+        "images that get the same label in bfloat16 and in float32, with 95 % Wilson intervals. "
+        "Flips: right labels that flip only in bfloat16, and only in float32. Every number and "
+        f"setting: {file_of(STUDY)}."
+    )
+
+
 def convergence() -> str:
     """Explicit and stable steps of λ = 10 in different numbers of steps."""
     tables, sources = [], []
-    for name, title in CONVERGENCE.items():
-        path = FOLDER / f"{name}.json"
-        if not path.is_file():
-            continue
-        report = json.loads(path.read_text(encoding="utf-8"))
-        arguments, rows = report["arguments"], report["rows"]
-        finest = rows[0]["steps"]
+    for title, names in CONVERGENCE.items():
+        paths = [FOLDER / f"{name}.json" for name in names]
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        arguments = reports[0]["arguments"]
+        finest = reports[0]["rows"][0]["steps"]
         body = []
-        for row in rows:
-            cells = [percent(row[key]) for key in ("right_labels_flipped", "accuracy")]
-            cells += [f"{100 * row['stiff_share']:.0f}", str(row["other_labels_than_finest"])]
-            if arguments["ode"]:
-                cells.append(f"{row['distance_to_finest']:.3f}")
-            body.append([row["solver"], str(row["steps"]), *cells])
+        for number, report in enumerate(reports):
+            for row in report["rows"]:
+                cells = [percent(row[key]) for key in ("right_labels_flipped", "accuracy")]
+                cells.append(f"{100 * row['stiff_share']:.0f}" if row["solver"] != "none" else "")
+                beside = [str(row["other_labels_than_finest"])]
+                beside += [f"{row['distance_to_finest']:.3f}"] if arguments["ode"] else []
+                cells += [""] * len(beside) if number else beside
+                body.append([row["solver"], str(row["steps"]), *cells])
         headers = ["solver", "steps", "right labels that flip", "accuracy", "stiff"]
         headers += [f"other labels than explicit in {finest}"]
         headers += ["distance to it"] if arguments["ode"] else []
         about = f"{arguments['images']} images, λ = {arguments['scale']:g}, t* = "
         tables.append(f"**{title}, {about}{arguments['t_star']:g}**\n\n{table(headers, body)}")
-        sources.append(file_of(path))
+        sources += map(file_of, paths)
     return "\n\n".join([*tables, f"Every number and setting: {', '.join(sources)}."])
 
 
@@ -151,5 +170,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance_accuracy": lambda: shares("attacked_accuracy"),
     "guidance_stiff": stiff,
     "guidance_tests": tests,
+    "guidance_precision": precision,
     "guidance_convergence": convergence,
 }

@@ -128,6 +128,14 @@ def test_steps_are_counted_of_the_images_that_were_looked_at(
     assert found["attacked"]["denoised"][0]["total"] == 8
 
 
+def test_precisions_are_compared_where_the_classifier_was_right(counts: ModuleType) -> None:
+    bare = [{"truth": [0, 0, 0], "bare": [0, 0, 0]}, {"truth": [0, 0], "bare": [0, 1]}]
+    found = counts.agreement(bare, fast=[0, 1, 1, 0, 1], exact=[0, 0, 2, 2, 0])
+    assert (found["same"]["successes"], found["same"]["total"]) == (1, 5)
+    flipped = found["flipped"]
+    assert [flipped[name] for name in ("both", "won", "lost", "neither")] == [1, 1, 1, 1]
+
+
 MODELS = """
 from helpers import tiny
 
