@@ -136,6 +136,27 @@ def precision() -> str:
     )
 
 
+def states() -> str:
+    """How often the classifier is right on the state and on the denoised image, step by step."""
+    report = study()
+    body, counts = [], []
+    for family in report["families"]:
+        shown = [row for row in family["states"] if row["clean"] and not row["scale"]]
+        for row in shown:
+            for what, name in (("state", "x_t"), ("denoised", "x̂0")):
+                steps = [f"{100 * step['rate']:.0f}" for step in row["clean"][what]]
+                steps += [""] * (report["study"]["steps"] + 1 - len(steps))
+                body.append([family["name"], _start(row), name, *steps])
+        if shown:
+            counts.append(f"{family['name']} {shown[0]['clean']['state'][0]['total']}")
+    headers = ["classifier", "start", "right on", *map(str, range(report["study"]["steps"] + 1))]
+    return (
+        f"{table(headers, body)}\n\nPercent of clean images ({', '.join(counts)}) after so many "
+        f"steps from t* = {report['study']['states']['t_star'][0]:g} without guidance; the last "
+        f"state is the result. Every number and setting: {file_of(STUDY)}."
+    )
+
+
 def convergence() -> str:
     """Explicit and stable steps of λ = 10 in different numbers of steps."""
     tables, sources = [], []
@@ -171,5 +192,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance_stiff": stiff,
     "guidance_tests": tests,
     "guidance_precision": precision,
+    "guidance_states": states,
     "guidance_convergence": convergence,
 }
