@@ -78,6 +78,13 @@ def _curve(
     axis.errorbar(places, rates, (low, high), linewidth=1.4, markersize=4, capsize=2, **look)
 
 
+def _legend(figure: Any, axes: Any, theme: Theme) -> None:
+    """What the curves of the first panel are, below all panels."""
+    curves = axes[0, 0].get_legend_handles_labels()
+    look = {"frameon": False, "fontsize": 8, "labelcolor": theme.text, "ncols": 4}
+    figure.legend(*curves, loc="outside lower center", **look)
+
+
 def by_scale(report: dict[str, Any], theme: Theme) -> Any:
     """What guidance does to right and to attacked labels, by λ, for each classifier."""
     families = report["families"]
@@ -92,12 +99,13 @@ def by_scale(report: dict[str, Any], theme: Theme) -> Any:
                 shares = [r["outcomes"][outcome] for r in shown]
                 _curve(axis, places, shares, color=theme.curves[i], marker="os^"[i], label=solver)
             axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
-            axis.set_ylim(bottom=0)
             if column == 0:
                 axis.set_ylabel(title)
         axes[0, column].set_title(f"{family['name']}, {family['images']} images", fontsize=9)
         axes[-1, column].set_xlabel("guidance scale λ")
-    axes[0, 0].legend(frameon=False, fontsize=8, labelcolor=theme.text)
+    for axis in axes[:, 0]:
+        axis.set_ylim(bottom=0)  # of the row, once all of it is drawn
+    _legend(figure, axes, theme)
     return figure
 
 
@@ -127,7 +135,7 @@ def by_step(report: dict[str, Any], theme: Theme) -> Any:
                 axis.set_ylabel(f"right, %: {start}")
         axes[0, column].set_title(family["name"], fontsize=9)
         axes[-1, column].set_xlabel("steps taken")
-    axes[-1, 0].legend(frameon=False, fontsize=7, labelcolor=theme.text, loc="lower left")
+    _legend(figure, axes, theme)
     return figure
 
 
