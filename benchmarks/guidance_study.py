@@ -50,8 +50,6 @@ from coup_fast.stiffness import stiffness
 from coup_fast.training.data import load_data
 
 CONFIG = Path(__file__).with_suffix(".toml")
-
-
 Part = tuple[int, int]  # the first of its images, and the first that is not in it
 
 
@@ -61,13 +59,18 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._found: dict[tuple[Part, str], Any] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a process that was killed leaves half a line
-        if whole != text or not path.exists():
-            write_text(path, whole)
-        for line in whole.splitlines():
+        for line in self._whole_lines().splitlines():
             part, unit, content = json.loads(line)
             self._found[(part[0], part[1]), unit] = content
+
+    def _whole_lines(self) -> str:
+        """Without the half line of a process that was killed, or that is writing now."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return text[: text.rfind("\n") + 1]
+
+    def begin(self) -> None:
+        """Make the file ready for `add`; only for who holds the folder's lock."""
+        write_text(self.path, self._whole_lines())
 
     def add(self, part: Part, unit: str, content: Any) -> None:
         """Keep what a unit came to."""
@@ -92,7 +95,11 @@ class FamilyRun:
         """Read the models, for these images [N, C, H, W] in [0, 1] with labels [N]."""
         self.images, self.labels = images, labels
         self.score_model, classifier = model_loader(self.family.models, torch.device("cpu"))("vp")
-        assert isinstance(classifier, torch.nn.Module)
+        if not isinstance(classifier, torch.nn.Module):
+            given = type(classifier).__name__
+            raise ValueError(
+                f"{self.family.models} must return a module as classifier, got {given}"
+            )
         self.classifier = classifier
         weights = [*self.score_model.state_dict().values(), *classifier.state_dict().values()]
         identity = {
@@ -107,6 +114,7 @@ class FamilyRun:
             changed = [name for name in identity if known.get(name) != identity[name]]
             raise SystemExit(f"{self.folder} was begun with other {', '.join(changed)}; use --out")
         write_json(path, identity)
+        self.log.begin()
 
     @cached_property
     def purifiers(self) -> dict[Setting, Purifier]:

@@ -103,7 +103,9 @@ def tests() -> str:
             chain = [f"{test['t_star']:g}", _start(test), test["guidance_solver"]]
             pairs = Paired(*(test[name] for name in ("both", "won", "lost", "neither")))
             _, _, difference, counted = pairs.cells()
-            numbers = [f"{test['scale']:g}", difference, counted, f"{test['p_holm']:.3f}"]
+            p = test["p_holm"]
+            numbers = [f"{test['scale']:g}", difference, counted]
+            numbers.append(f"{p:.3f}" if p >= 0.001 else f"{p:.0e}")
             body.append([family["name"], *chain, *numbers])
     headers = ["classifier", "t*", "start", "solver", "λ", "difference"]
     lines = table([*headers, "with : without, p", "p (Holm)"], body)
