@@ -17,7 +17,6 @@ STUDY = FOLDER / "guidance_study.json"
 CONVERGENCE = {  # files of guidance_convergence.py; the first says what is finest
     "ResNet-20, probability flow": ("guidance_ode_resnet20", "guidance_ode_resnet20_unguided"),
     "bundled, probability flow": ("guidance_ode",),
-    "ResNet-20, COUP": ("guidance_sde_resnet20",),
 }
 CERTAIN = 0.05  # p below which a difference is set in bold
 
