@@ -44,7 +44,7 @@ class ConvNet(nn.Module):
         self.gain = gain
         patch = 4 * in_channels
         self.whiten = nn.Conv2d(in_channels, 2 * patch, 2)
-        self.whiten.weight.requires_grad_(False)  # set by `whiten_patches`, not trained
+        self.whiten.requires_grad_(False)  # set by `whiten_patches`, not trained
         layers: list[nn.Module] = [nn.GELU()]
         width = 2 * patch
         for out in widths:

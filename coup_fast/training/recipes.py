@@ -60,8 +60,20 @@ RECIPES: dict[tuple[str, ...], Recipe] = {
         ncsn=NCSNNoise(sigma_max=0.5, sigma_min=0.01, num_levels=100),
     ),
     ("cifar10", "classifier"): Recipe(
-        TrainConfig(2500, learning_rate=4e-3, warmup=300, ema=0.99),
-        {"in_channels": 3, "widths": [64, 128, 256]},
+        TrainConfig(
+            1044,  # 12 epochs
+            batch_size=512,
+            learning_rate=0.75,
+            warmup=200,
+            cooldown=0.7,
+            ema=0.98,
+            grad_clip=100.0,
+            momentum=0.85,
+            weight_decay=1.33e-3,
+            norm_bias_rate=64.0,
+            alternating_flip=True,
+        ),
+        {"in_channels": 3, "widths": [64, 256, 256]},
         network="ConvNet",
     ),
 }

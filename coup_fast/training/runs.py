@@ -96,6 +96,7 @@ def train(
         _check_arguments(recipe.network, arguments or {})
         kind = "score" if energy and task == "score" else _KINDS[task]
         flip = source.name == "cifar10" if flip is None else flip
+        config = replace(config, alternating_flip=config.alternating_flip and flip)
         facts: dict[str, Any] = {"kind": kind, **_facts_of(source, task, data, flip)}
         if task == "score" and recipe.vp.t_max < 1.0:
             facts["t_max"] = recipe.vp.t_max
@@ -122,7 +123,7 @@ def train(
         written = None if log is None or ranks.rank else _log(log, kind, recipe, data)
         trainer = Trainer(
             called,
-            _objective(task, kind, recipe, flip=flip),
+            _objective(task, kind, recipe, flip, config.alternating_flip),
             data.train.images,
             labels,
             config,
@@ -230,9 +231,13 @@ def _callable_network(network: nn.Module, energy: bool) -> nn.Module:
     return EnergyModel(network)
 
 
-def _objective(task: str, kind: str, recipe: Recipe, flip: bool) -> Objective:
+def _objective(
+    task: str, kind: str, recipe: Recipe, flip: bool, flipped: bool = False
+) -> Objective:
+    """The loss of a task. flip: whether images are mirrored; flipped: and arrive so."""
     if task == "classifier":
-        return functools.partial(classifier_loss, flip=flip, smoothing=0.1 if flip else 0.0)
+        smoothing = 0.1 if flip else 0.0
+        return functools.partial(classifier_loss, flip=flip and not flipped, smoothing=smoothing)
 
     def score_loss(
         network: nn.Module,
@@ -241,7 +246,7 @@ def _objective(task: str, kind: str, recipe: Recipe, flip: bool) -> Objective:
         rng: torch.Generator,
         rows: slice = slice(None),
     ) -> Tensor:
-        x = shifted(images, rng, reach=0, flip=True) if flip else images
+        x = shifted(images, rng, reach=0, flip=True) if flip and not flipped else images
         if task == "ncsn":
             return ncsn_loss(network, x, rng, recipe.ncsn, rows)
         return vp_loss(network, x, rng, recipe.vp, kind, rows)

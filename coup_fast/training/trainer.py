@@ -1,4 +1,4 @@
-"""The training loop: Adam, an average of the weights, checkpoints that resume exactly.
+"""The training loop: optimiser, an average of the weights, checkpoints that resume exactly.
 
 Knows nothing of scores or classes; an objective maps (network, images, labels, generator) to a
 loss. The order of the data is a function of (seed, epoch) and the noise of (seed, step), so a run
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel
 from coup_fast.evaluation.distributed import World
 from coup_fast.files import lock
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
+from coup_fast.training.optimizers import build_optimizer, set_learning_rate
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
 
@@ -50,13 +51,19 @@ class TrainConfig:
     Args:
         steps: of the optimiser.
         batch_size: images in each step.
-        learning_rate: of Adam, at its highest.
+        learning_rate: at its highest.
         warmup: steps over which it rises.
         ema: decay of the averaged weights, per step.
         grad_clip: largest norm of a step's gradient.
         seed: of the order of images and of the noise.
         precision: "float32", "bfloat16" (autocast) or "auto" (bfloat16 where the hardware has it).
         cooldown: share of the steps, in (0, 1], or None for the half cosine.
+        momentum: of SGD in Nesterov's form; None: Adam.
+        weight_decay: of SGD.
+        norm_bias_rate: of SGD, the learning rate of batch normalisation's biases over that of the
+            other parameters.
+        alternating_flip: mirror half of the images in the first epoch and the other half in the
+            next, in turns (Jordan 2024, arXiv 2404.00498).
     """
 
     steps: int
@@ -68,6 +75,10 @@ class TrainConfig:
     seed: int = 0
     precision: str = "auto"
     cooldown: float | None = None
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    norm_bias_rate: float = 1.0
+    alternating_flip: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the given step, 0 <= step < steps."""
@@ -146,6 +157,7 @@ def batches(
     if per_epoch == 0:
         raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}.")
     epoch, order = -1, torch.empty(0, dtype=torch.int64)
+    mirrored = torch.rand(len(images), generator=generator_for(config.seed, "mirror", 0)) < 0.5
     for step in range(start, config.steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
@@ -154,12 +166,11 @@ def batches(
             )
         first = (step % per_epoch) * config.batch_size
         rows = order[first : first + config.batch_size]
-        yield (
-            step,
-            as_pixels(images[rows]),
-            labels[rows],
-            generator_for(config.seed, "noise", step),
-        )
+        pixels = as_pixels(images[rows])
+        if config.alternating_flip:
+            turn = mirrored[rows] ^ (epoch % 2 == 1)
+            pixels = torch.where(turn[:, None, None, None], pixels.flip(3), pixels)
+        yield step, pixels, labels[rows], generator_for(config.seed, "noise", step)
 
 
 class Trainer:
@@ -236,7 +247,7 @@ class Trainer:
         self.average = AveragedModel(
             self.network, multi_avg_fn=debiased_average(config.ema), use_buffers=True
         )
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate)
+        self.optimizer = build_optimizer(self.network, config)
         self.state = TrainState()
         if checkpoint is not None and checkpoint.exists():
             self._load(checkpoint)
@@ -335,8 +346,7 @@ class Trainer:
         write_checkpoint(self.checkpoint, content)
 
     def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(step)
+        set_learning_rate(self.optimizer, self.config.learning_rate_at(step))
         # Dropout draws from the global generator.
         torch.manual_seed(generator.initial_seed() + self.ranks.rank)
         own = () if self.ranks.size == 1 else (self.rows,)
@@ -362,7 +372,8 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         content = read_checkpoint(path, self.device)
-        theirs = content["identity"]
+        old = {f.name: f.default for f in fields(TrainConfig) if f.name != "steps"}
+        theirs = {**old, **content["identity"]}  # a field that is younger than the file
         differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
         then = replace(self.config, **{k: theirs[k] for k in _SCHEDULE if k in theirs})
         taken = range(content["state"]["step"])

@@ -13,8 +13,10 @@ import torch
 from helpers.scripts import environment
 from torch import Tensor, nn
 
+from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss
+from coup_fast.training.optimizers import build_optimizer, set_learning_rate
 from coup_fast.training.trainer import Objective, TrainConfig, Trainer, batches, generator_for
 
 MEAN, VARIANCE = 0.3, 0.04  # of the pixels of the Gaussian "images"
@@ -254,6 +256,59 @@ def test_each_epoch_is_a_permutation_and_a_function_of_the_seed() -> None:
         assert torch.equal(first, second[2])
     with pytest.raises(ValueError, match=r"20 images .* 21"):
         next(batches(images, labels, TrainConfig(1, batch_size=21), 0))
+
+
+def test_a_flip_alternates_from_epoch_to_epoch() -> None:
+    images, labels = torch.rand(40, 1, 2, 3), torch.arange(40)
+    config = TrainConfig(20, batch_size=8, alternating_flip=True)
+    seen = [torch.zeros_like(images) for _ in range(4)]
+    for step, pixels, rows, _ in batches(images, labels, config, 0):
+        seen[step // 5][rows] = pixels
+    mirrored = (seen[0] == images.flip(3)).flatten(1).all(dim=1)
+    assert 10 < int(mirrored.sum()) < 30
+    assert torch.equal(seen[0][~mirrored], images[~mirrored])
+    assert torch.equal(seen[1], seen[0].flip(3))
+    assert torch.equal(seen[2], seen[0])
+    assert torch.equal(seen[3], seen[1])
+
+
+def small_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_sgd_gives_the_biases_of_norms_their_learning_rate() -> None:
+    network = small_classifier()
+    config = TrainConfig(1, momentum=0.5, weight_decay=0.1, norm_bias_rate=4.0)
+    optimizer = build_optimizer(network, config)
+    set_learning_rate(optimizer, 0.25)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for old, new, (name, _) in zip(
+        before, network.parameters(), network.named_parameters(), strict=True
+    ):
+        rate, decay = (1.0, 0.025) if name == "1.bias" else (0.25, 0.1)
+        # Nesterov's first step: the gradient and once more its share of momentum.
+        torch.testing.assert_close(new.detach(), old - rate * 1.5 * (1.0 + decay * old))
+
+
+def test_a_checkpoint_older_than_a_field_is_resumed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c"
+    stopped = tiny_trainer(checkpoint)
+    stopped.objective = stopping_at(stopped, 3)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    content = read_checkpoint(checkpoint, torch.device("cpu"))
+    for name in ("momentum", "weight_decay", "norm_bias_rate", "alternating_flip"):
+        del content["identity"][name]
+    write_checkpoint(checkpoint, content)
+    assert tiny_trainer(checkpoint).state.step == 2
+    content["identity"]["momentum"] = 0.9
+    write_checkpoint(checkpoint, content)
+    with pytest.raises(ValueError, match=r"momentum \(0.9, now None\)"):
+        tiny_trainer(checkpoint)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:

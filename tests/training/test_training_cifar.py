@@ -14,7 +14,7 @@ from coup_fast.models import NAFNet, UNet, load_network, save_network
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.training import runs
 from coup_fast.training.dsm import VPNoise
-from coup_fast.training.trainer import TrainConfig, Trainer
+from coup_fast.training.trainer import Trainer
 from coup_fast.training.transfer import ncsn_from_vp
 
 
@@ -141,7 +141,14 @@ def classifier_run(steps: int) -> nn.Module:
     network = ConvNet(widths=[8, 8])
     network.whiten_patches(images.float() / 255.0)
     objective = runs._objective("classifier", "classifier", runs.RECIPES["mnist", "score"], True)
-    config = TrainConfig(steps, batch_size=16, warmup=1, ema=0.5, precision="float32")
+    config = replace(
+        runs.RECIPES["cifar10", "classifier"].config,
+        steps=steps,
+        batch_size=16,
+        learning_rate=0.02,
+        ema=0.5,
+        precision="float32",
+    )
     return Trainer(network, objective, images, labels, config, progress=False).run()
 
 
