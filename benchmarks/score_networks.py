@@ -30,8 +30,8 @@ from tqdm import tqdm
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, load_bundled
 from coup_fast.data import Source
 from coup_fast.evaluation.tables import render_table
-from coup_fast.models.network_files import build_network, load_network
-from coup_fast.training.checkpoint import read_checkpoint
+from coup_fast.models.network_files import load_network
+from coup_fast.training.checkpoint import averaged_network
 from coup_fast.training.data import load_data
 from coup_fast.training.measures import error_per_level
 
@@ -56,18 +56,8 @@ def load(name: str) -> tuple[nn.Module, float, str]:
         network, facts = load_network(path)
         done = facts["training"]
         return network, facts.get("t_max", 1.0), _seen(done["steps"], done["batch_size"])
-    content = read_checkpoint(path, torch.device("cpu"))
-    identity = content["identity"]
-    network = build_network(identity["network"], json.loads(identity["arguments"]))
-    average = {
-        name.removeprefix("module."): tensor
-        for name, tensor in content["average"].items()
-        if name.startswith("module.")
-    }
-    network.load_state_dict(average)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    seen = _seen(content["state"]["step"], identity["batch_size"])
-    return network.eval(), identity.get("t_max", 1.0), seen
+    network, facts = averaged_network(path)
+    return network, facts.get("t_max", 1.0), _seen(facts["step"], facts["batch_size"])
 
 
 def _seen(steps: int, batch_size: int) -> str:

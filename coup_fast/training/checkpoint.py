@@ -1,19 +1,22 @@
 """The file of a training run: one line with format and checksum, then what `torch.save` writes.
 
 A file is read only if its checksum fits, so that no damaged byte becomes a weight and none reaches
-the unpickler. Knows nothing of what the content means.
+the unpickler.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from coup_fast.files import whole_file
+from coup_fast.models.network_files import build_network
 
 FORMAT = 1
 _HEADER = "coup_fast training checkpoint, format {}, sha256 {}\n"
@@ -43,6 +46,29 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         io.BytesIO(payload), map_location=device, weights_only=True
     )
     return content
+
+
+def averaged_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The averaged network of a run that `coup_fast.training.runs.train` began, and its facts.
+
+    Returns the network in float32 and eval mode, and what the run's weights file would say of it,
+    with "step" in place of what is known at the end only.
+
+    Raises ValueError as `read_checkpoint` does, or if the run did not say which network it trains.
+    """
+    content = read_checkpoint(path, torch.device("cpu"))
+    identity = content["identity"]
+    if "network" not in identity or "arguments" not in identity:
+        raise ValueError(f"{path} does not say which network it holds; coup-fast train wrote none")
+    network = build_network(identity["network"], json.loads(identity["arguments"]))
+    average = {
+        name.removeprefix("module."): tensor
+        for name, tensor in content["average"].items()
+        if name.startswith("module.")
+    }
+    network.load_state_dict(average)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval(), {**identity, "step": content["state"]["step"]}
 
 
 def _header(payload: bytes | memoryview) -> bytes:

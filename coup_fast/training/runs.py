@@ -21,6 +21,7 @@ from coup_fast.data import Source
 from coup_fast.evaluation.distributed import local_device, world
 from coup_fast.evaluation.sources import tensor_digest
 from coup_fast.models.conv_net import ConvNet
+from coup_fast.models.naf_net import NAFNet
 from coup_fast.models.network_files import (
     build_network,
     load_network,
@@ -29,6 +30,7 @@ from coup_fast.models.network_files import (
 )
 from coup_fast.models.unet import UNet
 from coup_fast.training import measures
+from coup_fast.training.checkpoint import averaged_network
 from coup_fast.training.classifier import classifier_loss, shifted
 from coup_fast.training.data import TrainingData, load_data
 from coup_fast.training.dsm import VPNoise, ncsn_loss, vp_loss
@@ -74,8 +76,10 @@ def train(
         network: class of the network in place of the recipe's.
         arguments: of that class, in place of the recipe's.
         energy: train a scalar `EnergyUNet` by the same loss.
-        init: weights file to start from: a network of this task, whose class and arguments the run
-            takes over, or for "ncsn" a trained VP network, see `ncsn_from_vp`.
+        large: the recipe for a GPU instead of the one for a processor.
+        init: weights file to start from, or a training's checkpoint, of which the averaged weights
+            count: a network of this task, whose class and arguments the run takes over, or for
+            "ncsn" a trained VP network, see `ncsn_from_vp`.
         flip: mirror half of the images; default: the recipe's choice for CIFAR-10, no for others.
         log: folder for numbers and strips of pictures while it runs, see `Log`.
         log_every: steps between two of its entries; 0: a twentieth of all.
@@ -199,7 +203,7 @@ def initialised(
     name: the class that was asked for, if any. given: arguments that it must have.
     Raises ValueError if the file does not fit.
     """
-    trained, described = load_network(init)
+    trained, described = _stored(init)
     moved = task == "ncsn" and described["kind"] == "eps" and kind == "ncsn"
     if described["kind"] != kind and not moved:
         also = ", or 'eps'," if task == "ncsn" and kind == "ncsn" else ""
@@ -218,9 +222,16 @@ def initialised(
         raise ValueError(f"init: {init} holds another network than this run needs: {words}.")
     if not moved:
         return trained
-    if not isinstance(trained, UNet):
-        raise ValueError(f"init: an ncsn network starts from a UNet, and {init} holds another.")
+    if not isinstance(trained, UNet | NAFNet):
+        raise ValueError(
+            f"init: an ncsn network starts from a UNet or NAFNet, and {init} holds another."
+        )
     return ncsn_from_vp(trained, VPNoise(), INIT_TIME)
+
+
+def _stored(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a weights file, or the averaged one of a training's checkpoint."""
+    return averaged_network(path) if path.suffix == ".checkpoint" else load_network(path)
 
 
 def _callable_network(network: nn.Module, energy: bool) -> nn.Module:

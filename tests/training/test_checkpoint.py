@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_training import tiny_trainer
 
-from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
+from coup_fast.training.checkpoint import averaged_network, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,9 @@ def test_a_file_without_a_checksum_is_refused(written: bytes, tmp_path: Path) ->
 def test_a_file_of_another_format_is_refused(written: bytes, tmp_path: Path) -> None:
     later = written.replace(b"format 1,", b"format 27,", 1)
     assert "has format 27; this coup_fast reads format 1" in refused(tmp_path / "c", later)
+
+
+def test_a_checkpoint_without_a_network_is_not_averaged(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", {"identity": {}})
+    with pytest.raises(ValueError, match="does not say which network"):
+        averaged_network(tmp_path / "c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,19 @@ from coup_fast.training.trainer import Trainer
 from coup_fast.training.transfer import ncsn_from_vp
 
 
-def random_unet(**arguments: object) -> UNet:
-    """A U-Net none of whose parameters is zero."""
+def random_network(name: str = "UNet", **arguments: object) -> UNet | NAFNet:
+    """A score network none of whose parameters is zero."""
     torch.manual_seed(3)
-    network = UNet(3, [8, 8], **arguments)  # type: ignore[arg-type]
+    network: UNet | NAFNet = {"UNet": UNet, "NAFNet": NAFNet}[name](3, [8, 8], **arguments)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     return network.eval()
 
 
 @pytest.mark.parametrize("t", [0.05, 0.1])
-def test_ncsn_from_vp_is_the_vp_network_at_one_time(t: float) -> None:
-    network = random_unet(patch=2)
+@pytest.mark.parametrize("name", ["UNet", "NAFNet"])
+def test_ncsn_from_vp_is_the_vp_network_at_one_time(name: str, t: float) -> None:
+    network = random_network(name, patch=2)
     with torch.no_grad():  # one tap: the zeros around the image are the one thing that differs
         taps = torch.zeros(3, 3)
         taps[1, 1] = 1.0
@@ -46,12 +48,12 @@ def test_ncsn_from_vp_is_the_vp_network_at_one_time(t: float) -> None:
 
 def test_ncsn_from_vp_needs_a_network_that_knows_the_time() -> None:
     with pytest.raises(ValueError, match="conditioned on time"):
-        ncsn_from_vp(random_unet(time_conditioned=False), VPNoise(), 0.1)
+        ncsn_from_vp(random_network(time_conditioned=False), VPNoise(), 0.1)
 
 
 def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "vp.safetensors"
-    save_network(file, random_unet(), {"kind": "eps"})
+    save_network(file, random_network(), {"kind": "eps"})
     with pytest.raises(ValueError, match=r"channels \[8, 8\], here \[8, 16\]"):
         runs.initialised(file, "ncsn", "ncsn", None, {"channels": [8, 16]})
     with pytest.raises(ValueError, match="in_channels 3, here 1"):
@@ -60,13 +62,13 @@ def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
         runs.initialised(file, "score", "eps", "NAFNet", {})
     with pytest.raises(ValueError, match=r"'eps'.*'classifier' is needed"):
         runs.initialised(file, "classifier", "classifier", None, {})
-    save_network(file, random_unet(), {"kind": "score"})
+    save_network(file, random_network(), {"kind": "score"})
     with pytest.raises(ValueError, match=r"'score'.*'ncsn', or 'eps', is needed"):
         runs.initialised(file, "ncsn", "ncsn", None, {})
 
 
 def test_a_run_goes_on_from_a_file_of_its_own_kind(tmp_path: Path) -> None:
-    file, network = tmp_path / "vp.safetensors", random_unet()
+    file, network = tmp_path / "vp.safetensors", random_network()
     save_network(file, network, {"kind": "eps"})
     same = runs.initialised(file, "score", "eps", None, {"in_channels": 3})
     assert isinstance(same, UNet)
@@ -76,6 +78,34 @@ def test_a_run_goes_on_from_a_file_of_its_own_kind(tmp_path: Path) -> None:
     moved = runs.initialised(file, "ncsn", "ncsn", None, {"in_channels": 3})
     assert isinstance(moved, UNet)
     assert moved.config["time_conditioned"] is False
+
+
+def test_an_ncsn_network_starts_from_the_checkpoint_of_a_vp_training(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "vp.safetensors.checkpoint"
+    network = random_network("NAFNet")
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    recipe = runs.RECIPES["cifar10", "score", "NAFNet"]
+    identity = {"network": "NAFNet", "arguments": json.dumps(network.config), "kind": "eps"}
+    averaged = Trainer(
+        network,
+        runs._objective("score", "eps", recipe, flip=True),
+        images,
+        torch.zeros(8, dtype=torch.int64),
+        replace(recipe.config, steps=2, batch_size=4, precision="float32"),
+        checkpoint=checkpoint,
+        identity=identity,
+        progress=False,
+    ).run()
+    moved = runs.initialised(checkpoint, "ncsn", "ncsn", "NAFNet", {"in_channels": 3})
+    assert isinstance(averaged, NAFNet)
+    expected = ncsn_from_vp(averaged, VPNoise(), runs.INIT_TIME).state_dict()
+    for name, tensor in moved.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    ncsn = runs.RECIPES["cifar10", "ncsn", "NAFNet"]
+    assert (
+        NAFNet(**{**ncsn.arguments, "time_conditioned": False}).config["channels"]
+        == (recipe.arguments["channels"])
+    )
 
 
 def test_patches_come_out_white() -> None:
