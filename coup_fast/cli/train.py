@@ -103,10 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--energy", action="store_true", help="train a scalar energy network")
     parser.add_argument(
+        "--large", action="store_true", help="the recipe for a GPU: score on CIFAR-10 has one"
+    )
+    parser.add_argument(
         "--init",
         type=file_path,
         metavar="FILE",
-        help="weights to start from: a network of this task, or a VP network for ncsn",
+        help="weights or a checkpoint to start from: a network of this task, or for ncsn a VP one",
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument(
@@ -164,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
             network=args.network,
             arguments=arguments,
             energy=args.energy,
+            large=args.large,
             init=args.init,
             flip=args.flip,
             log=args.watch,

@@ -54,6 +54,7 @@ def train(
     network: str | None = None,
     arguments: dict[str, Any] | None = None,
     energy: bool = False,
+    large: bool = False,
     init: Path | None = None,
     flip: bool | None = None,
     log: Path | None = None,
@@ -89,7 +90,7 @@ def train(
     with world(timeout, torch.device(device), _LATER) as ranks:
         device = local_device(torch.device(device))
         data = load_data(source, task)
-        recipe = recipe_for(source.name, task, network, data.shape, data.train.num_classes)
+        recipe = recipe_for(source.name, task, network, data.shape, data.train.num_classes, large)
         if energy and recipe.network != "UNet":
             raise ValueError("energy is for the network UNet.")
         config = replace(recipe.config, **(overrides or {}))

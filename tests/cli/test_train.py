@@ -54,6 +54,11 @@ SMALL = [
             "eps",
             "NAFNet",
         ),
+        (
+            ["score", "--dataset", "cifar10", "--large", "--channels", "4", "4"],
+            "eps",
+            "UNet",
+        ),
         (["classifier", "--dataset", "cifar10"], "classifier", "ConvNet"),
     ],
 )
@@ -86,6 +91,8 @@ def test_wrong_requests_are_one_sentence(
     words = ["--dataset", "cifar10", "--network", "NAFNet", "--energy"]
     assert main(["train", "score", *SMALL, *words, *out]) == 2
     assert "energy" in capsys.readouterr().err
+    assert main(["train", "score", "--large", *SMALL, *out]) == 2
+    assert "no large network for mnist score" in capsys.readouterr().err
     assert main(["train", "classifier", *SMALL, *out]) == 0
     assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
     assert "seed (0, now 1)" in capsys.readouterr().err

@@ -164,6 +164,17 @@ def test_a_naf_net_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path) 
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_the_large_recipe_is_for_a_gpu() -> None:
+    recipe = runs.recipe_for("cifar10", "score", None, (3, 32, 32), 10, large=True)
+    with torch.device("meta"):
+        network = UNet(**recipe.arguments)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 28_705_411
+    with pytest.raises(ValueError, match="no large NAFNet for cifar10 score; there is UNet"):
+        runs.recipe_for("cifar10", "score", "NAFNet", (3, 32, 32), 10, large=True)
+    with pytest.raises(ValueError, match="no large network for photos score"):
+        runs.recipe_for("photos", "score", None, (3, 32, 32), 10, large=True)
+
+
 def classifier_run(steps: int) -> nn.Module:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
