@@ -1,13 +1,16 @@
-"""Compare VP score networks for CIFAR-10: error of the noise, and accuracy behind ten steps.
+"""Compare score networks for CIFAR-10: error of the noise, and accuracy behind a purification.
 
     python benchmarks/score_networks.py --data DIR bundled score.safetensors run.checkpoint
+    python benchmarks/score_networks.py --data DIR --kind ncsn bundled ncsn.safetensors
 
 Each network is "bundled", a weights file, or the checkpoint of a training that is still going on
 (its averaged weights are judged). The images are the first of the validation split, which no
-training has seen; the classifier is the bundled one. Purification takes ten exponential steps of
-DiffPure, and of COUP without guidance, from t* = 0.05 and 0.1. Networks of equal error can purify
-differently, so the accuracy decides: each network is compared with the first, image by image,
-under the same noise (*lost*, *won* and the exact test of McNemar 1947).
+training has seen; the classifier is the bundled one. VP networks (kind eps) take ten exponential
+steps of DiffPure, and of COUP without guidance, from t* = 0.05 and 0.1; networks of kind ncsn run
+ADP with its published constants and with those of `bundled_settings`, and the logits of four runs
+are averaged. Networks of equal error can purify differently, so the accuracy decides: each network
+is compared with the first, image by image, under the same noise (*lost*, *won* and the exact test
+of McNemar 1947).
 
 `--keep FILE` stores what was measured and measures no network twice.
 """
@@ -35,33 +38,45 @@ from coup_fast.training.checkpoint import averaged_network
 from coup_fast.training.data import load_data
 from coup_fast.training.measures import error_per_level
 
-TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-METHODS: dict[str, dict[str, Any]] = {
-    f"{name} {t_star}": {"method": method, "t_star": t_star, **options}
-    for name, method, options in (
-        ("DiffPure", "diffpure", {}),
-        ("COUP λ=0", "coup", {"guidance_scale": 0.0}),
-    )
-    for t_star in (0.05, 0.1)
+# Times of VP networks, standard deviations of those of kind ncsn.
+LEVELS = {"eps": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "ncsn": (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "eps": {
+        f"{name} {t_star}": {
+            "method": method,
+            "t_star": t_star,
+            "num_steps": 10,
+            "solver": "exponential",
+            **options,
+        }
+        for name, method, options in (
+            ("DiffPure", "diffpure", {}),
+            ("COUP λ=0", "coup", {"guidance_scale": 0.0}),
+        )
+        for t_star in (0.05, 0.1)
+    },
+    "ncsn": {
+        "ADP as published": {"method": "adp"},
+        "ADP σ=0.1 λ=0.5": {"method": "adp", "sigma": 0.1, "step_lambda": 0.5},
+    },
 }
+DRAWS = {"eps": 1, "ncsn": 4}
 
 
-def load(name: str) -> tuple[nn.Module, float, str]:
+def load(name: str, kind: str) -> tuple[nn.Module, float, str]:
     """A network, the latest time that it was trained on, and the images that it saw, in words."""
     if name == "bundled":
-        score_model, _ = load_bundled("cifar10")
-        return score_model.network, score_model.t_max or 1.0, "288,000 images"
+        score_model, _ = load_bundled("cifar10", score="vp" if kind == "eps" else "ncsn")
+        seen = {"eps": "288,000 images", "ncsn": "48,000 images"}[kind]
+        return score_model.network, score_model.t_max or 1.0, seen
     path = Path(name)
-    if path.suffix == ".safetensors":
-        network, facts = load_network(path)
-        done = facts["training"]
-        return network, facts.get("t_max", 1.0), _seen(done["steps"], done["batch_size"])
-    network, facts = averaged_network(path)
-    return network, facts.get("t_max", 1.0), _seen(facts["step"], facts["batch_size"])
-
-
-def _seen(steps: int, batch_size: int) -> str:
-    return f"{steps * batch_size:,} images"
+    network, facts = (load_network if path.suffix == ".safetensors" else averaged_network)(path)
+    if facts.get("kind", kind) != kind:
+        raise SystemExit(f"{path} holds a network of kind {facts['kind']}; --kind is {kind}.")
+    trained = facts.get("training", facts)
+    steps = facts.get("step", trained["steps"])
+    seen = f"{steps * trained['batch_size']:,} images"
+    return network, facts.get("t_max", 1.0), seen
 
 
 def digest(network: nn.Module) -> str:
@@ -73,23 +88,26 @@ def digest(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def measure(network: nn.Module, t_max: float, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Errors by time, and for each method whether each image is classified rightly."""
-    times = [t for t in TIMES if t <= t_max]
-    errors = dict(zip(map(str, times), error_per_level(network, images, "eps", times), strict=True))
-    score_model = ScoreModel(network, kind="eps", t_max=t_max).eval()
+def measure(
+    network: nn.Module, kind: str, t_max: float, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Errors by level, and for each method whether each image is classified rightly."""
+    levels = [x for x in LEVELS[kind] if kind == "ncsn" or x <= t_max]
+    found = error_per_level(network, images, kind, levels)
+    errors = dict(zip(map(str, levels), found, strict=True))
+    score_model = ScoreModel(network, kind=kind, t_max=t_max).eval()
     _, classifier = load_bundled("cifar10")
     right, started = {}, time.process_time()
-    for name, options in METHODS.items():
-        purifier = Purifier(score_model, num_steps=10, solver="exponential", **options)
-        defence = PurifiedClassifier(purifier, classifier)
-        found: list[bool] = []
+    for name, options in METHODS[kind].items():
+        purifier = Purifier(score_model, **options)
+        defence = PurifiedClassifier(purifier, classifier, num_draws=DRAWS[kind])
+        hits: list[bool] = []
         for first in tqdm(range(0, len(images), 50), desc=name, unit="batch"):
             part = slice(first, first + 50)
             ids = torch.arange(len(images))[part]
             logits = defence(images[part], sample_ids=ids)
-            found += (logits.argmax(dim=1) == labels[part]).tolist()
-        right[name] = found
+            hits += (logits.argmax(dim=1) == labels[part]).tolist()
+        right[name] = hits
     return {"errors": errors, "right": right, "seconds": time.process_time() - started}
 
 
@@ -99,6 +117,7 @@ def main() -> None:
     )
     parser.add_argument("networks", nargs="+", metavar="NETWORK")
     parser.add_argument("--data", type=Path, required=True, help="folder of standard files")
+    parser.add_argument("--kind", choices=tuple(METHODS), default="eps", help="of all networks")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of what was measured")
     args = parser.parse_args()
@@ -110,22 +129,28 @@ def main() -> None:
         kept = json.loads(args.keep.read_text(encoding="utf-8"))
     names, found = [], []
     for name in args.networks:
-        network, t_max, seen = load(name)
+        network, t_max, seen = load(name, args.kind)
         key = f"{digest(network)}, {args.images} images"
         if key not in kept:
-            kept[key] = {"network": name, "seen": seen, **measure(network, t_max, images, labels)}
+            kept[key] = {
+                "network": name,
+                "seen": seen,
+                **measure(network, args.kind, t_max, images, labels),
+            }
             if args.keep is not None:
                 args.keep.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         names.append(f"{Path(name).name}, {seen}")
         found.append(kept[key])
+    levels = list(map(str, LEVELS[args.kind]))
     errors = [
-        [name, *(f"{r['errors'][str(t)]:.4f}" if str(t) in r["errors"] else "" for t in TIMES)]
+        [name, *(f"{r['errors'][x]:.4f}" if x in r["errors"] else "" for x in levels)]
         for name, r in zip(names, found, strict=True)
     ]
-    print(render_table(["error of the noise at t =", *map(str, TIMES)], errors))
+    level = "t" if args.kind == "eps" else "σ"
+    print(render_table([f"error of the noise at {level} =", *levels], errors))
     body = []
     for name, result in zip(names, found, strict=True):
-        for method in METHODS:
+        for method in METHODS[args.kind]:
             right, first = (np.array(r["right"][method]) for r in (result, found[0]))
             lost, won = int((first & ~right).sum()), int((right & ~first).sum())
             p = binomtest(lost, lost + won).pvalue if lost + won else 1.0

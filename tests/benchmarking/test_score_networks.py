@@ -37,7 +37,7 @@ def trained(checkpoint: Path) -> torch.nn.Module:
 
 def test_a_checkpoint_is_judged_by_its_average(script: Any, tmp_path: Path) -> None:
     averaged = trained(tmp_path / "run.checkpoint")
-    network, t_max, seen = script.load(str(tmp_path / "run.checkpoint"))
+    network, t_max, seen = script.load(str(tmp_path / "run.checkpoint"), "eps")
     assert (t_max, seen) == (0.3, "12 images")
     assert not network.training
     for name, tensor in averaged.state_dict().items():
@@ -45,17 +45,26 @@ def test_a_checkpoint_is_judged_by_its_average(script: Any, tmp_path: Path) -> N
     save_network(
         tmp_path / "run.safetensors",
         averaged,
-        {"t_max": 0.3, "training": {"steps": 3, "batch_size": 4}},
+        {"kind": "eps", "t_max": 0.3, "training": {"steps": 3, "batch_size": 4}},
     )
-    stored, *facts = script.load(str(tmp_path / "run.safetensors"))
+    stored, *facts = script.load(str(tmp_path / "run.safetensors"), "eps")
     assert facts == [0.3, "12 images"]
     assert script.digest(stored) == script.digest(network)
+    with pytest.raises(SystemExit, match="holds a network of kind eps; --kind is ncsn"):
+        script.load(str(tmp_path / "run.safetensors"), "ncsn")
 
 
-def test_images_are_judged_one_by_one(script: Any) -> None:
-    network, t_max, _ = script.load("bundled")
+@pytest.mark.parametrize(
+    ("kind", "levels"),
+    [
+        ("eps", ["0.05", "0.1", "0.15", "0.2"]),  # the bundled network knows no later time
+        ("ncsn", ["0.01", "0.02", "0.05", "0.1", "0.25", "0.5"]),
+    ],
+)
+def test_images_are_judged_one_by_one(script: Any, kind: str, levels: list[str]) -> None:
+    network, t_max, _ = script.load("bundled", kind)
     images, labels = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
-    result = script.measure(network, t_max, images, labels)
-    assert list(result["errors"]) == ["0.05", "0.1", "0.15", "0.2"]  # it knows no later time
-    assert set(result["right"]) == set(script.METHODS)
+    result = script.measure(network, kind, t_max, images, labels)
+    assert list(result["errors"]) == levels
+    assert set(result["right"]) == set(script.METHODS[kind])
     assert all(len(found) == 3 for found in result["right"].values())
