@@ -28,15 +28,19 @@ def levels_of(kind: str, recipe: Recipe) -> list[float]:
 def final_report(
     kind: str, recipe: Recipe, network: nn.Module, data: TrainingData
 ) -> dict[str, Any]:
-    """Accuracy on unseen images, or the error per noise level on training and held-out images."""
+    """Accuracy on unseen images, or the error per noise level on training and held-out images.
+
+    It is measured where the network is.
+    """
+    device = next(network.parameters()).device
     if kind == "classifier":
         unseen, labels = data.held_out.images, data.held_out.labels
         assert labels is not None
-        right = count_correct(network, unseen, labels)
+        right = count_correct(network, unseen.to(device), labels.to(device))
         return {"split": data.split, "correct": right, "images": len(unseen)}
     levels = levels_of(kind, recipe)
-    held_out = as_pixels(data.held_out.images[:_MOST])
-    seen = as_pixels(data.train.images[: len(held_out)])
+    held_out = as_pixels(data.held_out.images[:_MOST]).to(device)
+    seen = as_pixels(data.train.images[: len(held_out)]).to(device)
     return {
         "level": [round(level, 4) for level in levels],
         "train": error_per_level(network, seen, kind, levels),

@@ -143,7 +143,7 @@ def train(
         )
         if written is not None:
             written.resume(trainer.state.step)
-        averaged = trainer.run().cpu()
+        averaged = trainer.run()
         if ranks.rank != 0:
             return None
         facts["training"] = {**asdict(config), "bfloat16": trainer.bfloat16}

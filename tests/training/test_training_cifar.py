@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from coup_fast.models import NAFNet, UNet, load_network, save_network
 from coup_fast.models.conv_net import ConvNet
@@ -169,6 +170,10 @@ def test_the_large_recipe_is_for_a_gpu() -> None:
     with torch.device("meta"):
         network = UNet(**recipe.arguments)
     assert sum(parameter.numel() for parameter in network.parameters()) == 28_705_411
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, 32, 32, device="meta"), torch.empty(1, device="meta"))
+    step = 3 * recipe.config.batch_size * counter.get_total_flops()  # there and back
+    assert step == pytest.approx(14.3e12, rel=0.01)
     with pytest.raises(ValueError, match="no large NAFNet for cifar10 score; there is UNet"):
         runs.recipe_for("cifar10", "score", "NAFNet", (3, 32, 32), 10, large=True)
     with pytest.raises(ValueError, match="no large network for photos score"):
