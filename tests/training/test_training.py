@@ -279,6 +279,7 @@ def small_classifier() -> nn.Module:
 
 def test_sgd_gives_the_biases_of_norms_their_learning_rate() -> None:
     network = small_classifier()
+    nn.init.normal_(network.get_parameter("1.bias"))
     config = TrainConfig(1, momentum=0.5, weight_decay=0.1, norm_bias_rate=4.0)
     optimizer = build_optimizer(network, config)
     set_learning_rate(optimizer, 0.25)
