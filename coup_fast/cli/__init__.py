@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.strerror or str(error)
         print(f"coup-fast {args.command}: error: {where}{reason}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"coup-fast {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"coup-fast {args.command}: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return code

@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add_output_arguments(parser, force="overwrite FILE, and OUT of another run")
+    add_output_arguments(parser, force="overwrite FILE, and an OUT that has no checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -177,7 +177,14 @@ def run(args: argparse.Namespace) -> int:
             progress=shown,
             timeout=args.timeout,
         )
-    except (ValueError, TypeError, FileNotFoundError, ImportError, EvaluationError) as error:
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FloatingPointError,
+        ImportError,
+        EvaluationError,
+    ) as error:
         raise CommandError(" ".join(str(error).split())) from error
     if facts is None:
         return 0  # the first process says it
@@ -204,7 +211,11 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['images']} images, {facts['seconds']} s, loss {facts['loss']:.4f}"]
+    run = facts["training"]
+    lines = [
+        f"{run['steps']} steps of {run['batch_size']} images from {facts['images']}, "
+        f"{facts['seconds']} s, loss {facts['loss']:.4f}"
+    ]
     found = facts["report"]
     if "correct" in found:
         lines.append(f"{found['split']} accuracy {found['correct']} of {found['images']}")

@@ -19,6 +19,7 @@ from coup_fast.files import whole_file
 from coup_fast.models.network_files import build_network
 
 FORMAT = 1
+_CURE = "It was left as it is; delete it to train from the start, or choose another --out."
 _HEADER = "coup_fast training checkpoint, format {}, sha256 {}\n"
 _LENGTH = len(_HEADER.format(FORMAT, "0" * 64))
 
@@ -32,16 +33,24 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as those of `write_checkpoint`, of this or another format."""
+    start = _HEADER.partition("{}")[0].encode()
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def read_checkpoint(path: Path, device: torch.device, cure: str = _CURE) -> dict[str, Any]:
     """The content of a file of `write_checkpoint`, its tensors on `device`.
 
+    cure: what to do about a file that cannot be read, a sentence.
     Raises ValueError if the file is damaged, is none of ours, or is of another format: files of
     versions that wrote no checksum are refused too, since nothing shows whether they are whole.
     """
     whole = path.read_bytes()
     header, payload = whole[:_LENGTH], memoryview(whole)[_LENGTH:]
     if header != _header(payload):
-        raise ValueError(f"{path} {_fault(whole)}")
+        raise ValueError(f"{path} {_fault(whole)} {cure}".rstrip())
     content: dict[str, Any] = torch.load(
         io.BytesIO(payload), map_location=device, weights_only=True
     )
@@ -56,7 +65,7 @@ def averaged_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises ValueError as `read_checkpoint` does, or if the run did not say which network it trains.
     """
-    content = read_checkpoint(path, torch.device("cpu"))
+    content = read_checkpoint(path, torch.device("cpu"), cure="")
     identity = content["identity"]
     if "network" not in identity or "arguments" not in identity:
         raise ValueError(f"{path} does not say which network it holds; coup-fast train wrote none")
@@ -76,15 +85,14 @@ def _header(payload: bytes | memoryview) -> bytes:
 
 
 def _fault(whole: bytes) -> str:
-    """What is wrong with a file whose header does not fit, and what to do."""
-    cure = "It was left as it is; delete it to train from the start, or choose another --out."
+    """What is wrong with a file whose header does not fit."""
     ours, other = (_HEADER.format(n, "").partition(", sha256")[0].encode() for n in (FORMAT, ""))
     if whole.startswith(b"PK\x03\x04"):
         return (
             "has no checksum: an earlier coup_fast wrote it, or it is no checkpoint of a training. "
-            f"Finish that run with the version that began it. {cure}"
+            "Finish that run with the version that began it."
         )
     if whole.startswith(other) and not whole.startswith(ours):
         stated = whole[len(other) :].partition(b",")[0][:20].decode("ascii", "replace")
-        return f"has format {stated}; this coup_fast reads format {FORMAT}. {cure}"
-    return f"is damaged or not a training checkpoint: its checksum does not fit. {cure}"
+        return f"has format {stated}; this coup_fast reads format {FORMAT}."
+    return "is damaged or not a training checkpoint: its checksum does not fit."

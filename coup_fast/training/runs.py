@@ -30,7 +30,7 @@ from coup_fast.models.network_files import (
 )
 from coup_fast.models.unet import UNet
 from coup_fast.training import measures
-from coup_fast.training.checkpoint import averaged_network
+from coup_fast.training.checkpoint import averaged_network, is_checkpoint
 from coup_fast.training.classifier import classifier_loss, shifted
 from coup_fast.training.data import TrainingData, load_data
 from coup_fast.training.dsm import VPNoise, ncsn_loss, vp_loss
@@ -43,6 +43,12 @@ INIT_TIME = 0.1  # whose denoiser an NCSN network starts from with `init`
 LOGGED = 256  # held-out images that a log measures
 _LATER = "What the last checkpoint holds is kept: run the same command again to go on."
 _KINDS = {"score": "eps", "ncsn": "ncsn", "classifier": "classifier"}
+_NAMES = {  # of the kinds of files, in errors
+    "eps": "a VP score network",
+    "score": "a VP energy network",
+    "ncsn": "an NCSN",
+    "classifier": "a classifier",
+}
 
 
 def train(
@@ -112,6 +118,11 @@ def train(
             own = name if network or energy else None
             model = initialised(init, task, kind, own, given)
             name, chosen = type(model).__name__, model.config  # type: ignore[assignment]
+            if config.momentum is not None and "learning_rate" not in (overrides or {}):
+                raise ValueError(
+                    f"init: the recipe's learning rate of {config.learning_rate:g} is that of a "
+                    "new network and destroys a trained one: give learning_rate, such as 0.01"
+                )
             facts["init"] = hashlib.sha256(init.read_bytes()).hexdigest()
         else:
             with torch.random.fork_rng():
@@ -207,10 +218,9 @@ def initialised(
     trained, described = _stored(init)
     moved = task == "ncsn" and described["kind"] == "eps" and kind == "ncsn"
     if described["kind"] != kind and not moved:
-        also = ", or 'eps'," if task == "ncsn" and kind == "ncsn" else ""
-        raise ValueError(
-            f"init: {init} holds a {described['kind']!r} network; {kind!r}{also} is needed."
-        )
+        held = _NAMES.get(described["kind"], f"a {described['kind']} network")
+        also = f" or {_NAMES['eps']}" if task == "ncsn" and kind == "ncsn" else ""
+        raise ValueError(f"init: {init} holds {held}; {_NAMES[kind]}{also} is needed.")
     if name is not None and type(trained).__name__ != name:
         raise ValueError(
             f"init: {init} holds a {type(trained).__name__}, and {name} was asked for."
@@ -232,7 +242,8 @@ def initialised(
 
 def _stored(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a weights file, or the averaged one of a training's checkpoint."""
-    return averaged_network(path) if path.suffix == ".checkpoint" else load_network(path)
+    training = path.suffix == ".checkpoint" or is_checkpoint(path)
+    return averaged_network(path) if training else load_network(path)
 
 
 def _callable_network(network: nn.Module, energy: bool) -> nn.Module:

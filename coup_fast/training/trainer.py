@@ -33,8 +33,10 @@ from coup_fast.evaluation.distributed import World
 from coup_fast.files import lock
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from coup_fast.training.optimizers import build_optimizer, set_learning_rate
+from coup_fast.training.stopping import deferred_stop
 
 _SCHEDULE = ("steps", "cooldown")  # fields of TrainConfig that change no step but by its rate
+_TOLD_EVERY = 30.0  # seconds between two lines, where there is no terminal for a bar
 
 Objective = Callable[..., Tensor]  # see the module's docstring
 Watch = Callable[[int, float, float, nn.Module], str]  # step, seconds, loss, averaged network
@@ -201,6 +203,8 @@ class Trainer:
         ValueError: the checkpoint is damaged, without a checksum, or belongs to another run, or an
             argument is out of range, or the processes do not begin alike.
         FloatingPointError: the loss is not finite.
+        KeyboardInterrupt: in `run`, after SIGINT or SIGTERM, when the step is at its end and the
+            checkpoint is written.
         BlockingIOError: in `run`, while another process trains with this checkpoint.
     """
 
@@ -283,40 +287,65 @@ class Trainer:
 
         self.network.train()
         state, saved = self.state, time.monotonic()
+        told = saved
+        terminal = sys.stderr.isatty()
+        if self.progress:
+            print(self._start(), file=sys.stderr, flush=True)
         bar = tqdm(
             total=self.config.steps,
             initial=state.step,
-            disable=not (self.progress and sys.stderr.isatty()),
+            disable=not (self.progress and terminal),
             file=sys.stderr,
             unit="step",
             mininterval=1.0,
         )
-        for step, images, labels, generator in batches(
-            self.images, self.labels, self.config, state.step
-        ):
-            loss = self._step(step, images.to(self.device), labels.to(self.device), generator)
-            state.step = step + 1
-            state.loss_sum += loss
-            state.loss_count += 1
-            bar.update()
-            finished = state.step == self.config.steps
-            if state.step % self.log_every == 0 or finished:
-                mean = state.loss_sum / state.loss_count
-                state.history.append((state.step, mean))
-                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                state.loss_sum, state.loss_count = 0.0, 0
-            now = time.monotonic()
-            if self._is_watched(finished):
-                self._tell(state.seconds + now - saved, bar)
-            if now - saved > self.save_every or finished:
-                state.seconds += now - saved
-                self.save()
-                saved = now
-                if self.progress and not sys.stderr.isatty():
+        with deferred_stop() as asked_to_stop, bar:
+            for step, images, labels, generator in batches(
+                self.images, self.labels, self.config, state.step
+            ):
+                loss, stop = self._step(step, images, labels, generator, asked_to_stop)
+                state.step = step + 1
+                state.loss_sum += loss
+                state.loss_count += 1
+                bar.update()
+                finished = state.step == self.config.steps
+                if state.step % self.log_every == 0 or finished:
+                    mean = state.loss_sum / state.loss_count
+                    state.history.append((state.step, mean))
+                    bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                    state.loss_sum, state.loss_count = 0.0, 0
+                now = time.monotonic()
+                if self._is_watched(finished):
+                    self._tell(state.seconds + now - saved, bar)
+                if now - saved > self.save_every or finished or stop:
+                    state.seconds += now - saved
+                    self.save()
+                    saved = now
+                if self.progress and not terminal and (now - told > _TOLD_EVERY or finished):
                     reached = f", loss {state.history[-1][1]:.4f}" if state.history else ""
                     line = f"step {state.step} of {self.config.steps}{reached}"
                     print(line, file=sys.stderr, flush=True)
-        bar.close()
+                    told = now
+                if stop and not finished:
+                    raise KeyboardInterrupt(self._stopped())
+
+    def _start(self) -> str:
+        """What begins, in a line."""
+        config, step = self.config, self.state.step
+        if step == config.steps:
+            return f"all {step} steps were finished before"
+        return (
+            f"{f'from step {step} of' if step else 'training'} {config.steps} steps of "
+            f"{config.batch_size} images, learning rate {config.learning_rate:g}, "
+            f"{'bfloat16' if self.bfloat16 else 'float32'}"
+        )
+
+    def _stopped(self) -> str:
+        """What is left of a run that was asked to stop, in a line."""
+        place = f"stopped at step {self.state.step} of {self.config.steps}"
+        if self.checkpoint is None:
+            return place
+        return f"{place}, which {self.checkpoint} holds; the same command goes on there"
 
     def _is_watched(self, finished: bool) -> bool:
         if self.watch is None:
@@ -345,11 +374,20 @@ class Trainer:
         }
         write_checkpoint(self.checkpoint, content)
 
-    def _step(self, step: int, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
+    def _step(
+        self,
+        step: int,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        asked_to_stop: Callable[[], bool],
+    ) -> tuple[float, bool]:
+        """The loss of one step, and whether a process was asked to stop."""
         set_learning_rate(self.optimizer, self.config.learning_rate_at(step))
         # Dropout draws from the global generator.
         torch.manual_seed(generator.initial_seed() + self.ranks.rank)
         own = () if self.ranks.size == 1 else (self.rows,)
+        images, labels = images.to(self.device), labels.to(self.device)
         with self._autocast():
             loss = self.objective(self.parallel, images, labels, generator, *own)
         self.optimizer.zero_grad(set_to_none=True)
@@ -358,14 +396,15 @@ class Trainer:
         self.optimizer.step()
         self.average.update_parameters(self.network)
         mean = loss.detach() / self.ranks.size
+        found = torch.stack([mean, torch.full_like(mean, float(asked_to_stop()))])
         if self.ranks.size > 1:
-            dist.all_reduce(mean)
-        value = mean.item()
+            dist.all_reduce(found)
+        value, asked = found.tolist()
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}; lower the learning rate."
             )
-        return value
+        return value, asked > 0
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
@@ -374,14 +413,16 @@ class Trainer:
         content = read_checkpoint(path, self.device)
         old = {f.name: f.default for f in fields(TrainConfig) if f.name != "steps"}
         theirs = {**old, **content["identity"]}  # a field that is younger than the file
-        differing = [k for k, v in self.identity.items() if theirs.get(k) != v]
+        names = [*self.identity, *(k for k in theirs if k not in self.identity)]
+        differing = [k for k in names if theirs.get(k) != self.identity.get(k)]
         then = replace(self.config, **{k: theirs[k] for k in _SCHEDULE if k in theirs})
         taken = range(content["state"]["step"])
         if all(then.learning_rate_at(s) == self.config.learning_rate_at(s) for s in taken):
             differing = [k for k in differing if k not in _SCHEDULE]
         if differing:
             what = ", ".join(
-                f"{k} ({theirs.get(k)!r}, now {self.identity[k]!r})" for k in differing
+                f"{k} ({theirs.get(k)!r}, now {self.identity.get(k)!r})"
+                for k in sorted(differing, key=lambda name: name != "init")  # it explains the rest
             )
             raise ValueError(
                 f"{path} belongs to another run: {what}; delete it or choose another --out."

@@ -23,7 +23,7 @@ def test_a_log_holds_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "purified 1 image" in message
 
 
-def test_training_says_a_line_where_it_saves(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_says_what_it_begins_and_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)),
         lambda net, x, y, _: torch.nn.functional.cross_entropy(net(x), y),
@@ -33,4 +33,6 @@ def test_training_says_a_line_where_it_saves(capsys: pytest.CaptureFixture[str])
     ).run()
     message = capsys.readouterr().err
     assert "\r" not in message
-    assert message.startswith("step 2 of 2, loss ")
+    begun, reached = message.splitlines()
+    assert begun == "training 2 steps of 2 images, learning rate 0.001, float32"
+    assert reached.startswith("step 2 of 2, loss ")

@@ -72,7 +72,7 @@ def test_each_task_writes_a_network_that_can_be_loaded(
     assert facts["kind"] == kind
     assert facts["training"]["steps"] == 3
     printed = capsys.readouterr().out
-    assert "12 images" in printed
+    assert printed.startswith("3 steps of 4 images from 12, ")
     assert (" accuracy " in printed) == (kind == "classifier")
     before = out.read_bytes()
     assert main(["train", *SMALL, *arguments, "--out", str(out)]) == 0  # from its checkpoint
@@ -96,6 +96,18 @@ def test_wrong_requests_are_one_sentence(
     assert main(["train", "classifier", *SMALL, *out]) == 0
     assert main(["train", "classifier", *SMALL, *out, "--seed", "1"]) == 2
     assert "seed (0, now 1)" in capsys.readouterr().err
+    fast = ["--seed", "2", "--learning-rate", "1e30", "--out", str(tmp_path / "b.safetensors")]
+    assert main(["train", "score", *SMALL, "--channels", "4", *fast]) == 2
+    assert "lower the learning rate" in capsys.readouterr().err
+    cifar = ["--dataset", "cifar10", "--out", str(tmp_path / "c.safetensors")]
+    assert main(["train", "classifier", *SMALL, *cifar]) == 0
+    begun = ["--init", str(tmp_path / "c.safetensors")]
+    cifar[-1] = str(tmp_path / "d.safetensors")
+    assert main(["train", "classifier", *SMALL, *cifar, *begun]) == 2
+    assert "learning rate of 0.75 is that of a new network" in capsys.readouterr().err
+    assert main(["train", "classifier", *SMALL, *cifar, *begun, "--learning-rate", "0.01"]) == 0
+    assert main(["train", "classifier", *SMALL, *cifar, "--learning-rate", "0.01"]) == 2
+    assert "another run: init ('" in capsys.readouterr().err
     for words, message in (
         (["--device", "meta"], "--device meta"),
         (["--out", "a.txt"], "--out a.txt"),

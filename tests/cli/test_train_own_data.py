@@ -175,7 +175,7 @@ def test_wrong_requests_are_one_sentence(
         ("score", photos, ("--watch-every", "9"), "--watch-every is about --watch"),
         ("score", photos, ("--dataset", "imagenet"), "'imagenet' is none of"),
         ("score", photos, ("--dataset", "cifar10"), r"no data_batch_1.bin"),
-        ("classifier", photos, ("--init", file), "'eps' network; 'classifier' is needed"),
+        ("classifier", photos, ("--init", file), "a VP score network; a classifier is needed"),
         ("score", photos, ("--init", file, "--channels", "8"), "channels [4], here [8]"),
         ("score", photos, ("--init", file, "--color", "grey"), "in_channels 3, here 1"),
         ("score", photos, ("--init", file, "--network", "NAFNet"), "NAFNet was asked for"),

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coup_fast.models import NAFNet, UNet, load_network, save_network
 from coup_fast.models.conv_net import ConvNet
 from coup_fast.training import runs
+from coup_fast.training.checkpoint import write_checkpoint
 from coup_fast.training.dsm import VPNoise
 from coup_fast.training.trainer import Trainer
 from coup_fast.training.transfer import ncsn_from_vp
@@ -52,6 +53,15 @@ def test_ncsn_from_vp_needs_a_network_that_knows_the_time() -> None:
         ncsn_from_vp(random_network(time_conditioned=False), VPNoise(), 0.1)
 
 
+def test_a_damaged_init_is_told_without_advice_on_another_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "renamed.ck", {"identity": {}})
+    with pytest.raises(ValueError, match=r"renamed\.ck does not say which network it holds"):
+        runs.initialised(tmp_path / "renamed.ck", "score", "eps", None, {})
+    (tmp_path / "a.checkpoint").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.checkpoint is damaged .* does not fit\.$"):
+        runs.initialised(tmp_path / "a.checkpoint", "score", "eps", None, {})
+
+
 def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "vp.safetensors"
     save_network(file, random_network(), {"kind": "eps"})
@@ -61,10 +71,12 @@ def test_init_of_another_shape_or_kind_is_refused(tmp_path: Path) -> None:
         runs.initialised(file, "score", "eps", None, {"in_channels": 1})
     with pytest.raises(ValueError, match="holds a UNet, and NAFNet was asked for"):
         runs.initialised(file, "score", "eps", "NAFNet", {})
-    with pytest.raises(ValueError, match=r"'eps'.*'classifier' is needed"):
+    with pytest.raises(ValueError, match="holds a VP score network; a classifier is needed"):
         runs.initialised(file, "classifier", "classifier", None, {})
     save_network(file, random_network(), {"kind": "score"})
-    with pytest.raises(ValueError, match=r"'score'.*'ncsn', or 'eps', is needed"):
+    with pytest.raises(
+        ValueError, match="a VP energy network; an NCSN or a VP score network is needed"
+    ):
         runs.initialised(file, "ncsn", "ncsn", None, {})
 
 

@@ -21,6 +21,7 @@ from coup_fast.models import UNet
 from coup_fast.models.unet import EnergyUNet
 from coup_fast.score_model import EnergyModel
 from coup_fast.training import runs
+from coup_fast.training.checkpoint import read_checkpoint
 from coup_fast.training.recipes import RECIPES
 from coup_fast.training.trainer import TrainConfig, Trainer
 
@@ -67,7 +68,7 @@ def main(folder: Path, kind: str, kill_at: int) -> None:
 
         def deadly(*arguments: Any) -> Tensor:
             if one.state.step == kill_at and ranks.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, os.environ.get("SENT", "SIGKILL")))
             return objective(*arguments)
 
         one.objective = deadly
@@ -125,6 +126,14 @@ def test_a_killed_launch_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(tensor, whole["state"][name]), name
 
 
+def test_processes_stop_at_the_same_step_when_one_is_asked_to(tmp_path: Path) -> None:
+    done = launch(__file__, str(tmp_path), "eps", str(KILLED_AT), SENT="SIGTERM")
+    assert done.returncode != 0
+    assert done.stderr.count(f"KeyboardInterrupt: stopped at step {KILLED_AT + 1} of {STEPS}") == 2
+    content = read_checkpoint(tmp_path / "run.checkpoint", torch.device("cpu"))
+    assert content["state"]["step"] == KILLED_AT + 1
+
+
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     ranks = World()
     ranks.size = 3
@@ -154,7 +163,7 @@ def test_the_command_trains_a_folder_on_two_processes(tmp_path: Path) -> None:
     words += ["--steps", "3", "--batch-size", "4", "--channels", "4", "--out", str(out)]
     done = launch(*words, "--watch", str(tmp_path / "log"), "--json", str(tmp_path / "facts.json"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("11 images") == 1  # one of twelve is held out; said once
+    assert done.stdout.count("images from 11, ") == 1  # one of twelve is held out; said once
     assert out.exists()
     assert (tmp_path / "facts.json").exists()
     assert len((tmp_path / "log" / "metrics.csv").read_text().splitlines()) == 4
