@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
                 if place.endswith((str(action.metavar), *action.option_strings, action.dest))
                 for name in action.choices or ()
             ]
-        super().error(message + nearest(given, names))
+        self.exit(2, f"{self.prog}: error: {message}{nearest(given, names)}\n")
 
     def _parts(self) -> list[argparse.ArgumentParser]:
         """Itself, or the subcommand that was being parsed."""
@@ -107,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     args.argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a program that calls this function decides about its warnings itself
+        warnings.showwarning = partial(_say_warning, args.command)
     if args.command != "bench":  # which measures what the programs of others meet
         keep_freed_memory()
     try:
@@ -131,3 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"coup-fast {args.command}: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return code
+
+
+def _say_warning(command: str, message: Warning | str, *_: object) -> None:
+    """In the place of `warnings.showwarning`, whose line of the program says nothing to a user."""
+    print(f"coup-fast {command}: warning: {message}", file=sys.stderr)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers.commands import fails
+from helpers.commands import digits, fails
 
 import coup_fast
 from coup_fast.cli import common, main
@@ -32,7 +33,20 @@ def test_what_argparse_refuses_has_exit_code_two(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(argv) == 2
-    assert "error" in capsys.readouterr().err
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("coup-fast")
+    assert ": error: " in sentence
+
+
+def test_a_warning_is_a_line_of_its_command(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", digits(1))
+    words = ["purify", str(tmp_path / "in.npy"), str(tmp_path / "out.npy"), "--no-progress"]
+    words += ["--set", "guidance_scale=1e4", "--set", "num_steps=2"]
+    command = [sys.executable, "-m", "coup_fast", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (warning,) = [line for line in done.stderr.splitlines() if "overshoot" in line]
+    assert warning.startswith("coup-fast purify: warning: ")
+    assert "Warning" not in done.stderr
 
 
 def test_python_m_is_the_same_command() -> None:
