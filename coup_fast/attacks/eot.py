@@ -125,6 +125,7 @@ def eot_gradient(
     micro_batch: int | None = None,
     normalise_draws: bool = False,
     draw_weights: DrawWeights | None = None,
+    loss_vote: str | None = None,
 ) -> EotGradient:
     """The gradient of mean over draws of loss(scores, labels) with respect to each image.
 
@@ -154,6 +155,9 @@ def eot_gradient(
             of all draws: a function (losses [draws, B], gradients [draws, B, C, H, W]) ->
             [draws, B] whose result has the sum 1 over draws. It keeps the gradients of all draws,
             beside memory_budget. The default is equal weights.
+        loss_vote: the vote over a `PurifiedClassifier`'s draws that the loss is taken of, in place
+            of its own. `scores` are always those of its own vote. Attacks take "softmax" for
+            "majority", since counts are flat almost everywhere.
 
     The gradient has the dtype of images. Each image's losses and gradient are summed in the order
     of the draws in float32 (float64 for float64 images), whatever the micro-batch is.
@@ -174,7 +178,7 @@ def eot_gradient(
         if isinstance(defended, PurifiedClassifier):
             return _gradient(
                 *(defended, images, ids, labels, loss, draws, draw),
-                *(memory_budget, micro_batch, mean),
+                *(memory_budget, micro_batch, mean, loss_vote),
             )
         foreign = defended if isinstance(defended, Foreign) else Foreign(defended, ids)
         return _foreign_gradient(foreign, images, labels, loss, draws, draw, mean)
@@ -191,6 +195,7 @@ def _gradient(
     memory_budget: int | None,
     micro_batch: int | None,
     mean: MeanGradient,
+    loss_vote: str | None,
 ) -> EotGradient:
     """The same of a defence of ours, in micro-batches."""
     if model.purifier.gradient == "none":
@@ -214,7 +219,7 @@ def _gradient(
         which = run % len(images)
         first_draw = first + run // len(images) * model.num_draws
         gradient, values, rows = _micro_batch(
-            worker, images[which], ids[which], labels[which], first_draw, loss
+            worker, images[which], ids[which], labels[which], first_draw, loss, loss_vote
         )
         mean.add(start, gradient)
         losses.append(values)
@@ -259,12 +264,13 @@ def _micro_batch(
     labels: Tensor,
     first_draw: Tensor,
     loss: Loss,
+    loss_vote: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient, loss and scores of each run; images: one row per run."""
     with torch.enable_grad(), differentiated("a model of the defence"):
         leaf = images.detach().requires_grad_()
-        scores = combine_votes(model.logits_at(leaf, ids, first_draw), model.vote)
-        values = loss(scores, labels)
+        logits = model.logits_at(leaf, ids, first_draw)
+        values = loss(combine_votes(logits, loss_vote or model.vote), labels)
         if values.shape != labels.shape:
             raise ValueError(
                 f"loss must return one number per image, [{len(labels)}], got "
@@ -274,7 +280,7 @@ def _micro_batch(
         if isinstance(model.purifier, DeviatedPurifier):
             maximised = values + model.purifier.taken(model.num_draws)
         gradient = image_gradient(maximised, leaf, f"the {type(model).__name__}")
-    return gradient, values.detach(), scores.detach()
+    return gradient, values.detach(), combine_votes(logits.detach(), model.vote)
 
 
 def _memory_of(model: PurifiedClassifier, image: Tensor, labels: Tensor, loss: Loss) -> MemoryModel:

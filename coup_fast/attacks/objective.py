@@ -24,7 +24,7 @@ from coup_fast.attacks.foreign import Defence, Foreign
 from coup_fast.attacks.losses import Loss
 from coup_fast.attacks.options import AttackGradient
 from coup_fast.options import PurifierOptions
-from coup_fast.purified_classifier import PurifiedClassifier
+from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
 from coup_fast.run.aside import counts
 
@@ -53,8 +53,9 @@ run itself."""
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss [B]: mean over draws. fooled [B]: share of draws that were misclassified (for an
-    attack that is targeted: as it wants), in [0, 1].
+    """loss [B]: mean over draws; of a majority vote that of the mean softmax, since counts are flat
+    almost everywhere. fooled [B]: share of draws that were misclassified by the
+    defence's own vote (for an attack that is targeted: as it wants), in [0, 1].
     gradient [B, C, H, W]: of the loss; zeros where none was asked for."""
 
     loss: Tensor
@@ -99,6 +100,7 @@ class Objective:
         self.score_evaluations = 0
         self.classifier_evaluations = 0
         self.model: PurifiedClassifier | Foreign
+        self.counting: Foreign | None = None  # the model, where its majority votes have a stand-in
         if isinstance(defended, PurifiedClassifier):
             bare = gradient == "classifier"
             self.model = (
@@ -121,6 +123,11 @@ class Objective:
             )
         for defence in foreign.defences:
             foreign.variants[defence] = _stand_in(defence, gradient, through_vote)
+        own = foreign.variants
+        foreign.variants = {defence: _with_slope(variant) for defence, variant in own.items()}
+        if any(getattr(v, "vote", "") == "majority" and v.num_draws > 1 for v in own.values()):
+            self.counting = Foreign(defended, sample_ids)
+            self.counting.variants = own
 
     def settle(self, images: Tensor, draw: int, *, fixed: bool, quiet: bool = False) -> None:
         """Find out how many forwards a gradient takes, where that is up to the model.
@@ -159,14 +166,29 @@ class Objective:
         self.labels, self.sample_ids = labels, sample_ids
         if isinstance(self.model, Foreign):
             self.model.call_with(sample_ids)
+        if self.counting is not None:
+            self.counting.call_with(sample_ids)
 
     def scores(self, images: Tensor, first: int) -> Tensor:
-        """Scores [B, K] of one forward, under the draws from `first` on."""
+        """Scores [B, K] that the loss is taken of, of one forward under draws from `first` on."""
         if isinstance(self.model, PurifiedClassifier):
-            scores: Tensor = self.model(images, self.sample_ids, first)
-            return scores
+            logits = self.model.draw_logits(images, self.sample_ids, first)
+            return combine_votes(logits, _loss_vote(self.model))
         with self.model.frozen():
             return self.model.scores(images, first)
+
+    def _scores_and_votes(self, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """`scores`, and those of the defence's own vote."""
+        if isinstance(self.model, PurifiedClassifier):
+            logits = self.model.draw_logits(images, self.sample_ids, first)
+            own = combine_votes(logits, self.model.vote)
+            return combine_votes(logits, _loss_vote(self.model)), own
+        scores = self.scores(images, first)
+        return scores, scores if self.counting is None else _counted(self.counting, images, first)
+
+    def _firsts(self, draw: int) -> list[int]:
+        """The first draw of each forward of an evaluation."""
+        return [draw + repetition * self.stride for repetition in range(self.draws)]
 
     @property
     def draws_used(self) -> int:
@@ -185,6 +207,7 @@ class Objective:
         """
         if self.memory_budget is None:  # once: what is free changes, and the cutting with it
             self.memory_budget = default_budget(images.device)
+        vote = None if isinstance(self.model, Foreign) else _loss_vote(self.model)
         with self.counted():
             found = eot_gradient(
                 self.model,
@@ -197,9 +220,14 @@ class Objective:
                 memory_budget=self.memory_budget,
                 normalise_draws=self.normalise_draws,
                 draw_weights=self.draw_weights,
+                loss_vote=vote,
             )
+            votes = found.scores.detach()
+            if self.counting is not None:
+                own = [_counted(self.counting, images, first) for first in self._firsts(draw)]
+                votes = torch.stack(own)
         gradient = found.gradient
-        evaluation = self._evaluation(found.losses.detach(), found.scores.detach(), gradient)
+        evaluation = self._evaluation(found.losses.detach(), votes, gradient)
         finite = evaluation.loss.isfinite() & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -214,11 +242,10 @@ class Objective:
     def value(self, images: Tensor, draw: int) -> Evaluation:
         """`gradient` without the gradient."""
         with self.counted(), torch.no_grad():
-            rows = []
-            for repetition in range(self.draws):
-                rows.append(self.scores(images, draw + repetition * self.stride))
-            losses = torch.stack([self.loss(scores, self.labels) for scores in rows])
-        return self._evaluation(losses, torch.stack(rows), torch.zeros_like(images))
+            rows = [self._scores_and_votes(images, first) for first in self._firsts(draw)]
+            losses = torch.stack([self.loss(scores, self.labels) for scores, _ in rows])
+            votes = torch.stack([own for _, own in rows])
+        return self._evaluation(losses, votes, torch.zeros_like(images))
 
     def _evaluation(self, losses: Tensor, scores: Tensor, gradient: Tensor) -> Evaluation:
         """losses: [draws, B]. scores: [draws, B, K]."""
@@ -290,14 +317,27 @@ def _variant(
     purifier = _differentiated(defended.purifier, gradient)
     if deviation:
         purifier = DeviatedPurifier.of(purifier, deviation)
-    # Votes that are counted have no slope; the mean of their softmax stands in for them.
-    vote = "softmax" if defended.vote == "majority" else defended.vote
-    return PurifiedClassifier(
-        purifier,
-        defended.classifier,
-        defended.num_draws if through_vote else 1,
-        vote,
-    )
+    num_draws = defended.num_draws if through_vote else 1
+    return PurifiedClassifier(purifier, defended.classifier, num_draws, defended.vote)
+
+
+def _loss_vote(defended: PurifiedClassifier) -> str:
+    """The vote that the loss is of. Counts are flat, so the mean softmax stands in for them."""
+    return "softmax" if defended.vote == "majority" else defended.vote
+
+
+def _with_slope(variant: Any) -> Any:
+    """What takes the place of a defence inside a model, with the vote that the loss is of."""
+    if not isinstance(variant, PurifiedClassifier):
+        return variant
+    vote = _loss_vote(variant)
+    return PurifiedClassifier(variant.purifier, variant.classifier, variant.num_draws, vote)
+
+
+def _counted(model: Foreign, images: Tensor, first: int) -> Tensor:
+    """Scores [B, K] of a model with its majority votes counted."""
+    with torch.no_grad(), model.frozen():
+        return model.scores(images, first)
 
 
 def _together(groups: Iterable[Iterable[nn.Module]]) -> list[set[nn.Module]]:

@@ -33,7 +33,8 @@ class AttackResult:
     """What an attack found.
 
     `loss` and `fooled` are averages over the attack's own draws. They say how the attack went, and
-    they are no measure of robustness.
+    they are no measure of robustness. Of a majority vote, `loss` is that of the mean softmax, since
+    counts are flat almost everywhere, and `fooled` goes by the counts.
 
     Attributes:
         images: [B, C, H, W], inside the ball.

@@ -134,7 +134,8 @@ class Square(Attack):
                 if not repeats:
                     _put(at_best, rows, objective.value(best[rows], draw))
             better = tried.loss > at_best.loss[rows]
-            if repeats:  # as published: a success is taken, whatever its loss is
+            if repeats:  # as published: a success is taken, whatever its loss is, and kept
+                better &= at_best.fooled[rows] < 1
                 better |= tried.fooled == 1
             taken = rows[better]
             best[taken] = candidates[taken]
