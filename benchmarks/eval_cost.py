@@ -79,9 +79,11 @@ def runs_of(attack: Attack) -> Counter[str]:
             found[VALUE] += 4 * attack.eot  # under which the parts are compared
     else:
         found[attack.gradient] = attack.restarts * attack.steps * attack.eot
-        if attack.keep == "best":
-            judged = attack.steps if attack.gradient == "unguided" else 0
-            found[VALUE] += attack.restarts * (judged + 1) * attack.eot
+        unguided = attack.gradient == "unguided"  # the defence is judged by runs of its own
+        judged = attack.steps if unguided and attack.keep == "best" else 0
+        if unguided or attack.keep == "best":
+            judged += 1
+        found[VALUE] += attack.restarts * judged * attack.eot
     return found
 
 

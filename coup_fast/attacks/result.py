@@ -38,8 +38,9 @@ class AttackResult:
 
     Attributes:
         images: [B, C, H, W], inside the ball.
-        loss: float64 [B], at the last iterate that was evaluated (keep="last") or at the one that
-            is returned.
+        loss: float64 [B], at the iterate that is returned. With keep="last", one restart and a
+            gradient of the defence itself, at the iterate before it, which was evaluated last.
+            Where a surrogate or the run without guidance is differentiated, it is the defence's.
         fooled: float64 [B], share of draws that are misclassified there, in [0, 1].
         zero_gradients: how often an image's gradient was exactly 0, which is a sign of masked
             gradients.

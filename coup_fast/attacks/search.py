@@ -48,9 +48,11 @@ class Search:
         self.fooled = torch.zeros_like(self.loss)
         self.live = torch.ones_like(objective.labels, dtype=torch.bool)  # not stopped
         self.done = self.zero_gradients = self.gradient_runs = 0
-        # The last iterate is evaluated where it has rivals.
         self.compares = attack.keep == "best" or attack.restarts > 1
-        self.total = attack.restarts * (attack.steps + self.compares)
+        # The last iterate is evaluated where it has rivals, and where the gradient before it is of
+        # another run than the defence's, whose loss says nothing about the defence.
+        self.judges_last = self.compares or judge is not objective
+        self.total = attack.restarts * (attack.steps + self.judges_last)
         self.labels, self.classes, self.given = objective.labels, 0, False
 
     @property
@@ -141,11 +143,12 @@ class Search:
             followed = at_x.gradient if own == 1 else own * at_x.gradient + (1 - own) * followed
             ahead = ball.project(rule(x, replace(at_x, gradient=followed)))
             x = torch.where(_rows(self.live), ahead, x)
+        if self.judges_last:
+            at_x = self._evaluate(self.judge, x)
+            self._report(at_x)
         if not self.compares:
             self._keep(self.live, x, at_x)
             return
-        at_x = self._evaluate(self.judge, x)
-        self._report(at_x)
         self._keep_better(x, at_x)
         if attack.stop_when_fooled:
             self._stop(x, at_x)

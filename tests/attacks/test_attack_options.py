@@ -139,6 +139,26 @@ def test_the_best_iterate_is_the_defences_not_the_surrogates() -> None:
     assert torch.equal(stopped(Near(), grey, zeros, surrogate=Sure()), found.images)
 
 
+@pytest.mark.parametrize("surrogate", [False, True])
+def test_loss_and_fooled_of_the_last_iterate_are_the_defences(
+    surrogate: bool, images: Tensor
+) -> None:
+    guided = PurifiedClassifier(
+        tiny.short_purifier("coup", guidance_scale=20.0), tiny.TinyClassifier()
+    )
+    labels = guided(images).argmax(1)
+    ids = torch.arange(4)
+    attack = PGD(eps=0.2, steps=3, step_size=0.1, eot=2, noise="fixed")
+    if surrogate:
+        found = attack.run(guided, images, labels, surrogate=tiny.TinyClassifier())
+    else:
+        found = attack.replace(gradient="unguided").run(guided, images, labels)
+    judge = Objective(guided, labels, ids, LOSSES["ce"], "exact", 2, True, None)
+    expected = judge.value(found.images, 0)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.fooled, expected.fooled)
+
+
 # --- init
 
 

@@ -17,6 +17,7 @@ ATTACKS: list[Attack] = [
     PGD(eps=0.1, steps=3, eot=2),
     PGD(eps=0.1, steps=3, eot=2, keep="best", restarts=2),
     PGD(eps=0.1, steps=3, eot=2, keep="best", gradient="unguided"),
+    PGD(eps=0.1, steps=3, eot=2, gradient="unguided"),
     AdaptiveGuided(eps=0.1, steps=2, eot=2, restarts=2, finish_steps=3),
     AdaptiveGuided(eps=0.1, steps=2, eot=1, restarts=1, finish_steps=0, gradients=("stopped",)),
     Square(eps=0.1, steps=4, eot=3),
