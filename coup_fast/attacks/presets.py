@@ -39,7 +39,7 @@ from coup_fast import checks
 from coup_fast.attacks import units
 from coup_fast.attacks.adaptive import AdaptiveGuided
 from coup_fast.attacks.apgd import APGD
-from coup_fast.attacks.attack import Attack
+from coup_fast.attacks.attack import MAX_COUNT, Attack
 from coup_fast.attacks.autoattack import AutoAttack
 from coup_fast.attacks.options import AttackOptions
 from coup_fast.attacks.pgd import PGD
@@ -85,7 +85,7 @@ def preset(name: str, **changes: Unpack[AttackOptions]) -> Attack:
     Raises:
         ValueError: the name is unknown (the message lists those that exist), or an option is out of
             range.
-        TypeError: the attack does not have such an option.
+        TypeError: the attack does not have such an option, or it is of the wrong kind.
     """
     checks.choice("attack", name, PRESETS)
     attack = PRESETS[name]
@@ -94,6 +94,7 @@ def preset(name: str, **changes: Unpack[AttackOptions]) -> Attack:
         eps = units.length("eps", changes.get("eps", attack.eps), norm)
         step_size = attack.step_size * eps / attack.eps
         if name == "pgd-l2":
-            step_size *= attack.steps / changes.get("steps", attack.steps)
+            steps = checks.integer("steps", changes.get("steps", attack.steps), 1, MAX_COUNT)
+            step_size *= attack.steps / steps
         changes["step_size"] = step_size
     return attack.replace(**changes)

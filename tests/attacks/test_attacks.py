@@ -407,6 +407,9 @@ def test_a_preset_keeps_the_proportion_of_its_step() -> None:
     assert l2["step_size"] == pytest.approx(2.5 / 50)
     with pytest.raises(ValueError, match=r"attack .*pgd-linf, .*'pdg'"):
         preset("pdg")
+    for steps, error in ((0, ValueError), ("x", TypeError), (2.5, TypeError)):
+        with pytest.raises(error, match=rf"steps must be an int .*{steps!r}"):
+            preset("pgd-l2", steps=steps)
 
 
 def test_names_and_dictionaries_say_what_a_table_needs() -> None:
