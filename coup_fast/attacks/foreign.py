@@ -149,14 +149,15 @@ class Foreign:
         seed = int.from_bytes(mixed[:8], "little") & ~(1 << 31)
         return seed | (int(draw >= 2**32) << 31)
 
-    def probe(
+    def repeats(
         self, images: Tensor, draw: int, draws: int, *, fixed: bool, quiet: bool = False
-    ) -> int:
-        """How many forwards a mean over `draws` draws from `draw` on needs: `draws`, or 1.
+    ) -> bool:
+        """Whether one forward is enough for a mean over `draws` draws from `draw` on. It takes two.
 
         One is enough for a model that is seen to use no random number and gives the same scores
-        twice, bit for bit; a warning says so unless quiet. fixed: the draws will be repeated, so
-        the model has to give the same scores under the same draw; ValueError if not.
+        twice, bit for bit; a warning says so where draws > 1, unless quiet. fixed: the draws will
+        be repeated, so the model has to give the same scores under the same draw; ValueError if
+        not.
         """
         with torch.no_grad(), self.frozen():
             first, used = self._call(images, draw, watch=True)
@@ -171,14 +172,14 @@ class Foreign:
                 'noise="fresh"'
             )
         if used or used_again or not same:
-            return draws
+            return False
         if draws > 1 and not quiet:
             warn(
                 f"eot={draws} does nothing for {name_of(self.model)}: it gave the same scores "
                 "twice, bit for bit, and was seen to use no random number, so each gradient is "
                 "that of one forward; say eot=1"
             )
-        return 1
+        return True
 
 
 def image_gradient(losses: Tensor, leaf: Tensor, name: str) -> Tensor:

@@ -97,6 +97,7 @@ class Objective:
         self.targeted = False
         self.memory_budget = memory_budget
         self.draws = draws
+        self.repeats = False  # whether each forward was seen to give the same; see `settle`
         self.score_evaluations = 0
         self.classifier_evaluations = 0
         self.model: PurifiedClassifier | Foreign
@@ -129,16 +130,20 @@ class Objective:
             self.counting = Foreign(defended, sample_ids)
             self.counting.variants = own
 
-    def settle(self, images: Tensor, draw: int, *, fixed: bool, quiet: bool = False) -> None:
-        """Find out how many forwards a gradient takes, where that is up to the model.
+    def settle(
+        self, images: Tensor, draw: int, *, fixed: bool, quiet: bool = False, asks: bool = False
+    ) -> None:
+        """Find out whether one forward is enough for an evaluation, where that is up to the model.
 
-        fixed: draws will be repeated. Warns if one is enough and more were asked for, unless quiet;
-        raises ValueError for a model whose noise cannot be fixed.
+        fixed: draws will be repeated. asks: `repeats` will be asked for, also if draws is 1. Warns
+        if one is enough and more were asked for, unless quiet; raises ValueError for a model whose
+        noise cannot be fixed.
         """
         model = self.model
-        if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences):
+        if isinstance(model, Foreign) and (self.draws > 1 or fixed or model.defences or asks):
             with self.counted():
-                self.draws = model.probe(images, draw, self.draws, fixed=fixed, quiet=quiet)
+                self.repeats = model.repeats(images, draw, self.draws, fixed=fixed, quiet=quiet)
+            self.draws = 1 if self.repeats else self.draws
 
     def classes(self, images: Tensor, draw: int) -> int:
         """How many classes the scores have. Costs one forward."""

@@ -117,9 +117,9 @@ class Square(Attack):
         """The best image and what it came to."""
         fixed, ball = self.noise == "fixed", squares.ball
         first = 0 if fixed else FIRST_ATTACK_DRAW * (1 + self.seed)
-        objective.settle(ball.centre, first, fixed=fixed)
+        objective.settle(ball.centre, first, fixed=fixed, asks=True)
         # Where each evaluation gives the same, what is known of the present image stays true.
-        repeats = fixed or objective.draws < self.eot
+        repeats = fixed or objective.repeats
         best = ball.project(squares.start() if init is None else init)
         at_best = objective.value(best, first)
         for query in range(self.steps):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers import tiny
@@ -140,6 +142,20 @@ def test_it_does_without_gradients_of_a_defence(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(model.purifier, "gradient", "none", raising=False)
     found = Square(eps=0.1, steps=2, eot=2).run(model, tiny.images(4), LABELS)
     assert found.score_evaluations == 5 * 2 * 4 * model.purifier.plan.num_network_calls
+
+
+@pytest.mark.parametrize("eot", [1, 4])
+def test_a_candidate_costs_a_deterministic_model_one_forward(eot: int) -> None:
+    images = tiny.images(4).double()
+    model = Sure(images, LABELS)
+    attack = Square(eps=0.1, steps=6, eot=eot)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that eot=4 does nothing
+        found = attack.run(model, images, LABELS)
+    looks, start = 2, 1
+    assert found.classifier_evaluations == (looks + start + 6) * 4
+    fixed = attack.replace(eot=1, noise="fixed").run(model, images, LABELS)
+    assert torch.equal(found.images, fixed.images)
 
 
 def test_bad_options_and_arguments() -> None:
