@@ -305,8 +305,9 @@ class Attack(ABC):
         Args:
             defended: a `PurifiedClassifier` (not modified, and its `next_draw` stays), or any
                 module or callable from pixels to scores [B, K]. A random one is also run under
-                `eot` draws, as `coup_fast.attacks.foreign` describes. A purifier of this package
-                that it holds is found, and gets this attack's draws and gradient.
+                `eot` draws, as `coup_fast.attacks.foreign` describes, with the seed of a `Foreign`
+                if that is given. A purifier of this package that it holds is found, and gets this
+                attack's draws and gradient.
             images: [B, C, H, W] in [0, 1], float32 or float64.
             labels: int64 [B].
             sample_ids: integers [B] that name the images to all randomness; default 0 … B-1.

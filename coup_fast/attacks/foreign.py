@@ -48,8 +48,9 @@ def _is_purifier(thing: Any) -> bool:
 class Foreign:
     """A model that is called with images only, [B, C, H, W] -> scores [B, K].
 
-    sample_ids: int64 [B] of the images that it will be called with. seed: mixed into that of the
-    generator.
+    model: the module or callable, or a `Foreign`, whose model and seed are then taken. sample_ids:
+    int64 [B] of the images that it will be called with. seed: mixed into that of the generator, so
+    an attack sees the noise of its judge at the same draw only if both have the same seed.
 
     defences: those of ours that it holds. variants: what takes the place of each in a call, by
     default its like. modules: all that it holds. hooks: objects with `set_draw`. stride: how many
@@ -57,8 +58,10 @@ class Foreign:
     """
 
     def __init__(self, model: Any, sample_ids: Tensor, seed: int = 0) -> None:
-        self.model = model
-        found = list(reachable(model, _is_purifier))
+        given = model if isinstance(model, Foreign) else None
+        self.model: Any = model if given is None else given.model
+        self.seed: int = seed if given is None else given.seed
+        found = list(reachable(self.model, _is_purifier))
         # A PurifiedClassifier and its purifier too: a model may call the two parts by themselves.
         self.defences = [t for t in found if isinstance(t, PurifiedClassifier | Purifier)]
         # Statically: an attribute that is made when it is asked for may import, or raise, anything.
@@ -68,13 +71,12 @@ class Foreign:
         self.stride = 1
         self.calls = 0
         self._drivers: dict[nn.Module, Driver] = {}  # of the last call
-        self._generator_seed = seed
         self.call_with(sample_ids)
 
     def call_with(self, sample_ids: Tensor) -> None:
         """From now on it will be called with these images, int64 [B]."""
         self.sample_ids = sample_ids
-        name = f"{self._generator_seed} {sample_ids.tolist()}"
+        name = f"{self.seed} {sample_ids.tolist()}"
         self._name = hashlib.sha256(name.encode()).digest()
 
     @property

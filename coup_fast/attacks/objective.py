@@ -28,7 +28,7 @@ from coup_fast.purified_classifier import PurifiedClassifier, combine_votes
 from coup_fast.purifier import Purifier
 from coup_fast.run.aside import counts
 
-Defended = PurifiedClassifier | Callable[[Tensor], Tensor]
+Defended = PurifiedClassifier | Foreign | Callable[[Tensor], Tensor]
 
 GRADIENTS: dict[AttackGradient, PurifierOptions] = {
     "exact": {"gradient": "exact", "guidance_gradient": "full"},
@@ -67,8 +67,9 @@ class Objective:
     """One defence under one way to differentiate it.
 
     Args:
-        defended: a `PurifiedClassifier`, or any module or callable, pixels -> scores [B, K]. What
-            it holds of ours is differentiated by `gradient`, and all else as it is.
+        defended: a `PurifiedClassifier`, or any module or callable, pixels -> scores [B, K], or a
+            `Foreign` around it, whose seed its noise gets. What it holds of ours is differentiated
+            by `gradient`, and all else as it is.
         labels, sample_ids: int64 [B].
         through_vote: the loss is taken of the combined vote over `num_draws`; False: of each draw.
         draws: repetitions over which the loss is averaged, after `settle` those that it takes.
@@ -110,17 +111,17 @@ class Objective:
                 else _variant(defended, gradient, through_vote, deviation)
             )
             return
+        self.model = foreign = Foreign(defended, sample_ids)
         if deviation:
             raise ValueError(
                 "deviation is of the states of a purifier, so it needs a PurifiedClassifier, got "
-                f"{name_of(defended)}"
+                f"{name_of(foreign.model)}"
             )
-        self.model = foreign = Foreign(defended, sample_ids)
         if gradient not in ("exact", "autograd") and not foreign.defences:
             raise ValueError(
                 f"gradient={gradient!r} is for a PurifiedClassifier, or a model that holds one: "
-                f"nobody knows what is a purifier in {name_of(defended)}; it can be attacked with "
-                'gradient="exact", as it is differentiated'
+                f"nobody knows what is a purifier in {name_of(foreign.model)}; it can be attacked "
+                'with gradient="exact", as it is differentiated'
             )
         for defence in foreign.defences:
             foreign.variants[defence] = _stand_in(defence, gradient, through_vote)

@@ -176,9 +176,11 @@ class Worker:
         images, labels = self.images[rows].to(self.device), self.labels[rows].to(self.device)
         sample_ids = torch.arange(ids.start, ids.stop, device=self.device)
         model: Any = self.defences[row.defence.name]
+        judged = Foreign(model, sample_ids, self.config.seed) if row.defence.foreign else model
         result: dict[str, Any] = {"sample_ids": list(ids), "labels": labels.tolist()}
         if row.attack is not None:
-            found = self._attack(row.attack, unit[0], model, images, labels, sample_ids)
+            attacked = model if isinstance(model, PurifiedClassifier) else judged
+            found = self._attack(row.attack, unit[0], attacked, images, labels, sample_ids)
             images = found.images
             result["attack"] = {
                 "loss": found.loss.tolist(),
@@ -195,9 +197,7 @@ class Worker:
             result["foreign"] = self._verified(model, images, labels, sample_ids)
         elif row.defence.guided and unit[0] == 0:
             result["guidance"] = self._stiffness(model.purifier, images, sample_ids)
-        if row.defence.foreign:
-            model = Foreign(model, sample_ids, self.config.seed)
-        scores, purified = self._scores(model, images, sample_ids)
+        scores, purified = self._scores(judged, images, sample_ids)
         low, high = int(self.labels.min()), int(self.labels.max())  # all: the first unit tells
         if high >= scores.shape[2] or low < 0:
             raise ValueError(
@@ -206,7 +206,7 @@ class Worker:
             )
         result["predictions"] = scores.argmax(2).T.cpu().tolist()
         if row.attack is not None:
-            in_bytes, _ = self._scores(model, rounded(images), sample_ids, "8 bits, ")
+            in_bytes, _ = self._scores(judged, rounded(images), sample_ids, "8 bits, ")
             result["rounded"] = in_bytes.argmax(2).T.cpu().tolist()
         if purified is not None:
             clean = self.images[rows].to(self.device)
@@ -223,7 +223,7 @@ class Worker:
         self,
         attack: Attack,
         batch: int,
-        model: PurifiedClassifier | ClassifierFunction,
+        model: PurifiedClassifier | Foreign | ClassifierFunction,
         images: Tensor,
         labels: Tensor,
         sample_ids: Tensor,

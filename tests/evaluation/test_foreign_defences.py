@@ -61,6 +61,18 @@ def test_numbers_are_those_of_fresh_draws_of_the_hook(
     assert whole.csv() == report.csv()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fixed_noise_is_that_of_the_judge_for_any_seed(tmp_path: Path, seed: int) -> None:
+    attack = {"preset": "fixed-noise", "steps": 2, "eps": 0.02, "step_size": 0.01, "keep": "best"}
+    given = tables("lying", attack=[attack], seed=seed, draws=1, batch_size=24, controls=False)
+    given["defence"][0]["options"] = {"scale": 0.5}
+    report = run(given, tmp_path, 24)
+    (line,) = report.lines
+    fooled = line.attack_run["fooled_own_draws"]  # type: ignore[index]
+    assert 0 < fooled < 1
+    assert line.attacked.one_draw.rate == pytest.approx(1 - fooled)  # type: ignore[union-attr]
+
+
 def test_rows_say_what_could_not_be_verified(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     names = ("hooked", "lying", "unrepeatable")
