@@ -10,10 +10,11 @@ from typing import Any
 from coup_fast.evaluation.intervals import Average, Proportion
 
 
-def majority(votes: Sequence[int]) -> int:
-    """The class with most votes; of several the lowest, as argmax breaks ties."""
+def wins_vote(votes: Sequence[int], label: int) -> bool:
+    """Whether a class has more votes than every other; a tie is lost, whatever classes it is of."""
     counts = Counter(votes)
-    return min(counts, key=lambda label: (-counts[label], label))
+    own = counts.pop(label, 0)
+    return own > max(counts.values(), default=0)
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def numbers(predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> Numb
         Proportion(sum(row[0] for row in right), total),
         Average(sum(map(sum, right)), draws, total),
         Proportion(sum(map(all, right)), total),
-        Proportion(sum(majority(row) == label for row, label in pairs), total),
+        Proportion(sum(wins_vote(row, label) for row, label in pairs), total),
     )

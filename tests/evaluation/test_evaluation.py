@@ -166,7 +166,7 @@ def test_numbers_of_three_draws() -> None:
     assert found.one_draw == Proportion(3, 4)
     assert found.average == Average(3 + 2 + 1 + 1, 3, 4)
     assert found.worst == Proportion(1, 4)
-    assert found.majority == Proportion(3, 4)  # [0, 2, 1] is a tie, which the lowest class wins
+    assert found.majority == Proportion(2, 4)  # [0, 2, 1] is a tie, which is lost
 
 
 def test_controls_are_added_and_sweeps_expanded() -> None:
