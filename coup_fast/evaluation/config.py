@@ -141,13 +141,22 @@ def _applies(attack: Attack, defence: Defence) -> bool:
     """Whether an attack says something about a defence that another one does not."""
     if attack.gradient in ("stopped", "unguided"):
         return defence.guided
-    ours = defence.method != UNDEFENDED and not defence.foreign
-    return ours or not _needs_purifier(attack)
+    if defence.foreign:
+        return not _needs_purifier(attack)
+    honest = any(gradient not in WEAK_GRADIENTS for gradient in _gradients(attack))
+    return defence.method != UNDEFENDED or (honest and attack.deviation == 0)
 
 
 def _needs_purifier(attack: Attack) -> bool:
-    """Whether an attack can be asked for only where a purifier of ours is."""
-    return attack.gradient in WEAK_GRADIENTS or attack.deviation > 0
+    """Whether a part of an attack can be asked for only where a purifier of ours is."""
+    return attack.deviation > 0 or any(one in WEAK_GRADIENTS for one in _gradients(attack))
+
+
+def _gradients(attack: Attack) -> tuple[str, ...]:
+    """The gradients that an attack takes of a defence without guidance."""
+    if isinstance(attack, AdaptiveGuided):
+        return tuple(attack.unguided().gradients)
+    return (attack.gradient,)
 
 
 def _for(attack: Attack, defence: Defence) -> Attack:
@@ -159,8 +168,12 @@ def _for(attack: Attack, defence: Defence) -> Attack:
 
 def _on_classifier(attack: Attack) -> Attack:
     """The attack on a classifier without a purifier, which has one gradient, draw and state."""
-    gradient = "exact" if attack.gradient in WEAK_GRADIENTS else attack.gradient
-    return attack.replace(eot=1, gradient=gradient, draw_weights="uniform", deviation=0.0)
+    own = {"exact" if one in WEAK_GRADIENTS else one: None for one in _gradients(attack)}
+    if isinstance(attack, AdaptiveGuided):
+        attack = attack.replace(gradients=list(own))
+    else:
+        attack = attack.replace(gradient=next(iter(own)))
+    return attack.replace(eot=1, draw_weights="uniform", deviation=0.0)
 
 
 def met(row: Row, other: Row) -> bool:
@@ -193,7 +206,7 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
             targets = reading.texts("defences of [[attack]]", targets)
         names = {d.name for d in defences} | {d.base for d in defences}
         for target in targets or ():
-            checks.choice("defence of an attack", target, sorted(names))
+            checks.choice("each of defences of [[attack]]", target, sorted(names))
         for key in table.keys() & {"eps", "step_size"}:
             table[key] = units.numbers(key, table[key])
         for options, _ in reading.expand(table, SWEPT_BY_ATTACKS):
@@ -202,7 +215,8 @@ def _rows(defences: list[Defence], tables: Iterable[Mapping[str, Any]]) -> tuple
                 wanted = targets is None or {defence.name, defence.base} & set(targets)
                 if wanted and (targets is not None or _applies(attack, defence)):
                     if _needs_purifier(attack) and defence.foreign:
-                        what = "deviation" if attack.deviation else f"{attack.gradient} gradient"
+                        ways = "/".join(_gradients(attack))
+                        what = "deviation" if attack.deviation else f"{ways} gradient"
                         raise ValueError(
                             f"attack {name!r} ({what}) needs a purifier of coup_fast, and "
                             f"{defence.name!r} is {defence.method}"

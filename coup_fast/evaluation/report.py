@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+from coup_fast.attacks import WEAK_GRADIENTS
 from coup_fast.evaluation.config import EvalConfig, Row
 from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.fidelity import MEASURES, means
@@ -232,12 +233,17 @@ class Report:
                 f"got right; p of McNemar's exact test, and Holm's for the {len(self.comparisons)} "
                 "comparisons that were stated before the run."
             )
-        weak = {line.row.attack.gradient: line.weakness for line in self.lines if line.row.attack}
-        for gradient, reason in weak.items():
-            if reason:
-                notes.append(
-                    f"weak ({gradient}): the attack {reason}; not a measure of robustness."
-                )
+        if any(row.attack is not None and row.attack.noise == "fixed" for row in self.config.rows):
+            notes.append(
+                "Rows of fixed noise are another case: the attack was made on the first draws (as "
+                "many as its EOT), and they count in final iterate, average, worst and majority."
+            )
+        weak = {line.weakness for line in self.lines}
+        notes += [
+            f"weak ({gradient}): the attack {reason}; not a measure of robustness."
+            for gradient, reason in WEAK_GRADIENTS.items()
+            if reason in weak
+        ]
         notes += [f"{name}: {words}." for name, words in self._foreign().items()]
         if any(line.row.defence.guided for line in self.lines):
             notes.append(

@@ -180,6 +180,31 @@ def test_an_attack_is_compared_as_it_runs_on_each_defence(tmp_path: Path) -> Non
     assert found == [(*pair, attack) for pair in pairs for attack in ("none", adaptive)]
 
 
+def test_weak_parts_of_an_attack_need_a_purifier(tmp_path: Path) -> None:
+    """On the bare classifier the honest parts run; a weak row says why, whatever follows it."""
+    attack = {"preset": "adaptive-guided", "steps": 1, "restarts": 1, "finish_steps": 0, "eps": 0.1}
+    attacks = [
+        {**attack, "gradients": ["bpda", "exact"]},
+        {**attack, "gradients": ["unguided", "stopped"], "noise": "fixed"},
+    ]
+    report = run({**stated(tmp_path, COMPARE), "attack": attacks}, tmp_path)
+    met = {
+        name: [
+            line.row.attack.gradients
+            for line in report.lines
+            if line.row.defence.name == name and line.row.attack and not line.union
+        ]
+        for name in ("undefended", LAMBDA_0, "COUP")
+    }
+    assert met["undefended"] == [("exact",), ("exact",)]
+    assert met[LAMBDA_0] == [("bpda", "exact"), ("exact",)]
+    assert met["COUP"] == [("bpda", "exact"), ("unguided", "stopped")]
+    notes = "\n".join(report.notes())
+    assert "weak (unguided): the attack leaves the guidance out" in notes
+    assert "weak (bpda)" not in notes
+    assert "Rows of fixed noise are another case" in notes
+
+
 def test_defences_are_compared_under_the_worst_of_their_attacks(tmp_path: Path) -> None:
     attacks = [
         {"preset": "pgd40", "steps": 1, "eot": 1, "eps": 0.3},
