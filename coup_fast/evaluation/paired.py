@@ -231,8 +231,10 @@ def comparisons(config: EvalConfig, predictions: Predictions) -> list[Comparison
                     found.append((a, b, _attack(row, other), counts))
         worst_a, worst_b = (_worst(config, name, predictions) for name in (a, b))
         for ball in (ball for ball in worst_a if ball in worst_b):
-            counts = count_pairs(worst_a[ball], worst_b[ball])
-            found.append((a, b, f"the worst on each image, {ball}", counts))
+            (right_a, of_a), (right_b, of_b) = worst_a[ball], worst_b[ball]
+            unlike = "" if of_a == of_b else f", of {of_a} and {of_b} attacks"
+            label = f"the worst on each image{unlike}, {ball}"
+            found.append((a, b, label, count_pairs(right_a, right_b)))
     adjusted = holm([counts.p for *_, counts in found])
     return [Comparison(*one, p) for one, p in zip(found, adjusted, strict=True)]
 
@@ -242,8 +244,10 @@ def _right(predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> list[
     return [draws[0] == label for draws, label in zip(predictions, labels, strict=True)]
 
 
-def _worst(config: EvalConfig, name: str, predictions: Predictions) -> dict[str, list[bool]]:
-    """Whether each image is right under the worst of several attacks on a defence, by ball."""
+def _worst(
+    config: EvalConfig, name: str, predictions: Predictions
+) -> dict[str, tuple[list[bool], int]]:
+    """By ball: whether each image is right under the worst of several attacks, and of how many."""
     balls: dict[str, list[int]] = {}
     for i, row in enumerate(config.rows):
         if row.defence.name == name and row.attack is not None:
@@ -253,7 +257,7 @@ def _worst(config: EvalConfig, name: str, predictions: Predictions) -> dict[str,
         if len(rows) > 1:
             labels = predictions(rows[0])[1]
             joined = worst_of([predictions(i)[0] for i in rows], labels)
-            found[ball] = _right(joined, labels)
+            found[ball] = _right(joined, labels), len(rows)
     return found
 
 

@@ -205,16 +205,21 @@ def test_weak_parts_of_an_attack_need_a_purifier(tmp_path: Path) -> None:
     assert "Rows of fixed noise are another case" in notes
 
 
-def test_defences_are_compared_under_the_worst_of_their_attacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["stopped"]])  # which only a guided defence meets
+def test_defences_are_compared_under_the_worst_of_their_attacks(
+    more: list[str], tmp_path: Path
+) -> None:
     attacks = [
         {"preset": "pgd40", "steps": 1, "eot": 1, "eps": 0.3},
         {"preset": "square", "steps": 3, "eot": 1, "eps": 0.3},
         {"preset": "pgd40", "steps": 1, "eot": 1, "eps": 0.1},
+        *({"preset": name, "steps": 1, "eot": 1, "eps": 0.3} for name in more),
     ]
     text = f'[[compare]]\na = "COUP"\nb = "{LAMBDA_0}"\n'
     report = run({**stated(tmp_path, text), "attack": attacks}, tmp_path)
     *rest, last = report.comparisons
-    assert last.attack == "the worst on each image, ℓ∞ 0.3"
+    unlike = ", of 3 and 2 attacks" if more else ""
+    assert last.attack == f"the worst on each image{unlike}, ℓ∞ 0.3"
     assert not any("worst" in comparison.attack for comparison in rest)
     unions = {line.row.defence.name: line for line in report.lines if line.union}
     for name, found in (("COUP", last.counts.a), (LAMBDA_0, last.counts.b)):
