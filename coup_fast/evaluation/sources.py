@@ -136,7 +136,7 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     path = Path(name)
     if not path.is_file():
-        raise ImportError(f"{name} is not a file")
+        raise ImportError(f"{name} is not a file (relative to the current folder)")
     spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

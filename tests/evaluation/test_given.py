@@ -54,7 +54,9 @@ def test_models_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     device = torch.device("cpu")
     for name in ("./m.py:load", f"{tmp_path}/m.py:load"):
         assert model_loader(name, device)("vp")[0].kind == "eps"
-    with pytest.raises(ImportError, match=r"models './n.py:load': ./n.py is not a file"):
+    with pytest.raises(
+        ImportError, match=r"models './n.py:load': ./n.py is not a file .relative to the cur"
+    ):
         model_loader("./n.py:load", device)
     with pytest.raises(ValueError, match=r"m.py has no function 'three'"):
         model_loader("m.py:three", device)
