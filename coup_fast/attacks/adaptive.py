@@ -89,12 +89,14 @@ class AdaptiveGuided(Attack):
     @property
     def kind(self) -> str:
         """ "AdaptiveGuided-25+10 ce": the steps of a part and of the finish."""
+        steps = f"{type(self).__name__}-{self.steps}"
         finish = f"+{self.finish_steps}" if self.finish_steps else ""
-        return f"AdaptiveGuided-{self.steps}{finish} {self.loss}"
+        return f"{steps}{finish}{super().kind.removeprefix(steps)}"
 
     @property
     def _how(self) -> str:
-        return "/".join(self.gradients)
+        selected = "EM-weighted " if self.draw_weights == "em" else ""
+        return f"{selected}{'/'.join(self.gradients)}"
 
     @property
     def weakness(self) -> str | None:

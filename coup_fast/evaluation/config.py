@@ -15,6 +15,7 @@ from typing import Any
 
 from coup_fast import checks, files
 from coup_fast.attacks import PRESETS, WEAK_GRADIENTS, AdaptiveGuided, Attack, preset, units
+from coup_fast.attacks.options import AttackGradient
 from coup_fast.evaluation import reading
 from coup_fast.evaluation.defences import UNDEFENDED, Defence, read_defences
 
@@ -152,7 +153,7 @@ def _needs_purifier(attack: Attack) -> bool:
     return attack.deviation > 0 or any(one in WEAK_GRADIENTS for one in _gradients(attack))
 
 
-def _gradients(attack: Attack) -> tuple[str, ...]:
+def _gradients(attack: Attack) -> tuple[AttackGradient, ...]:
     """The gradients that an attack takes of a defence without guidance."""
     if isinstance(attack, AdaptiveGuided):
         return tuple(attack.unguided().gradients)
@@ -168,7 +169,9 @@ def _for(attack: Attack, defence: Defence) -> Attack:
 
 def _on_classifier(attack: Attack) -> Attack:
     """The attack on a classifier without a purifier, which has one gradient, draw and state."""
-    own = {"exact" if one in WEAK_GRADIENTS else one: None for one in _gradients(attack)}
+    own: dict[AttackGradient, None] = {
+        "exact" if one in WEAK_GRADIENTS else one: None for one in _gradients(attack)
+    }
     if isinstance(attack, AdaptiveGuided):
         attack = attack.replace(gradients=list(own))
     else:

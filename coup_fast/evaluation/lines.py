@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from coup_fast.attacks import Attack
 from coup_fast.evaluation.config import Row
@@ -20,6 +21,28 @@ def radius(attack: Attack) -> str:
     return f"{_NORMS[attack.norm]} {f'{round(in_bytes)}/255' if exact else f'{attack.eps:g}'}"
 
 
+def marks(labels: Sequence[str], attacks: Sequence[Attack | None]) -> list[str]:
+    """What tells attacks apart whose labels are alike: the options in which those differ."""
+    alike: dict[str, list[Attack]] = {}
+    for label, attack in zip(labels, attacks, strict=True):
+        if attack is not None and attack not in alike.setdefault(label, []):
+            alike[label].append(attack)
+    found = []
+    for label, attack in zip(labels, attacks, strict=True):
+        names = [] if attack is None else [f.name for f in fields(attack)]
+        told = [
+            f"{name}={_value(getattr(attack, name))}"
+            for name in names
+            if any(getattr(one, name) != getattr(attack, name) for one in alike[label])
+        ]
+        found.append(f" ({', '.join(told)})" if told else "")
+    return found
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
 @dataclass(frozen=True)
 class Line:
     """A row of the configuration with its numbers; attacked is None for clean images alone.
@@ -29,6 +52,7 @@ class Line:
     `coup_fast.evaluation.fidelity` measures of them; both None where nothing was measured.
 
     union: what the row's numbers join, where each image counts under the attack worst for it.
+    mark: what tells the attack from another one of the report with the same label, of `marks`.
     """
 
     row: Row
@@ -40,6 +64,7 @@ class Line:
     curve: tuple[Proportion, ...] = ()
     rounded: Numbers | None = None
     fidelity: dict[str, float | None] | None = None
+    mark: str = ""
 
     @property
     def defence_label(self) -> str:
@@ -58,7 +83,7 @@ class Line:
             return "none"
         name = attack.kind if self.row.defence.method == UNDEFENDED else attack.name
         weak = "WEAK " if self.weakness else ""
-        return f"{weak}{name}, {radius(attack)}"
+        return f"{weak}{name}{self.mark}, {radius(attack)}"
 
     @property
     def weakness(self) -> str | None:

@@ -19,7 +19,7 @@ from coup_fast.attacks import WEAK_GRADIENTS
 from coup_fast.evaluation.config import EvalConfig, Row
 from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.fidelity import MEASURES, means
-from coup_fast.evaluation.lines import Line, radius
+from coup_fast.evaluation.lines import Line, marks, radius
 from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_curve, worst_of
 from coup_fast.evaluation.paired import Comparison, comparison_table, comparisons
 from coup_fast.evaluation.plots import draw
@@ -89,6 +89,8 @@ class Report:
             elif name not in attacked:
                 line = Line(row, self.images, clean[name], None, None)
                 found.append(replace(line, **self._measured(i)))
+        told = marks([line.attack_label for line in found], [line.row.attack for line in found])
+        found = [replace(line, mark=mark) for line, mark in zip(found, told, strict=True)]
         order = list(clean)
         found += self._unions(found)
         return sorted(found, key=lambda line: order.index(line.row.defence.name))
@@ -357,7 +359,7 @@ class Report:
         writer = csv.writer(file, lineterminator="\n")
         names = [f"clean_{name}" for name in NUMBERS] + [f"attacked_{name}" for name in NUMBERS]
         head = ["defence", "method", "attack", "gradient", "weak", "norm", "eps", "steps", "eot"]
-        head += ["images", "draws"]
+        head += ["images", "draws", "label"]
         writer.writerow(head + [f"{n}{end}" for n in names for end in ("", "_low", "_high")])
         for line in self.lines:
             defence, attack = line.row.defence, line.row.attack
@@ -368,6 +370,7 @@ class Report:
                 cells += [type(attack).__name__, attack.gradient, line.weakness or "", attack.norm]
                 cells += [attack.eps, attack.steps, attack.eot]
             cells += [line.images, 1 if defence.method == UNDEFENDED else self.config.draws]
+            cells.append(line.attack_label)
             for part in (line.clean, line.attacked):
                 for name in NUMBERS:
                     number = None if part is None else getattr(part, name)

@@ -205,6 +205,28 @@ def test_weak_parts_of_an_attack_need_a_purifier(tmp_path: Path) -> None:
     assert "Rows of fixed noise are another case" in notes
 
 
+def test_labels_tell_attacks_apart_by_the_options_that_differ(tmp_path: Path) -> None:
+    adaptive = {"preset": "adaptive-guided", "steps": 1, "restarts": 1, "finish_steps": 0}
+    pgd = {"preset": "pgd40", "steps": 1, "eot": 1}
+    more = [
+        adaptive,
+        {**adaptive, "normalise_draws": False},
+        {**adaptive, "low_frequency": 0.25},
+        {**pgd, "step_size": 0.1},
+        {**pgd, "step_size": 0.2},
+    ]
+    attacks = [{**attack, "eps": 0.3, "defences": ["COUP"]} for attack in more]
+    report = run({**stated(tmp_path, COMPARE), "attack": attacks}, tmp_path)
+    labels = [line.attack_label for line in report.lines if line.row.attack and not line.union]
+    assert len(set(labels)) == len(labels) == 5
+    assert labels[1].endswith(" (normalise_draws=False), ℓ∞ 0.3")
+    assert "low_frequency" not in labels[2]  # the kind of the attack says it
+    assert labels[3:] == [
+        f"PGD-1 ce, EOT 1, exact gradient (step_size={s}), ℓ∞ 0.3" for s in (0.1, 0.2)
+    ]
+    assert all(label in report.csv() for label in labels[:2])
+
+
 @pytest.mark.parametrize("more", [[], ["stopped"]])  # which only a guided defence meets
 def test_defences_are_compared_under_the_worst_of_their_attacks(
     more: list[str], tmp_path: Path
