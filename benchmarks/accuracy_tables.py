@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from scipy.stats import binomtest
-from table_cells import FOLDER, file_of, percent, table
+from table_cells import FOLDER, file_of, networks_of, percent, table
 
 from coup_fast.cli.demo_run import NAMES
 from coup_fast.evaluation.intervals import Proportion
@@ -24,7 +24,7 @@ def steps() -> str:
     for path in sorted(FOLDER.glob("steps*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         models = report["identity"]["config"]["models"]
-        images = f"{report['images']} {IMAGES[models]}"
+        images = f"{report['images']} {IMAGES[models]}{networks_of(path)}"
         attacked = [row for row in report["rows"] if row["attacked"] is not None]
         for label in ("clean", attacked[0]["attack_label"]):
             known: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
@@ -78,9 +78,10 @@ def fast() -> str:
                 cells.append(Proportion(sum(right), len(right)).percent())
                 cells.append("" if name == "published" else _paired(right, published))
             body.append([label, str(len(right)), *cells])
+        images = IMAGES[state["models"]] + networks_of(path)
         headers = ["COUP", "images", "100 images take", "as fast", "clean", "won : lost, p"]
         tables.append(
-            f"**{IMAGES[state['models']]}**, fast: {_options(state['options'])}\n\n"
+            f"**{images}**, fast: {_options(state['options'])}\n\n"
             + table([*headers, "attacked", "won : lost, p"], body)
         )
         sources.append(file_of(path))
@@ -130,13 +131,14 @@ def adaptive() -> str:
         for report, its_name in zip((digits, natural), names, strict=True):
             cells += _clean_and_worst(report, its_name) or _clean_and_worst(bare, its_name) or []
         body.append([name, *cells])
+    first = networks_of(FOLDER / "cifar10_adaptive.json")
     headers = ["defence", "digits, clean", "digits, attacked"]
     lines = table([*headers, "CIFAR-10, clean", "CIFAR-10, attacked"], body)
     return (
         f"{lines}\n\nPercent, average over fresh draws, with 95 % Wilson intervals; "
-        f"{digits['images']} digits (ℓ∞ 0.15) and {natural['images']} CIFAR-10 images (ℓ∞ 8/255; "
-        f"undefended: {bare['images']} under another attack). COUP and DiffPure take five "
-        "exponential steps, not the published hundred; ADP takes three on CIFAR-10."
+        f"{digits['images']} digits (ℓ∞ 0.15) and {natural['images']} CIFAR-10 images{first} "
+        f"(ℓ∞ 8/255; undefended: {bare['images']} under another attack). COUP and DiffPure take "
+        "five exponential steps, not the published hundred; ADP takes three on CIFAR-10."
     )
 
 
@@ -197,7 +199,8 @@ def evaluation(path: Path) -> str:
     average = "attacked" if draws == 1 else f"average of {draws}"
     lines = table(["defence", "attack", "clean", average, *several], body)
     return (
-        f"{lines}\n\n{report['images']} images, in percent, with 95 % Wilson intervals; commit "
+        f"{lines}\n\n{report['images']} images{networks_of(path)}, in percent, with 95 % Wilson "
+        "intervals; commit "
         f"{report['run']['environment']['commit']}. Every number and setting: "
         f"{file_of(path)}."
     )

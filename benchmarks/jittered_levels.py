@@ -12,8 +12,8 @@ where s = t.
 
 The networks are then judged on validation images, clean and under PGD-40 on the classifier alone
 (a weak attack: it ignores the purifier), behind ten exponential steps. Each network is compared
-with the one trained as always, image by image, under the same noise. Both trainings and all
-judgements are kept in --work, and the same command goes on there.
+with the one trained as always, image by image, under the same noise. Both trainings and
+the attacked images are kept in --work, and the same command goes on there.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from coup_fast.attacks import PGD
 from coup_fast.data import Source
 from coup_fast.evaluation import Proportion, count_pairs
 from coup_fast.evaluation.provenance import environment, write_json
+from coup_fast.evaluation.sources import tensor_digest
 from coup_fast.malloc import keep_freed_memory
 from coup_fast.models.network_files import load_network
 from coup_fast.training.classifier import shifted
@@ -102,8 +103,12 @@ def _scales(noise: VPNoise, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def trained(share: float, data: TrainingData, args: argparse.Namespace) -> nn.Module:
     """The network after its training has gone on, averaged."""
-    bundled = args.init is None
-    network = load_bundled("cifar10")[0].network if bundled else load_network(args.init)[0]
+    if args.init is None:
+        network = load_bundled("cifar10")[0].network
+    else:
+        network, facts = load_network(args.init)
+        if facts["kind"] != "eps":
+            raise SystemExit(f"--init {args.init} holds kind {facts['kind']!r}; 'eps' is needed")
     assert isinstance(network, nn.Module)
     recipe = RECIPES["cifar10", "score"]
     config = replace(
@@ -170,7 +175,8 @@ def main() -> None:
         ]
         return torch.cat(parts)
 
-    attacked = cached(args.work / f"attacked-{args.images}.pt", attack)
+    known = tensor_digest(images, labels, *classifier.state_dict().values())[:16]
+    attacked = cached(args.work / f"attacked-{known}.pt", attack)
     found: dict[float, dict[str, Any]] = {}
     for share in SHARES:
         network = trained(share, data, args)

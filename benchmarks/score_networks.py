@@ -67,7 +67,7 @@ def load(name: str, kind: str) -> tuple[nn.Module, float, str]:
     """A network, the latest time that it was trained on, and the images that it saw, in words."""
     if name == "bundled":
         score_model, _ = load_bundled("cifar10", score="vp" if kind == "eps" else "ncsn")
-        seen = {"eps": "288,000 images", "ncsn": "48,000 images"}[kind]
+        seen = {"eps": "2,016,000 images", "ncsn": "560,000 images"}[kind]
         return score_model.network, score_model.t_max or 1.0, seen
     path = Path(name)
     network, facts = (load_network if path.suffix == ".safetensors" else averaged_network)(path)

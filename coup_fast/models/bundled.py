@@ -27,12 +27,12 @@ CHECKSUMS = {
     "mnist_classifier.safetensors": (
         "2fad9a3d89acca61410234527a8c98692578ee0e39e8af9a09fe51081c428cf2"
     ),
-    "cifar10_vp.safetensors": ("440e7a1e38df1cfac11aeddb3ea67db95fe997430005de76ade43f79a851011f"),
+    "cifar10_vp.safetensors": ("9bf29a91bf3387b56cb2e090e6c6973b1c923a34b4a8d72d7340f6746d8ce1ec"),
     "cifar10_ncsn.safetensors": (
-        "384d13da3203c6f393dc3663891ac73444467b1a6a4f1f8d2d274bbb475a436f"
+        "18fba6af7fcb44c310ba11f271fa67af969543d5d45c686256125c5fb78553c4"
     ),
     "cifar10_classifier.safetensors": (
-        "5ec3930c88b94b8afbf20d055681b770d173d2329f9157a010e2a5289d6fdf38"
+        "5fecc655fd0765214e9d0e50cea49cf7471d833655756029190ce2f9775070bd"
     ),
 }
 SCORES = ("vp", "ncsn")
