@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from coup_fast import load_bundled
 from coup_fast.cli.demo_run import load_images
+from coup_fast.training.batches import generator_for
 from coup_fast.training.dsm import VPNoise
-from coup_fast.training.trainer import generator_for
 
 TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 NLM_STRENGTHS = (0.6, 0.8, 1.0)

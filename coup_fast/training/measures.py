@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coup_fast.training.batches import as_pixels, generator_for
 from coup_fast.training.classifier import count_correct
 from coup_fast.training.data import TrainingData
 from coup_fast.training.dsm import VPNoise, ncsn_error, vp_error
 from coup_fast.training.recipes import Recipe
-from coup_fast.training.trainer import as_pixels, generator_for
 
 TIMES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)  # where a VP model's error is reported
 _MOST = 1000  # images of a report

@@ -30,13 +30,14 @@ from coup_fast.models.network_files import (
 )
 from coup_fast.models.unet import UNet
 from coup_fast.training import measures
+from coup_fast.training.batches import as_pixels
 from coup_fast.training.checkpoint import averaged_network, is_checkpoint
 from coup_fast.training.classifier import classifier_loss, shifted
 from coup_fast.training.data import TrainingData, load_data
 from coup_fast.training.dsm import VPNoise, ncsn_loss, vp_loss
 from coup_fast.training.log import Log
 from coup_fast.training.recipes import RECIPES, Recipe, recipe_for
-from coup_fast.training.trainer import Objective, Trainer, as_pixels
+from coup_fast.training.trainer import Objective, Trainer
 from coup_fast.training.transfer import ncsn_from_vp
 
 INIT_TIME = 0.1  # whose denoiser an NCSN network starts from with `init`

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from coup_fast.evaluation.distributed import World
 from coup_fast.files import lock
+from coup_fast.training.batches import batches
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from coup_fast.training.optimizers import build_optimizer, set_learning_rate
 from coup_fast.training.stopping import deferred_stop
@@ -106,12 +107,6 @@ class TrainState:
     loss_count: int = 0
 
 
-def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator that is a function of its three arguments."""
-    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
 def debiased_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
     """Update of an exponential moving average that gives the first weights no extra share.
 
@@ -140,39 +135,6 @@ def has_bfloat16(device: torch.device) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def as_pixels(images: Tensor) -> Tensor:
-    """Images, uint8 or float, as float32 in [0, 1]."""
-    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
-
-
-def batches(
-    images: Tensor, labels: Tensor, config: TrainConfig, start: int
-) -> Iterator[tuple[int, Tensor, Tensor, torch.Generator]]:
-    """Steps `start` to `steps` - 1: (step, images [B, C, H, W] float32 in [0, 1], labels, rng).
-
-    images: [N, C, H, W] uint8 or float. An epoch is a permutation of the N images, its remainder
-    dropped.
-    """
-    per_epoch = len(images) // config.batch_size
-    if per_epoch == 0:
-        raise ValueError(f"{len(images)} images are fewer than one batch of {config.batch_size}.")
-    epoch, order = -1, torch.empty(0, dtype=torch.int64)
-    mirrored = torch.rand(len(images), generator=generator_for(config.seed, "mirror", 0)) < 0.5
-    for step in range(start, config.steps):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = torch.randperm(
-                len(images), generator=generator_for(config.seed, "order", epoch)
-            )
-        first = (step % per_epoch) * config.batch_size
-        rows = order[first : first + config.batch_size]
-        pixels = as_pixels(images[rows])
-        if config.alternating_flip:
-            turn = mirrored[rows] ^ (epoch % 2 == 1)
-            pixels = torch.where(turn[:, None, None, None], pixels.flip(3), pixels)
-        yield step, pixels, labels[rows], generator_for(config.seed, "noise", step)
 
 
 class Trainer:

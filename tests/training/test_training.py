@@ -13,11 +13,12 @@ import torch
 from helpers.scripts import environment
 from torch import Tensor, nn
 
+from coup_fast.training.batches import batches, generator_for
 from coup_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from coup_fast.training.classifier import classifier_loss, count_correct, shifted
 from coup_fast.training.dsm import NCSNNoise, VPNoise, ncsn_error, ncsn_loss, vp_error, vp_loss
 from coup_fast.training.optimizers import build_optimizer, set_learning_rate
-from coup_fast.training.trainer import Objective, TrainConfig, Trainer, batches, generator_for
+from coup_fast.training.trainer import Objective, TrainConfig, Trainer
 
 MEAN, VARIANCE = 0.3, 0.04  # of the pixels of the Gaussian "images"
 
