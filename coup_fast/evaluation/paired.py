@@ -15,7 +15,7 @@ from typing import Any, Literal
 from coup_fast.evaluation.config import EvalConfig, Row, met
 from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.intervals import Proportion
-from coup_fast.evaluation.lines import radius
+from coup_fast.evaluation.lines import marks, radius
 from coup_fast.evaluation.metrics import worst_of
 from coup_fast.evaluation.tables import Style, render_table
 
@@ -221,14 +221,17 @@ def comparisons(config: EvalConfig, predictions: Predictions) -> list[Comparison
     """
     found: list[tuple[str, str, str, Paired]] = []
     for a, b in config.compare:
-        for row in config.rows:
-            if row.defence.name != a:
-                continue
-            for i, other in enumerate(config.rows):
-                if other.defence.name == b and met(row, other):
-                    one = _right(*predictions(config.rows.index(row)))
-                    counts = count_pairs(one, _right(*predictions(i)))
-                    found.append((a, b, _attack(row, other), counts))
+        pairs = [
+            (i, j)
+            for i, row in enumerate(config.rows)
+            for j, other in enumerate(config.rows)
+            if row.defence.name == a and other.defence.name == b and met(row, other)
+        ]
+        rows = [(config.rows[i], config.rows[j]) for i, j in pairs]
+        told = marks([_attack(*both) for both in rows], [row.attack for row, _ in rows])
+        for (i, j), both, mark in zip(pairs, rows, told, strict=True):
+            counts = count_pairs(_right(*predictions(i)), _right(*predictions(j)))
+            found.append((a, b, _attack(*both, mark), counts))
         worst_a, worst_b = (_worst(config, name, predictions) for name in (a, b))
         for ball in (ball for ball in worst_a if ball in worst_b):
             (right_a, of_a), (right_b, of_b) = worst_a[ball], worst_b[ball]
@@ -261,13 +264,16 @@ def _worst(
     return found
 
 
-def _attack(row: Row, other: Row) -> str:
-    """The attack of two rows in words; what it does on one of them only is left out."""
+def _attack(row: Row, other: Row, mark: str = "") -> str:
+    """The attack of two rows in words; what it does on one of them only is left out.
+
+    mark: what tells it from another attack in the same words, of `marks`.
+    """
     attack = row.attack
     if attack is None:
         return "none"
     alike = attack == other.attack and row.defence.method != UNDEFENDED
-    return f"{attack.name if alike else attack.kind}, {radius(attack)}"
+    return f"{attack.name if alike else attack.kind}{mark}, {radius(attack)}"
 
 
 def comparison_table(rows: Sequence[Comparison], style: Style = "terminal") -> str:

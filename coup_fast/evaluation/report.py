@@ -15,12 +15,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from coup_fast.attacks import WEAK_GRADIENTS
 from coup_fast.evaluation.config import EvalConfig, Row
 from coup_fast.evaluation.defences import UNDEFENDED
 from coup_fast.evaluation.fidelity import MEASURES, means
 from coup_fast.evaluation.lines import Line, marks, radius
 from coup_fast.evaluation.metrics import NUMBERS, Numbers, numbers, worst_curve, worst_of
+from coup_fast.evaluation.notes import notes
 from coup_fast.evaluation.paired import Comparison, comparison_table, comparisons
 from coup_fast.evaluation.plots import draw
 from coup_fast.evaluation.provenance import environment, write_json
@@ -203,8 +203,8 @@ class Report:
         return f"<Report on {self.images} images, {len(self.config.rows)} rows, {state}>"
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes())
-        return f"<div><p>{escape(self.heading())}</p>{self.tables('html')}<ul>{notes}</ul></div>"
+        listed = "".join(f"<li>{escape(note)}</li>" for note in self.notes())
+        return f"<div><p>{escape(self.heading())}</p>{self.tables('html')}<ul>{listed}</ul></div>"
 
     def heading(self) -> str:
         """What the table counts."""
@@ -218,73 +218,9 @@ class Report:
 
     def notes(self) -> list[str]:
         """What has to be said beside the table."""
-        k = self.config.draws
-        notes = [
-            "final iterate: the attack's result under one draw of the defence's noise, which the "
-            f"attack never saw; average, worst and majority: of {k} such draws. "
-            f"“clean, worst of {k}” is the control for “worst of {k}”.",
-            "The defences are randomised: an attack needs fresh draws at each iterate (EOT), and "
-            "of AutoAttack the version `rand` is the right one.",
-        ]
-        for models, names in self._named_models().items():
-            notes.append(f"Networks of {models}: {', '.join(f'“{name}”' for name in names)}.")
-        if self.comparisons:
-            notes.append(
-                "difference: accuracy of a less that of b under draw 0, in points, with Newcombe's "
-                "95 % interval for paired proportions. won : lost: images that only a, and only b, "
-                f"got right; p of McNemar's exact test, and Holm's for the {len(self.comparisons)} "
-                "comparisons that were stated before the run."
-            )
-        if any(row.attack is not None and row.attack.noise == "fixed" for row in self.config.rows):
-            notes.append(
-                "Rows of fixed noise are another case: the attack was made on the first draws (as "
-                "many as its EOT), and they count in final iterate, average, worst and majority."
-            )
-        weak = {line.weakness for line in self.lines}
-        notes += [
-            f"weak ({gradient}): the attack {reason}; not a measure of robustness."
-            for gradient, reason in WEAK_GRADIENTS.items()
-            if reason in weak
-        ]
-        notes += [f"{name}: {words}." for name, words in self._foreign().items()]
-        if any(line.row.defence.guided for line in self.lines):
-            notes.append(
-                "Guided defences use the classifier's gradient inside. AutoAttack's check for "
-                "dynamic defences looks for functions named `grad` or `backward` and misses the "
-                "same gradient computed in C++. “exact” differentiates through it to second order."
-            )
-            notes += [_guidance_note(name, found) for name, found in self._guidance().items()]
-        if any(row.attack is not None and row.attack.stop_when_fooled for row in self.config.rows):
-            stopped = sum(int((line.attack_run or {}).get("stopped", 0)) for line in self.lines)
-            notes.append(
-                "“stopped when fooled”: an image rests once it is misclassified under all draws of "
-                f"one iterate, here {stopped} times. Average, final iterate and majority can be "
-                "higher than without; worst only by a stopped image that is right under all of "
-                "the judge's draws."
-            )
-        if any(line.union for line in self.lines):
-            notes.append(
-                "Accuracy under an attack is an upper bound of robustness. The closest one here is "
-                "that under the worst attack on each image, weak ones included: where the loss is "
-                "too curved for its steps, an attack with the right gradient can be the worse one."
-            )
-        codes = self.codes()
-        if len(codes) > 1:
-            listed = "; ".join(f"{count} under {code}" for code, count in codes.items())
-            notes.append(f"The batches were computed by different code of coup_fast: {listed}.")
-        if self.images < 512:
-            notes.append(f"{self.images} images are few: mind the intervals.")
-        return notes
+        return notes(self)
 
-    def _named_models(self) -> dict[str, list[str]]:
-        """The defences that name their own models, by that name."""
-        found: dict[str, list[str]] = {}
-        for row in self.config.rows:
-            if row.attack is None and row.defence.models:
-                found.setdefault(row.defence.models, []).append(row.defence.name)
-        return found
-
-    def _foreign(self) -> dict[str, str]:
+    def foreign(self) -> dict[str, str]:
         """What could be verified of each defence that is not ours, and what could not."""
         found = {}
         for i, row in enumerate(self.config.rows):
@@ -302,7 +238,7 @@ class Report:
             found[f"{row.defence.name} is foreign ({row.defence.method})"] = words
         return found
 
-    def _guidance(self) -> dict[str, dict[str, Any]]:
+    def guidance(self) -> dict[str, dict[str, Any]]:
         """How steep and how stiff each guided defence's guidance was found, by its name."""
         found = {}
         for i, row in enumerate(self.config.rows):
@@ -322,7 +258,7 @@ class Report:
                 unit = self._units.get((0, clean), {"result": {}})
                 row = {**row, "foreign": unit["result"].get("foreign")}
             if line.row.defence.guided:
-                row = {**row, "guidance": self._guidance().get(line.row.defence.name)}
+                row = {**row, "guidance": self.guidance().get(line.row.defence.name)}
             rows.append(
                 {
                     **row,
@@ -409,9 +345,9 @@ class Report:
 
     def markdown(self, run: dict[str, Any] | None = None) -> str:
         """Heading, table, notes, and where it comes from."""
-        notes = "\n".join(f"- {note}" for note in self.notes())
+        listed = "\n".join(f"- {note}" for note in self.notes())
         more = f"## Further measures\n\n{self.measures('markdown')}"
-        text = f"{self.heading()}\n\n{self.tables('markdown')}\n\n{notes}\n\n{more}\n"
+        text = f"{self.heading()}\n\n{self.tables('markdown')}\n\n{listed}\n\n{more}\n"
         if run is None:
             return text
         about = run["environment"]
@@ -431,17 +367,6 @@ class Report:
         if self.images:
             paths += draw(self.lines, self.images, self.config.draws, folder)
         return paths
-
-
-def _guidance_note(name: str, found: dict[str, Any]) -> str:
-    """A sentence about `Stiffness.as_dict()`."""
-    low, median, high = found["steepness"].values()
-    return (
-        f"{name}: explicit steps of its guidance overshoot (c a²/4 > 2) at "
-        f"{found['stiff_share']:.1%} of the guided states of {found['images']} images; a, the norm "
-        f"of the margin's gradient in diffusion space, has median {median:.3g} (10 to 90 %: "
-        f"{low:.3g} to {high:.3g})."
-    )
 
 
 def _percents(found: Numbers) -> list[str]:

@@ -215,10 +215,16 @@ def test_labels_tell_attacks_apart_by_the_options_that_differ(tmp_path: Path) ->
         {**pgd, "step_size": 0.1},
         {**pgd, "step_size": 0.2},
     ]
-    attacks = [{**attack, "eps": 0.3, "defences": ["COUP"]} for attack in more]
+    attacks = [{**attack, "eps": 0.3, "defences": ["COUP", LAMBDA_0]} for attack in more]
     report = run({**stated(tmp_path, COMPARE), "attack": attacks}, tmp_path)
-    labels = [line.attack_label for line in report.lines if line.row.attack and not line.union]
+    labels = [
+        line.attack_label
+        for line in report.lines
+        if line.row.defence.name == "COUP" and line.row.attack and not line.union
+    ]
     assert len(set(labels)) == len(labels) == 5
+    compared = [one.attack for one in report.comparisons if one.b == LAMBDA_0]
+    assert len(set(compared)) == len(compared) == 7  # clean images and the worst on each beside
     assert labels[1].endswith(" (normalise_draws=False), ℓ∞ 0.3")
     assert "low_frequency" not in labels[2]  # the kind of the attack says it
     assert labels[3:] == [
