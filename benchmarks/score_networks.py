@@ -12,6 +12,9 @@ are averaged. Networks of equal error can purify differently, so the accuracy de
 is compared with the first, image by image, under the same noise (*lost*, *won* and the exact test
 of McNemar 1947).
 
+`--attacked` also judges the images after PGD-40 on the classifier alone (ℓ∞ 8/255, a weak attack:
+it ignores the purifier).
+
 `--keep FILE` stores what was measured and measures no network twice.
 """
 
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coup_fast import PurifiedClassifier, Purifier, ScoreModel, load_bundled
+from coup_fast.attacks import PGD
 from coup_fast.data import Source
 from coup_fast.evaluation.tables import render_table
 from coup_fast.models.network_files import load_network
@@ -60,6 +64,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "ADP σ=0.1 λ=0.5": {"method": "adp", "sigma": 0.1, "step_lambda": 0.5},
     },
 }
+BATCH = 50
 DRAWS = {"eps": 1, "ncsn": 4}
 
 
@@ -89,26 +94,43 @@ def digest(network: nn.Module) -> str:
 
 @torch.no_grad()
 def measure(
-    network: nn.Module, kind: str, t_max: float, images: Tensor, labels: Tensor
+    network: nn.Module, kind: str, t_max: float, sets: dict[str, Tensor], labels: Tensor
 ) -> dict[str, Any]:
-    """Errors by level, and for each method whether each image is classified rightly."""
+    """Errors by level, and for each method and set whether each image is classified rightly.
+
+    sets: the clean images [N, C, H, W] first, whose name is "", and others of the same labels.
+    """
     levels = [x for x in LEVELS[kind] if kind == "ncsn" or x <= t_max]
-    found = error_per_level(network, images, kind, levels)
+    found = error_per_level(network, sets[""], kind, levels)
     errors = dict(zip(map(str, levels), found, strict=True))
     score_model = ScoreModel(network, kind=kind, t_max=t_max).eval()
     _, classifier = load_bundled("cifar10")
     right, started = {}, time.process_time()
-    for name, options in METHODS[kind].items():
+    for method, options in METHODS[kind].items():
         purifier = Purifier(score_model, **options)
         defence = PurifiedClassifier(purifier, classifier, num_draws=DRAWS[kind])
-        hits: list[bool] = []
-        for first in tqdm(range(0, len(images), 50), desc=name, unit="batch"):
-            part = slice(first, first + 50)
-            ids = torch.arange(len(images))[part]
-            logits = defence(images[part], sample_ids=ids)
-            hits += (logits.argmax(dim=1) == labels[part]).tolist()
-        right[name] = hits
+        for kept, images in sets.items():
+            name = f"{method}{kept}"
+            hits: list[bool] = []
+            for first in tqdm(range(0, len(images), BATCH), desc=name, unit="batch"):
+                part = slice(first, first + BATCH)
+                ids = torch.arange(len(images))[part]
+                logits = defence(images[part], sample_ids=ids)
+                hits += (logits.argmax(dim=1) == labels[part]).tolist()
+            right[name] = hits
     return {"errors": errors, "right": right, "seconds": time.process_time() - started}
+
+
+def attacked(images: Tensor, labels: Tensor) -> Tensor:
+    """The images after PGD-40 on the bundled classifier."""
+    _, classifier = load_bundled("cifar10")
+    attack = PGD(eps=8 / 255, steps=40, step_size=2 / 255, eot=1)
+    parts = range(0, len(images), BATCH)
+    found = [
+        attack(classifier, images[i : i + BATCH], labels[i : i + BATCH])
+        for i in tqdm(parts, desc="attack", unit="batch")
+    ]
+    return torch.cat(found)
 
 
 def main() -> None:
@@ -119,23 +141,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of standard files")
     parser.add_argument("--kind", choices=tuple(METHODS), default="eps", help="of all networks")
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--attacked", action="store_true", help="judge attacked images too")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of what was measured")
     args = parser.parse_args()
     held_out = load_data(Source("cifar10", str(args.data)), "classifier").held_out
     assert held_out.labels is not None
     images, labels = held_out.images[: args.images].float() / 255.0, held_out.labels[: args.images]
+    judge = digest(load_bundled("cifar10")[1])
+    sets = {"": images}
+    if args.attacked:
+        sets[", attacked"] = attacked(images, labels)
     kept: dict[str, Any] = {}
     if args.keep is not None and args.keep.exists():
         kept = json.loads(args.keep.read_text(encoding="utf-8"))
     names, found = [], []
     for name in args.networks:
         network, t_max, seen = load(name, args.kind)
-        key = f"{digest(network)}, {args.images} images"
+        key = f"{digest(network)} before {judge}, {args.images} images{''.join(sets)}"
         if key not in kept:
             kept[key] = {
                 "network": name,
                 "seen": seen,
-                **measure(network, args.kind, t_max, images, labels),
+                **measure(network, args.kind, t_max, sets, labels),
             }
             if args.keep is not None:
                 args.keep.write_text(json.dumps(kept, indent=1), encoding="utf-8")
@@ -150,7 +177,7 @@ def main() -> None:
     print(render_table([f"error of the noise at {level} =", *levels], errors))
     body = []
     for name, result in zip(names, found, strict=True):
-        for method in METHODS[args.kind]:
+        for method in result["right"]:
             right, first = (np.array(r["right"][method]) for r in (result, found[0]))
             lost, won = int((first & ~right).sum()), int((right & ~first).sum())
             p = binomtest(lost, lost + won).pvalue if lost + won else 1.0

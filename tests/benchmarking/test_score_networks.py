@@ -64,7 +64,11 @@ def test_a_checkpoint_is_judged_by_its_average(script: Any, tmp_path: Path) -> N
 def test_images_are_judged_one_by_one(script: Any, kind: str, levels: list[str]) -> None:
     network, t_max, _ = script.load("bundled", kind)
     images, labels = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 2])
-    result = script.measure(network, kind, t_max, images, labels)
+    sets = {"": images, ", attacked": script.attacked(images, labels)}
+    moved = (sets[", attacked"] - images).abs().amax()
+    assert 7 / 255 < moved <= 8 / 255 + 1e-6
+    result = script.measure(network, kind, t_max, sets, labels)
     assert list(result["errors"]) == levels
-    assert set(result["right"]) == set(script.METHODS[kind])
+    methods = script.METHODS[kind]
+    assert list(result["right"]) == [f"{name}{kept}" for name in methods for kept in sets]
     assert all(len(found) == 3 for found in result["right"].values())
