@@ -54,9 +54,9 @@ run itself."""
 @dataclass(frozen=True)
 class Evaluation:
     """loss [B]: mean over draws; of a majority vote that of the mean softmax, since counts are flat
-    almost everywhere. fooled [B]: share of draws that were misclassified by the
-    defence's own vote (for an attack that is targeted: as it wants), in [0, 1].
-    gradient [B, C, H, W]: of the loss; zeros where none was asked for."""
+    almost everywhere. fooled [B]: share of draws that were misclassified by the defence's own vote
+    (for an attack that is targeted: as it wants), in [0, 1]. gradient [B, C, H, W]: of the loss;
+    zeros where none was asked for."""
 
     loss: Tensor
     fooled: Tensor

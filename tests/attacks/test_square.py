@@ -158,6 +158,23 @@ def test_a_candidate_costs_a_deterministic_model_one_forward(eot: int) -> None:
     assert torch.equal(found.images, fixed.images)
 
 
+def test_a_success_is_kept_when_a_right_image_has_more_loss() -> None:
+    """Of three classes: a right image of nearly equal logits has more cross-entropy than a miss."""
+    right, wrong = torch.tensor([0.01, 0.0, 0.0]), torch.tensor([1.0, 1.01, -9.0])
+    missed = torch.zeros(8, dtype=torch.bool)
+
+    def model(images: Tensor) -> Tensor:
+        bright = images.flatten(1).mean(1) > 0.5
+        missed.logical_or_(bright)
+        return torch.where(bright[:, None], wrong, right)
+
+    images, labels = torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, dtype=torch.int64)
+    found = Square(eps=0.1, steps=40, eot=1, loss="ce").run(model, images, labels)
+    assert missed.sum() >= 6
+    assert torch.equal(found.fooled == 1, missed)
+    assert torch.equal(model(found.images).argmax(1) == 1, missed)
+
+
 def test_bad_options_and_arguments() -> None:
     with pytest.raises(ValueError, match=r"p_init .*\(0, 1\].*1\.5"):
         Square(p_init=1.5)
