@@ -131,14 +131,13 @@ def adaptive() -> str:
         for report, its_name in zip((digits, natural), names, strict=True):
             cells += _clean_and_worst(report, its_name) or _clean_and_worst(bare, its_name) or []
         body.append([name, *cells])
-    first = networks_of(FOLDER / "cifar10_adaptive.json")
     headers = ["defence", "digits, clean", "digits, attacked"]
     lines = table([*headers, "CIFAR-10, clean", "CIFAR-10, attacked"], body)
     return (
         f"{lines}\n\nPercent, average over fresh draws, with 95 % Wilson intervals; "
-        f"{digits['images']} digits (ℓ∞ 0.15) and {natural['images']} CIFAR-10 images{first} "
-        f"(ℓ∞ 8/255; undefended: {bare['images']} under another attack). COUP and DiffPure take "
-        "five exponential steps, not the published hundred; ADP takes three on CIFAR-10."
+        f"{digits['images']} digits (ℓ∞ 0.15) and {natural['images']} CIFAR-10 images (ℓ∞ 8/255; "
+        f"undefended: {bare['images']} under another attack). COUP and DiffPure take five "
+        "exponential steps, not the published hundred; ADP takes three on CIFAR-10."
     )
 
 
@@ -200,7 +199,6 @@ def evaluation(path: Path) -> str:
     lines = table(["defence", "attack", "clean", average, *several], body)
     return (
         f"{lines}\n\n{report['images']} images{networks_of(path)}, in percent, with 95 % Wilson "
-        "intervals; commit "
-        f"{report['run']['environment']['commit']}. Every number and setting: "
+        f"intervals; commit {report['run']['environment']['commit']}. Every number and setting: "
         f"{file_of(path)}."
     )
